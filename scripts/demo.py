@@ -1,0 +1,182 @@
+"""Makes pictures from the command line: a prompt, and perhaps a picture to start from -> PNG files.
+
+python scripts/demo.py "a lighthouse at night"
+python scripts/demo.py "an astronaut" --checkpoint data/v1-5-pruned-emaonly.safetensors --steps 30 --seed 7
+python scripts/demo.py "a watercolour" --image photo.jpg --strength 0.6 --out watercolour.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+DEFAULT_PROMPT = "a photograph of an astronaut riding a horse"
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# What `generate` calls its arguments, and what they are called here.
+FLAGS = {
+    "uncond_prompt": "--negative",
+    "strength": "--strength",
+    "n_inference_steps": "--steps",
+    "cfg_scale": "--cfg-scale",
+    "sampler_name": "--sampler",
+    "seed": "--seed",
+    "width": "--width",
+    "height": "--height",
+    "device": "--device",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("prompt", nargs="?", default=DEFAULT_PROMPT, help=f'what to draw (default: "{DEFAULT_PROMPT}")')
+    add("--negative", default="", metavar="TEXT", help="what the picture should not show")
+    add("--image", type=Path, metavar="FILE", help="a picture to start from")
+    add("--strength", type=float, default=0.8, metavar="S", help="how much of --image may change, up to 1 (0.8)")
+    add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
+    add("--cfg-scale", type=float, default=7.5, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5)")
+    add("--sampler", default="ddpm", metavar="NAME", help="sampling algorithm (ddpm)")
+    add("--seed", type=int, metavar="N", help="makes the picture repeatable; picture i of --n has seed + i - 1")
+    add("--n", type=int, default=1, metavar="N", help="how many pictures (1)")
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.x weights (default: the tiny model)")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
+    add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
+    add(
+        "--out", type=Path, metavar="PATH", help="a .png file or a folder (default: picture.png or the next free name)"
+    )
+    add("--overwrite", action="store_true", help="let --out replace a file that is there")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse()
+    warnings.showwarning = lambda message, *_: print(f"demo.py: {message}", file=sys.stderr)
+    try:
+        make_pictures(options)
+    except KeyboardInterrupt:
+        print("demo.py: interrupted; the pictures printed above are complete.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"demo.py: {with_flag(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_pictures(options: argparse.Namespace) -> None:
+    """Checks everything, loads the weights, and writes one picture after the other."""
+    names = candidates(first_path(options.out, options.overwrite))
+    check_files(options)
+    import torch  # not before: it takes a second, and bad input should not have to wait
+
+    from sd import images, pipeline
+
+    seed = random.randrange(2**32) if options.seed is None else options.seed
+    settings = {
+        "uncond_prompt": options.negative,
+        "strength": options.strength,
+        "cfg_scale": options.cfg_scale,
+        "sampler_name": options.sampler,
+        "n_inference_steps": options.steps,
+        "height": options.height,
+        "width": options.width,
+    }
+    pipeline.check_request([options.prompt] * options.n, **settings, seed=seed)
+    settings["n_inference_steps"] = options.steps or pipeline.SAMPLERS[options.sampler].default_steps
+    if options.image:
+        settings["input_image"] = images.read_image(options.image)
+
+    started = time.perf_counter()
+    dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
+    models = pipeline.load_models(options.checkpoint, options.device, dtype)
+    print(f"loaded in {time.perf_counter() - started:.1f} s on {models.device}", file=sys.stderr)
+    for i in range(options.n):
+        started = time.perf_counter()
+        picture = pipeline.generate(options.prompt, **settings, models=models, seed=seed + i)
+        text = parameters(options, settings, seed + i, picture.shape)
+        path = save(images.write_png, names, picture, text, options.overwrite)
+        print(f"{path}  seed {seed + i}  {time.perf_counter() - started:.1f} s")
+
+
+def first_path(out: Path | None, overwrite: bool) -> Path:
+    """The file that --out means. Raises ValueError for one that may not be written."""
+    if out is None or out.is_dir() or not out.suffix:
+        return (out or Path()) / "picture.png"
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out should be a .png file or a folder, not {out}.")
+    if out.exists() and not overwrite:
+        raise ValueError(f"--out {out} is there already: choose another name, or add --overwrite to replace it.")
+    return out
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Raises ValueError for what can be told without loading anything."""
+    if options.n < 1:
+        raise ValueError(f"--n should be at least 1, not {options.n}.")
+    for flag, path in (("--image", options.image), ("--checkpoint", options.checkpoint)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{flag} should be a file: there is none at {path}.")
+
+
+def candidates(first: Path) -> Iterator[Path]:
+    """picture.png, picture-2.png, picture-3.png, ..."""
+    yield first
+    for number in itertools.count(2):
+        yield first.with_stem(f"{first.stem}-{number}")
+
+
+def save(write_png: Callable[..., None], names: Iterator[Path], picture: object, text: str, overwrite: bool) -> Path:
+    """Writes the picture under the first of the names that is free (or the first, to overwrite), and returns it."""
+    while True:
+        path = next(names)
+        with contextlib.suppress(FileExistsError):
+            write_png(path, picture, text, overwrite)
+            return path
+
+
+def parameters(options: argparse.Namespace, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
+    """The prompt and settings, in the form in which Stable Diffusion tools write and read them."""
+    lines = [options.prompt]
+    if options.negative:
+        lines.append(f"Negative prompt: {options.negative}")
+    pairs = {
+        "Steps": settings["n_inference_steps"],
+        "Sampler": settings["sampler_name"].upper(),
+        "CFG scale": f"{settings['cfg_scale']:g}",
+        "Seed": seed,
+        "Size": f"{shape[1]}x{shape[0]}",
+        "Model": options.checkpoint.stem if options.checkpoint else "tiny",
+    }
+    if options.image:
+        pairs["Denoising strength"] = f"{settings['strength']:g}"
+    lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def with_flag(message: str) -> str:
+    """An error of `generate` with the argument under its name on the command line."""
+    name, _, rest = message.partition(" ")
+    return f"{FLAGS.get(name, name)} {rest}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

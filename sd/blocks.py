@@ -1,0 +1,59 @@
+"""The bricks that the VAE and the U-Net share. In and out: feature maps (B, C, H, W)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x), where f is twice GroupNorm, SiLU, 3x3 convolution (1512.03385; 2006.11239, app. B).
+
+    `time_width` is the width of the time embedding that is added between the two convolutions; the VAE has none.
+    `eps` is the norms': 1e-6 in the VAE, 1e-5 in the U-Net.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int | None = None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_width, out_channels) if time_width else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        # A sum needs equal channels on both sides: where they differ, a 1x1 convolution makes them equal.
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x (B, in_channels, H, W), time (B, time_width) -> (B, out_channels, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, out_channels, H, W)
+        if self.time is not None:
+            h = h + self.time(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + self.shortcut(x)
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a convolution of stride 2. An odd side is rounded up.
+
+    The U-Net pads one pixel on every side; the VAE was trained with padding on the right and at the bottom only.
+    """
+
+    def __init__(self, channels: int, symmetric: bool):
+        super().__init__()
+        self.symmetric = symmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+        return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repeating every pixel, then smooths with a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2 H, 2 W), or (B, C, *size) where an odd side was rounded up on the way down."""
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

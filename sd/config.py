@@ -1,0 +1,120 @@
+"""The shape of every network, as frozen dataclasses.
+
+One set of classes builds every size of Stable Diffusion: what differs between the real SD 1.5 and the tiny model of
+this repository is written here and nowhere else. A checkpoint of ours carries its `ModelConfig` as a plain dict
+(`to_dict`, `from_dict`); the published ones do not, and are recognised by their tensor shapes (`model_converter`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder: CLIP ViT-L/14's, unless told otherwise (2103.00020)."""
+
+    vocab_size: int = 49408
+    context_length: int = 77  # tokens of a prompt, start and end included
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder between images and latents; `channels` lists its levels, finest first (2112.10752, app. E)."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks_per_level: int = 2
+    latent_channels: int = 4
+    groups: int = 32  # of every GroupNorm: 32 groups of a 32-channel network would be an instance norm
+    scaling_factor: float = 0.18215  # brings the latents of the real VAE to unit variance
+
+    @property
+    def downscale(self) -> int:
+        """Pixels along one side of a latent: 8 for four levels."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The noise predictor; `channels` and `attention` list its levels, finest first (2112.10752, app. E)."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels read the prompt
+    blocks_per_level: int = 2
+    heads: int = 8
+    groups: int = 32
+    context_width: int = 768
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How noise grows over the training steps, and what the U-Net was trained to predict (2006.11239; 2202.00512)."""
+
+    num_training_steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    beta_schedule: str = "scaled_linear"  # or "linear"
+    prediction_type: str = "epsilon"  # or "v_prediction"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All of a model: what `load_models` builds."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    image_size: int = 512  # pixels along one side of the pictures it was trained on
+
+    def to_dict(self) -> dict:
+        """Plain dicts, tuples and numbers: what a checkpoint carries under `config`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ModelConfig:
+        """The inverse of `to_dict`. Fields that are absent keep SD 1.5's values.
+
+        Raises ValueError for a field that no dataclass here has, or for values that are not what it holds.
+        """
+        return _build(cls, values, "config")
+
+
+def _build(cls, values: object, where: str):
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} should be a dict of {cls.__name__} fields, not {values!r}.")
+    known = {f.name: f for f in fields(cls)}
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"{where} has unknown fields {unknown}; {cls.__name__} has {list(known)}.")
+    default = cls()
+    return cls(**{name: _convert(getattr(default, name), value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _convert(default: object, value: object, where: str):
+    """`value` as the type of `default`: JSON has no tuples, and a file is not to be trusted with anything else."""
+    if hasattr(default, "__dataclass_fields__"):
+        return _build(type(default), value, where)
+    if isinstance(default, tuple):
+        if isinstance(value, (list, tuple)) and value and all(type(v) is type(default[0]) for v in value):
+            return tuple(value)
+    elif type(value) is type(default) or (type(default) is float and type(value) is int):
+        return value
+    raise ValueError(f"{where} should be like {default!r}, not {value!r}.")
+
+
+SD15 = ModelConfig()
+
+# The inpainting checkpoint's U-Net also sees the mask (1 channel) and the latents of the masked image (4).
+SD15_INPAINTING = replace(SD15, unet=replace(SD15.unet, in_channels=9))
+
+TINY = ModelConfig(
+    text=TextConfig(width=64, layers=3, heads=4),
+    vae=VAEConfig(channels=(32, 32, 64, 64), groups=8, scaling_factor=1.0),
+    unet=UNetConfig(channels=(64, 64, 96, 96), heads=4, groups=8, context_width=64),
+    image_size=128,
+)

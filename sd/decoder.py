@@ -1,0 +1,52 @@
+"""Latents -> image: the second half of the variational autoencoder (1312.6114; 2112.10752, section 3.1).
+
+In: scaled latents (B, 4, H/8, W/8). Out: an image (B, 3, H, W), in [-1, 1] but for a little overshoot.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sd.blocks import ResidualBlock, Upsample
+from sd.config import VAEConfig
+from sd.encoder import EPS, middle
+
+
+class UpLevel(nn.Module):
+    """Residual blocks at one resolution, then twice that (but for the finest level)."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, last: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.blocks = nn.Sequential(*(ResidualBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:])))
+        self.upsample = nn.Identity() if last else Upsample(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(self.blocks(x))
+
+
+class Decoder(nn.Module):
+    """The VAE's decoder. Its levels are numbered like the encoder's, finest first, and so run backwards."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.scaling_factor = config.scaling_factor
+        widths = [*config.channels, config.channels[-1]]
+        top = config.channels[-1]
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.conv_in = nn.Conv2d(config.latent_channels, top, 3, padding=1)
+        self.middle = middle(top, config.groups)
+        self.levels = nn.ModuleList(
+            UpLevel(below, here, config.blocks_per_level + 1, config.groups, last=i == 0)
+            for i, (here, below) in enumerate(zip(widths, widths[1:]))
+        )
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], EPS)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, H/8, W/8) -> image (B, 3, H, W)."""
+        x = self.post_quant_conv(latents / self.scaling_factor)  # (B, 4, H/8, W/8)
+        x = self.conv_in(x)  # (B, 512, H/8, W/8)
+        x = self.middle(x)
+        for level in reversed(self.levels):
+            x = level(x)  # (B, 512, H/4, W/4), (B, 512, H/2, W/2), (B, 256, H, W), (B, 128, H, W)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)

@@ -1,0 +1,139 @@
+"""Noisy latents, timestep, context -> predicted noise: the U-Net (1505.04597; 2112.10752, section 3.3).
+
+In: latents (B, 4, h, w) of any height and width, context (B, 77, 768), timesteps (B,). Out: noise (B, 4, h, w).
+
+Going down, every stage's output is kept; going up, every stage gets the kept map of its own resolution beside its
+input, so that fine detail need not pass through the narrow middle.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sd.attention import CrossAttention, SelfAttention
+from sd.blocks import Downsample, ResidualBlock, Upsample
+from sd.config import UNetConfig
+
+
+def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
+    """Timesteps (B,), in 0..999, fractions allowed -> (B, width): cosines, then sines, of falling frequencies.
+
+    The sinusoidal position encoding of 1706.03762, section 3.5, with the cosines first.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)  # (half,)
+    angles = timesteps.float()[:, None] * frequencies  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, width)
+
+
+class GEGLU(nn.Module):
+    """A linear layer of which one half gates the other: a * GELU(b) (2002.05202, eq. 5)."""
+
+    def __init__(self, width: int, out_width: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class SpatialTransformer(nn.Module):
+    """Where the picture meets the prompt: self-attention over pixels, cross-attention to tokens, a perceptron."""
+
+    def __init__(self, channels: int, heads: int, groups: int, context_width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.self_norm = nn.LayerNorm(channels)
+        self.self_attention = SelfAttention(channels, heads, qkv_bias=False)
+        self.cross_norm = nn.LayerNorm(channels)
+        self.cross_attention = CrossAttention(channels, context_width, heads)
+        self.mlp_norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(GEGLU(channels, 4 * channels), nn.Linear(4 * channels, channels))
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, h, w), context (B, 77, context_width) -> (B, C, h, w)."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, h w, C)
+        tokens = self.proj_in(tokens)
+        tokens = tokens + self.self_attention(self.self_norm(tokens))
+        tokens = tokens + self.cross_attention(self.cross_norm(tokens), context)
+        tokens = tokens + self.mlp(self.mlp_norm(tokens))
+        tokens = self.proj_out(tokens)
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, h, w)
+
+
+class Stage(nn.Sequential):
+    """Layers in a row, each handed what it reads beside the feature map."""
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """x (B, C, h, w), time (B, time_width), context (B, 77, W) -> (B, C', h', w'); `size` is for Upsample."""
+        for layer in self:
+            if isinstance(layer, ResidualBlock):
+                x = layer(x, time)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x
+
+
+class Diffusion(nn.Module):
+    """The U-Net. For SD 1.5: 12 stages down, a middle, 12 stages up, over four resolutions."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        first, time_width = config.channels[0], 4 * config.channels[0]
+        self.time_embedding = nn.Sequential(nn.Linear(first, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
+
+        def residual(in_channels: int, out_channels: int) -> ResidualBlock:
+            return ResidualBlock(in_channels, out_channels, config.groups, 1e-5, time_width)
+
+        def transformer(channels: int) -> SpatialTransformer:
+            return SpatialTransformer(channels, config.heads, config.groups, config.context_width)
+
+        levels = list(enumerate(zip(config.channels, config.attention)))
+        self.down = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, first, 3, padding=1))])
+        skips = [first]  # the widths of the maps that are kept
+        for level, (width, attends) in levels:
+            for _ in range(config.blocks_per_level):
+                self.down.append(Stage(residual(skips[-1], width), *([transformer(width)] if attends else [])))
+                skips.append(width)
+            if level < len(levels) - 1:
+                self.down.append(Stage(Downsample(width, symmetric=True)))
+                skips.append(width)
+
+        self.middle = Stage(residual(width, width), transformer(width), residual(width, width))
+
+        self.up = nn.ModuleList()
+        below = width
+        for level, (width, attends) in reversed(levels):
+            for _ in range(config.blocks_per_level + 1):
+                self.up.append(Stage(residual(below + skips.pop(), width), *([transformer(width)] if attends else [])))
+                below = width
+            if level > 0:
+                self.up[-1].append(Upsample(width))
+
+        self.norm_out = nn.GroupNorm(config.groups, first, eps=1e-5)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
+        """latents (B, 4, h, w), context (B, 77, context_width), timesteps (B,) -> predicted noise (B, 4, h, w)."""
+        time = timestep_embedding(timesteps, self.config.channels[0]).to(latents.dtype)  # (B, 320)
+        time = self.time_embedding(time)  # (B, 1280)
+
+        x, skips = latents, []
+        for stage in self.down:
+            x = stage(x, time, context)  # (B, 320, h, w) down to (B, 1280, h/8, w/8)
+            skips.append(x)
+        x = self.middle(x, time, context)  # (B, 1280, h/8, w/8)
+        for stage in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = stage(x, time, context, size=skips[-1].shape[-2:] if skips else None)  # up to (B, 320, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 4, h, w)

@@ -1,0 +1,246 @@
+"""The names and shapes of the published checkpoints <-> those of our networks.
+
+In: a flat state dict in the CompVis layout of Stable Diffusion 1.x, {"model.diffusion_model.time_embed.0.weight": ...}.
+Out: one state dict per network, {"clip": ..., "encoder": ..., "decoder": ..., "diffusion": ...}. And back: the round
+trip is exact to the bit.
+
+Three things differ between the two: names, which the rules below translate in both directions; queries, keys and
+values, which are three matrices there and one here; and 1x1 convolutions there, which are linear layers here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sd.checkpoint import CheckpointError
+from sd.clip import CLIP
+from sd.config import ModelConfig
+from sd.decoder import Decoder
+from sd.dialects import recognise, standard_layout
+from sd.diffusion import Diffusion
+from sd.encoder import Encoder
+
+# All rules are pairs: theirs, ours. First, how a network's keys begin.
+PREFIXES = [
+    ("cond_stage_model.transformer.text_model", "clip"),
+    ("first_stage_model.quant_conv", "encoder.quant_conv"),
+    ("first_stage_model.encoder", "encoder"),
+    ("first_stage_model.post_quant_conv", "decoder.post_quant_conv"),
+    ("first_stage_model.decoder", "decoder"),
+    ("model.diffusion_model", "diffusion"),
+]
+
+# Then, what the parts of each network are called. A rule replaces whole dotted segments anywhere in a key; `#` stands
+# for any number. The rules apply from first to last towards ours, and from last to first towards theirs.
+CLIP_RULES = [
+    ("embeddings.token_embedding", "token_embedding"),
+    ("embeddings.position_embedding", "position_embedding"),
+    ("encoder.layers", "layers"),
+    ("layer_norm1", "norm1"),
+    ("layer_norm2", "norm2"),
+    ("self_attn.q_proj", "attention.qkv.q"),
+    ("self_attn.k_proj", "attention.qkv.k"),
+    ("self_attn.v_proj", "attention.qkv.v"),
+    ("self_attn.out_proj", "attention.out"),
+    ("mlp.fc1", "mlp.0"),
+    ("mlp.fc2", "mlp.2"),
+    ("final_layer_norm", "norm"),
+]
+VAE_RULES = [
+    ("nin_shortcut", "shortcut"),
+    ("mid.block_1", "middle.0"),
+    ("mid.block_2", "middle.2"),
+    ("mid.attn_1.norm", "middle.1.norm"),
+    ("mid.attn_1.q", "middle.1.attention.qkv.q"),
+    ("mid.attn_1.k", "middle.1.attention.qkv.k"),
+    ("mid.attn_1.v", "middle.1.attention.qkv.v"),
+    ("mid.attn_1.proj_out", "middle.1.attention.out"),
+]
+ENCODER_RULES = [("down.#.block", "levels.#.blocks"), ("down.#.downsample", "levels.#.downsample"), *VAE_RULES]
+DECODER_RULES = [("up.#.block", "levels.#.blocks"), ("up.#.upsample", "levels.#.upsample"), *VAE_RULES]
+UNET_RULES = [
+    ("time_embed", "time_embedding"),
+    ("input_blocks", "down"),
+    ("down.#.0.op", "down.#.0.conv"),
+    ("middle_block", "middle"),
+    ("output_blocks", "up"),
+    ("out.0", "norm_out"),
+    ("out.2", "conv_out"),
+    # transformers
+    ("transformer_blocks.0.norm1", "self_norm"),
+    ("transformer_blocks.0.attn1.to_q", "self_attention.qkv.q"),
+    ("transformer_blocks.0.attn1.to_k", "self_attention.qkv.k"),
+    ("transformer_blocks.0.attn1.to_v", "self_attention.qkv.v"),
+    ("transformer_blocks.0.attn1.to_out.0", "self_attention.out"),
+    ("transformer_blocks.0.norm2", "cross_norm"),
+    ("transformer_blocks.0.attn2.to_q", "cross_attention.query"),
+    ("transformer_blocks.0.attn2.to_k", "cross_attention.key"),
+    ("transformer_blocks.0.attn2.to_v", "cross_attention.value"),
+    ("transformer_blocks.0.attn2.to_out.0", "cross_attention.out"),
+    ("transformer_blocks.0.norm3", "mlp_norm"),
+    ("transformer_blocks.0.ff.net.0", "mlp.0"),
+    ("transformer_blocks.0.ff.net.2", "mlp.1"),
+    # residual blocks
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("emb_layers.1", "time"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("skip_connection", "shortcut"),
+]
+RULES = {"clip": CLIP_RULES, "encoder": ENCODER_RULES, "decoder": DECODER_RULES, "diffusion": UNET_RULES}
+
+# Theirs: weights of 1x1 convolutions, (out, in, 1, 1), which here belong to linear layers, (out, in).
+CONVOLUTIONS_1X1 = re.compile(r"(proj_in|proj_out|attn_1\.[qkv])\.weight$")
+
+POSITION_IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"  # 0..76: a constant, not a weight
+
+
+def to_our_name(key: str) -> str:
+    """model.diffusion_model.time_embed.0.weight -> diffusion.time_embedding.0.weight."""
+    key = _swap_prefix(key, PREFIXES)
+    for theirs, ours in RULES[key.split(".")[0]]:
+        key = _substitute(theirs, ours, key)
+    return key
+
+
+def to_their_name(key: str) -> str:
+    """The inverse of `to_our_name`."""
+    for theirs, ours in reversed(RULES[key.split(".")[0]]):
+        key = _substitute(ours, theirs, key)
+    return _swap_prefix(key, [(ours, theirs) for theirs, ours in PREFIXES])
+
+
+def _swap_prefix(key: str, prefixes: list[tuple[str, str]]) -> str:
+    old, new = next(pair for pair in prefixes if key.startswith(pair[0] + "."))
+    return new + key.removeprefix(old)
+
+
+def _substitute(old: str, new: str, key: str) -> str:
+    pattern, replacement = _compile(old, new)
+    return pattern.sub(replacement, key)
+
+
+@cache
+def _compile(old: str, new: str) -> tuple[re.Pattern, str]:
+    numbers = itertools.count(1)
+    pattern = rf"(?<![^.]){re.escape(old)}(?![^.])".replace(r"\#", r"(\d+)")
+    return re.compile(pattern), re.sub("#", lambda _: rf"\g<{next(numbers)}>", new)
+
+
+def from_compvis(
+    state: dict[str, Tensor], config: ModelConfig | None = None, ema: bool = False
+) -> dict[str, dict[str, Tensor]]:
+    """A CompVis state dict -> the state dicts of our four networks, {"clip": {...}, "encoder": ..., ...}.
+
+    `config` is recognised from the tensors' shapes when it is None. `ema` takes the U-Net's averaged weights (the
+    `model_ema.*` copies) instead of the plain ones. Tensors are passed on, not copied, but for the fused matrices.
+    Raises CheckpointError, which lists every unknown key, missing key and wrong shape there is.
+    """
+    config = config or recognise(state)
+    state = standard_layout(state, ema)
+    _check(state, compvis_shapes(config))
+    ours = {}
+    for key, tensor in state.items():
+        if key != POSITION_IDS:
+            ours[to_our_name(key)] = tensor.flatten(1) if CONVOLUTIONS_1X1.search(key) else tensor
+    networks = {name: {} for name in RULES}
+    for key, tensor in _fuse(ours).items():
+        network, name = key.split(".", 1)
+        networks[network][name] = tensor
+    return networks
+
+
+def to_compvis(models) -> dict[str, Tensor]:
+    """Networks -> a CompVis state dict with every key of the SD 1.5 file, less the noise schedule.
+
+    `models` has the attributes `clip`, `encoder`, `decoder` and `diffusion`. Tensors are views of the networks' own.
+    """
+    ours = {f"{name}.{key}": t for name in RULES for key, t in getattr(models, name).state_dict().items()}
+    positions = ours["clip.position_embedding.weight"]
+    state = {POSITION_IDS: torch.arange(len(positions), device=positions.device)[None]}
+    for name, tensor in _split(ours).items():
+        key = to_their_name(name)
+        state[key] = tensor[:, :, None, None] if CONVOLUTIONS_1X1.search(key) else tensor
+    return state
+
+
+def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """qkv.q, qkv.k and qkv.v (each (width, ...)) -> one qkv (3 width, ...)."""
+    fused = {}
+    for name, tensor in state.items():
+        if ".qkv." not in name:
+            fused[name] = tensor
+        elif ".qkv.q." in name:
+            parts = [state[name.replace(".qkv.q.", f".qkv.{part}.")] for part in "qkv"]
+            fused[name.replace(".qkv.q.", ".qkv.")] = torch.cat(parts)
+    return fused
+
+
+def _split(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `_fuse`."""
+    split = {}
+    for name, tensor in state.items():
+        if ".qkv." in name:
+            parts = zip("qkv", tensor.chunk(3))
+            split |= {name.replace(".qkv.", f".qkv.{part}."): piece for part, piece in parts}
+        else:
+            split[name] = tensor
+    return split
+
+
+def empty_networks(config: ModelConfig) -> dict[str, nn.Module]:
+    """The four networks on the meta device: names and shapes without memory, to `load_state_dict(..., assign=True)`."""
+    with torch.device("meta"), _NoInitialisation():
+        return {
+            "clip": CLIP(config.text),
+            "encoder": Encoder(config.vae),
+            "decoder": Decoder(config.vae),
+            "diffusion": Diffusion(config.unet),
+        }
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves new parameters as they are: even on the meta device `normal_` costs a second, for it loads a compiler."""
+
+    SKIPPED = (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func in self.SKIPPED else func(*args, **kwargs)
+
+
+@cache
+def compvis_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The keys and shapes that a checkpoint of this configuration has."""
+    return {key: tensor.shape for key, tensor in to_compvis(SimpleNamespace(**empty_networks(config))).items()}
+
+
+def _check(state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raises CheckpointError unless `state` has exactly these keys and shapes, in floating point."""
+    problems = [f"missing key {key}" for key in shapes if key not in state and key != POSITION_IDS]
+    for key, tensor in state.items():
+        if key not in shapes:
+            problems.append(f"unknown key {key}")
+        elif key == POSITION_IDS:
+            continue
+        elif _without_ones(tensor.shape) != _without_ones(shapes[key]):
+            problems.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(shapes[key])}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{key} holds {tensor.dtype}, expected floating point")
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint does not fit the network, {len(problems)} problems:\n  " + "\n  ".join(problems)
+        )
+
+
+def _without_ones(shape: torch.Size) -> tuple[int, ...]:
+    """The shape less a 1x1 kernel: some files store such convolutions as matrices, and others do the reverse."""
+    return tuple(shape[:2]) if shape[2:] == (1, 1) else tuple(shape)

@@ -1,0 +1,146 @@
+"""A path -> networks ready to run.
+
+In: a checkpoint file of any kind that `checkpoint` reads. Out: `Models`, the four networks with the file's weights.
+
+The networks are built without memory and take the file's own memory-mapped tensors, so loading reads hardly anything:
+the weights come in from the disk when they are first used, and there is no second copy of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sd import dialects
+from sd.checkpoint import CheckpointError, read_checkpoint
+from sd.clip import CLIP
+from sd.config import ModelConfig
+from sd.decoder import Decoder
+from sd.diffusion import Diffusion
+from sd.encoder import Encoder
+from sd.model_converter import empty_networks, from_compvis
+from sd.tokenizer import Tokenizer
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+TINY_CHECKPOINT = DATA / "tiny.ckpt"
+
+Device = torch.device | str | None
+
+
+@dataclass
+class Models:
+    """What a picture is made with."""
+
+    clip: CLIP
+    encoder: Encoder
+    decoder: Decoder
+    diffusion: Diffusion
+    tokenizer: Tokenizer
+    config: ModelConfig
+    device: torch.device  # where they compute
+
+
+def load_models(
+    path: str | Path | None = None,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+    ema: bool = False,
+    vae: str | Path | None = None,
+) -> Models:
+    """The networks of a checkpoint, in evaluation mode and without gradients.
+
+    `path` defaults to the tiny model in `data/`; `device` to CUDA, MPS or the CPU, the first that there is; `dtype` to
+    what is fastest there without a visible loss. `ema` takes the averaged U-Net weights that training checkpoints
+    carry. `vae` is a second file whose VAE replaces the checkpoint's own.
+
+    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x checkpoint, and ValueError
+    for a device or dtype that cannot be had. The file must stay unchanged while the models are in use.
+    """
+    device = best_device(device)
+    dtype = best_dtype(device, dtype)
+    path = Path(TINY_CHECKPOINT if path is None else path)
+    with _naming(path):
+        checkpoint = read_checkpoint(path)
+        state, config = checkpoint.state, checkpoint.config and ModelConfig.from_dict(checkpoint.config)
+        config = config or dialects.recognise(state)
+    if vae is not None:
+        state, config = _with_vae(state, config, Path(vae))
+    with _naming(path):
+        weights = from_compvis(state, config, ema)
+    networks = empty_networks(config)
+    for name, network in networks.items():
+        network.load_state_dict(weights.pop(name), assign=True)
+        network.eval().requires_grad_(False).to(device, dtype)
+    return Models(**networks, tokenizer=Tokenizer(), config=config, device=device)
+
+
+def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device = None) -> Models:
+    """The video's name for `load_models`."""
+    return load_models(ckpt_path, device)
+
+
+def _with_vae(state: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], ModelConfig]:
+    """The state and configuration with the VAE of the file at `path` in the place of their own."""
+    with _naming(path):
+        checkpoint = read_checkpoint(path)
+        vae = dialects.vae_layout(checkpoint.state)
+        vae_config = ModelConfig.from_dict(checkpoint.config or {}).vae
+    rest = {key: tensor for key, tensor in state.items() if not key.startswith(dialects.VAE_PREFIX)}
+    return rest | vae, replace(config, vae=vae_config)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about a checkpoint name its file, and a missing one says where to get it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"There is no checkpoint {path}: `python scripts/download.py` fetches the Stable Diffusion 1.5 weights."
+        ) from None
+    except ValueError as error:
+        named = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise CheckpointError(named) from error
+
+
+def best_device(device: Device = None) -> torch.device:
+    """`device` itself, or the fastest there is. Raises ValueError for one that torch cannot use here."""
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"device should be one that torch can use here, such as 'cpu', not {device!r}.") from error
+    return torch.device(device)
+
+
+def best_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype:
+    """`dtype` itself, or the fastest without a visible loss on `device`. Raises ValueError for an unusable one.
+
+    That is float16 on a GPU; on a CPU bfloat16 where it multiplies bfloat16 natively, and float32 elsewhere.
+    """
+    usable = (torch.float32, torch.float16, torch.bfloat16)
+    if dtype is None:
+        if device.type != "cpu":
+            return torch.float16
+        return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+    if dtype not in usable:
+        raise ValueError(f"dtype should be one of {', '.join(map(str, usable))}, not {dtype!r}.")
+    return dtype
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has bfloat16 dot products. Only Linux tells; torch itself has no public word for it."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None

@@ -1,0 +1,253 @@
+"""A prompt, and perhaps a picture -> a picture: four steps, and `generate`, which is those four in a row.
+
+    prompt --tokenizer--> ids (B, 77) --clip--> context (B, 77, W)             encode_prompt
+    noise, or image --encoder--> latents (B, 4, H/8, W/8)                      get_latents
+    latents --(diffusion, sampler) x steps--> latents                         denoise
+    latents --decoder--> image (B, 3, H, W) --> uint8 (B, H, W, 3)             decode_latents
+
+Noise is drawn and latents are kept in float32 whatever the dtype of the networks is.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sd.config import SD15
+from sd.ddpm import DDPMSampler
+from sd.images import image_to_tensor, tensor_to_array
+from sd.model_loader import Device, Models, best_device, load_models
+from sd.sampler import Sampler, draw_noise
+from sd.tokenizer import Tokenizer
+
+SAMPLERS: dict[str, type[Sampler]] = {"ddpm": DDPMSampler}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of `denoise` saw and made. All tensors are float32, (B, 4, H/8, W/8)."""
+
+    index: int
+    timestep: int | float
+    latents: Tensor  # after the step
+    denoised: Tensor  # x_0 as predicted at this step: where the picture seems to be heading
+    noise: Tensor  # what the U-Net predicted, after guidance
+    noise_uncond: Tensor | None  # for the negative prompt; None without guidance
+    noise_cond: Tensor  # for the prompt
+
+
+def generate(
+    prompt: str | list[str],
+    uncond_prompt: str | list[str] = "",
+    input_image: Image.Image | np.ndarray | None = None,
+    strength: float = 0.8,
+    do_cfg: bool = True,
+    cfg_scale: float = 7.5,
+    sampler_name: str = "ddpm",
+    n_inference_steps: int | None = None,
+    models: Models | None = None,
+    seed: int | None = None,
+    device: Device = None,
+    idle_device: Device = None,
+    tokenizer: Tokenizer | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> np.ndarray:
+    """A picture for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
+
+    `uncond_prompt` says what the picture should not show, and `cfg_scale` how much more it should follow the prompt
+    than that; without `do_cfg` neither counts. `input_image` is the picture to start from, cropped to the size asked
+    for; `strength`, in (0, 1], is how much of it may change. `seed` makes the picture repeatable: picture i of a list
+    is the one that `seed + i` would give alone. `height` and `width` are multiples of 8, by default the size that the
+    model was trained on. `device` is where to compute, and `idle_device` where the networks wait for their turn.
+    `models` defaults to the tiny model, `tokenizer` to the models' own, `n_inference_steps` to the sampler's own.
+
+    Raises ValueError, before any work, for arguments that cannot be.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    check_request(prompts, uncond_prompt, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width)
+    models = models or load_models(device=device)
+    models = replace(models, tokenizer=tokenizer) if tokenizer else models
+    device = models.device if device is None else best_device(device)
+
+    generators = make_generators(seed, len(prompts))
+    sampler = SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
+    sampler.set_inference_timesteps(n_inference_steps or sampler.default_steps)
+    if input_image is not None:
+        sampler.set_strength(strength)
+
+    with _awake(models.clip, device, idle_device):
+        context = encode_prompt(models, prompts, uncond_prompt if do_cfg else None)
+    with _awake(models.encoder, device, idle_device):
+        latents = get_latents(models, len(prompts), height, width, generators, input_image, sampler)
+    with _awake(models.diffusion, device, idle_device):
+        for step in tqdm(denoise(models, latents, context, sampler, cfg_scale), total=len(sampler.timesteps)):
+            latents = step.latents
+    with _awake(models.decoder, device, idle_device):
+        images = decode_latents(models, latents)
+    return images[0] if isinstance(prompt, str) else images
+
+
+@torch.no_grad()
+def encode_prompt(models: Models, prompt: str | list[str], uncond_prompt: str | list[str] | None = "") -> Tensor:
+    """B prompts -> context (2B, 77, W), the unconditional half first; (B, 77, W) where `uncond_prompt` is None.
+
+    One `uncond_prompt` serves all prompts; of a list each has its own.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if uncond_prompt is None:
+        unconds = []
+    elif isinstance(uncond_prompt, str):
+        unconds = [uncond_prompt] * len(prompts)
+    else:
+        unconds = uncond_prompt
+    tokens = models.tokenizer([*unconds, *prompts])  # (2B, 77)
+    return models.clip(tokens.to(_place(models.clip)[0]))  # (2B, 77, W)
+
+
+@torch.no_grad()
+def get_latents(
+    models: Models,
+    batch_size: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int | list[torch.Generator] | None = None,
+    input_image: Image.Image | np.ndarray | None = None,
+    sampler: Sampler | None = None,
+) -> Tensor:
+    """What to start from: float32 latents (B, 4, height / 8, width / 8), pure noise unless there is an `input_image`.
+
+    The image is encoded, and noised to the level of the first timestep that the `sampler` visits.
+    """
+    height, width = height or models.config.image_size, width or models.config.image_size
+    vae = models.config.vae
+    generators = make_generators(seed, batch_size) if not isinstance(seed, list) else seed
+    shape = (batch_size, vae.latent_channels, height // vae.downscale, width // vae.downscale)
+    noise = draw_noise(shape, generators)
+    if input_image is None:
+        return noise.to(_place(models.diffusion)[0])
+    device, dtype = _place(models.encoder)
+    image = image_to_tensor(input_image, height, width).to(device, dtype)  # (1, 3, H, W)
+    latents = models.encoder(image, noise.to(device, dtype)).float()  # (B, 4, H/8, W/8)
+    return sampler.add_noise(latents, sampler.timesteps[0]).to(_place(models.diffusion)[0])
+
+
+@torch.no_grad()
+def denoise(
+    models: Models, latents: Tensor, context: Tensor, sampler: Sampler, cfg_scale: float = 7.5
+) -> Iterator[Step]:
+    """Takes the noise out of latents (B, 4, h, w), step by step, and yields a `Step` after each.
+
+    With a context of 2B rows, one batch of 2B gives both predictions of classifier-free guidance, which follows what
+    the prompt adds to the unconditional prediction (2207.12598, eq. 6, with cfg_scale = 1 + w):
+
+        e = e_uncond + cfg_scale (e_cond - e_uncond)
+    """
+    device, dtype = _place(models.diffusion)
+    context = context.to(device, dtype)
+    repeats = len(context) // len(latents)  # 2 with guidance, 1 without
+    for index, timestep in enumerate(sampler.timesteps):
+        inputs = latents.to(device, dtype).repeat(repeats, 1, 1, 1)  # (2B, 4, h, w)
+        timesteps = timestep.to(device).expand(len(inputs))  # (2B,)
+        noise = noise_cond = models.diffusion(inputs, context, timesteps).float()  # (2B, 4, h, w)
+        noise_uncond = None
+        if repeats == 2:
+            noise_uncond, noise_cond = noise.chunk(2)
+            noise = noise_uncond + cfg_scale * (noise_cond - noise_uncond)  # (B, 4, h, w)
+        denoised, _ = sampler.predict(timestep, latents, noise)
+        latents = sampler.step(timestep, latents, noise)
+        yield Step(index, timestep.item(), latents, denoised, noise, noise_uncond, noise_cond)
+
+
+@torch.no_grad()
+def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
+    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3)."""
+    device, dtype = _place(models.decoder)
+    # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
+    images = [models.decoder(one.to(device, dtype)) for one in latents.split(1)]
+    return tensor_to_array(torch.cat(images))
+
+
+def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
+    """One random generator per image, seeded with seed, seed + 1, ...; unforeseeably without a seed."""
+    if seed is None:
+        seed = torch.Generator().seed() % 2**32
+    return [torch.Generator().manual_seed(seed + i) for i in range(batch_size)]
+
+
+def check_request(
+    prompts: list[str],
+    uncond_prompt: str | list[str] = "",
+    strength: float = 0.8,
+    cfg_scale: float = 7.5,
+    sampler_name: str = "ddpm",
+    n_inference_steps: int | None = None,
+    seed: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> None:
+    """Raises ValueError, in one sentence, for the first of `generate`'s arguments that cannot be."""
+    max_steps, multiple = SD15.schedule.num_training_steps, SD15.vae.downscale
+    _require(_is_texts(prompts), "prompt", prompts, "a text or a list of one text or more")
+    unconds = [uncond_prompt] * len(prompts) if isinstance(uncond_prompt, str) else uncond_prompt
+    _require(_is_texts(unconds), "uncond_prompt", uncond_prompt, "a text or a list of texts")
+    _require(
+        len(unconds) == len(prompts), "uncond_prompt", uncond_prompt, f"one text, or {len(prompts)} like the prompts"
+    )
+    _require(_is_number(strength, 0, 1) and strength > 0, "strength", strength, "a number above 0 and at most 1")
+    _require(_is_number(cfg_scale), "cfg_scale", cfg_scale, "a number; 1 to 14 is usual")
+    _require(sampler_name in SAMPLERS, "sampler_name", sampler_name, f"one of {', '.join(SAMPLERS)}")
+    _require(
+        n_inference_steps is None or _is_number(n_inference_steps, 1, max_steps, whole=True),
+        "n_inference_steps",
+        n_inference_steps,
+        f"a whole number from 1 to {max_steps}",
+    )
+    _require(
+        seed is None or _is_number(seed, 0, 2**63 - len(prompts), whole=True),
+        "seed",
+        seed,
+        "a whole number from 0 to 2**63 - 1",
+    )
+    for name, size in (("height", height), ("width", width)):
+        ok = size is None or (_is_number(size, multiple, whole=True) and size % multiple == 0)
+        _require(ok, name, size, f"a multiple of {multiple} pixels")
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} should be {allowed}, not {value!r}.")
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(text, str) for text in value)
+
+
+def _is_number(value: object, low: float = -math.inf, high: float = math.inf, whole: bool = False) -> bool:
+    kind = numbers.Integral if whole else numbers.Real
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+
+
+def _place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    parameter = next(network.parameters())
+    return parameter.device, parameter.dtype
+
+
+@contextmanager
+def _awake(network: nn.Module, device: torch.device, idle_device: Device) -> Iterator[None]:
+    """The network on `device` while it works, and on `idle_device`, if there is one, once it has."""
+    network.to(device)
+    try:
+        yield
+    finally:
+        if idle_device is not None:
+            network.to(idle_device)

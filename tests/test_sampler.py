@@ -1,0 +1,113 @@
+"""The noise schedule and what all samplers share."""
+
+import pytest
+import torch
+
+from sd.config import ScheduleConfig
+from sd.ddpm import DDPMSampler
+from sd.sampler import draw_noise, make_betas
+
+
+def make_sampler(**schedule):
+    return DDPMSampler(torch.Generator().manual_seed(0), schedule=ScheduleConfig(**schedule))
+
+
+def test_betas_are_linear_in_their_square_root():
+    betas = make_betas(ScheduleConfig())
+    assert betas.shape == (1000,)
+    torch.testing.assert_close(betas[[0, -1]], torch.tensor([0.00085, 0.012]))
+    gaps = betas.sqrt().diff()
+    torch.testing.assert_close(gaps, gaps.mean().expand(999), rtol=0, atol=1e-7)
+
+
+def test_linear_betas():
+    gaps = make_betas(ScheduleConfig(beta_schedule="linear")).diff()
+    torch.testing.assert_close(gaps, gaps.mean().expand(999), rtol=0, atol=1e-8)
+
+
+def test_alphas_cumprod_fall_from_almost_one_to_almost_zero():
+    a = make_sampler().alphas_cumprod
+    assert a[0].item() == pytest.approx(1 - 0.00085)
+    assert a[-1].item() == pytest.approx(0.0047, abs=1e-4)
+    # The largest sigma of seeds' LMS table, sqrt((1 - a) / a) at timestep 999.
+    assert ((1 - a[-1]) / a[-1]).sqrt().item() == pytest.approx(14.6146, abs=1e-3)
+    assert (a.diff() < 0).all()
+
+
+def test_timesteps_lead():
+    sampler = make_sampler()
+    sampler.set_inference_timesteps(50)
+    assert sampler.timesteps.tolist() == list(range(980, -1, -20))
+    sampler.set_inference_timesteps(1000)
+    assert sampler.timesteps.tolist() == list(range(999, -1, -1))
+    sampler.set_inference_timesteps(1)
+    assert sampler.timesteps.tolist() == [0]
+
+
+def test_strength_skips_the_noisiest_steps():
+    sampler = make_sampler()
+    sampler.set_inference_timesteps(50)
+    sampler.set_strength(0.6)
+    assert sampler.timesteps.tolist() == list(range(580, -1, -20))
+    sampler.set_strength(1)  # not of what was left, but of all steps
+    assert len(sampler.timesteps) == 50
+    sampler.set_strength(0.001)
+    assert sampler.timesteps.tolist() == [0]
+
+
+def test_add_noise_is_the_forward_process():
+    sampler = make_sampler()
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    a = sampler.alphas_cumprod[700]
+    torch.testing.assert_close(sampler.add_noise(latents, 700, noise), a.sqrt() * latents + (1 - a).sqrt() * noise)
+    # One timestep per image gives each what it would get alone.
+    both = sampler.add_noise(latents, torch.tensor([10, 900]), noise)
+    torch.testing.assert_close(both[1:], sampler.add_noise(latents[1:], 900, noise[1:]))
+
+
+def test_add_noise_draws_from_the_generator():
+    latents = torch.zeros(1, 4, 8, 8)
+    expected = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sampler = make_sampler()
+    a = sampler.alphas_cumprod[999]
+    torch.testing.assert_close(sampler.add_noise(latents, 999), (1 - a).sqrt() * expected)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("timestep", [0, 500, 999])
+def test_predict_finds_what_add_noise_mixed(prediction_type, timestep):
+    sampler = make_sampler(prediction_type=prediction_type)
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    noisy = sampler.add_noise(latents, timestep, noise)
+    a = sampler.alphas_cumprod[timestep]
+    output = noise if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+    denoised, predicted_noise = sampler.predict(timestep, noisy, output)
+    torch.testing.assert_close(denoised, latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(predicted_noise, noise, rtol=1e-4, atol=1e-4)
+
+
+def test_a_generator_per_image_gives_what_it_gives_alone():
+    together = draw_noise((3, 4, 8, 8), [torch.Generator().manual_seed(s) for s in (5, 6, 7)])
+    alone = draw_noise((1, 4, 8, 8), torch.Generator().manual_seed(6))
+    assert torch.equal(together[1:2], alone)
+    with pytest.raises(ValueError, match="A batch of 3 needs as many generators, not 1"):
+        draw_noise((3, 4, 8, 8), [torch.Generator()])
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, True, "20", None])
+def test_bad_steps(steps):
+    with pytest.raises(ValueError, match="number of steps should be a whole number from 1 to 1000"):
+        make_sampler().set_inference_timesteps(steps)
+
+
+@pytest.mark.parametrize("strength", [0, -0.1, 1.01, float("nan")])
+def test_bad_strength(strength):
+    with pytest.raises(ValueError, match="strength should be above 0 and at most 1"):
+        make_sampler().set_strength(strength)
+
+
+def test_bad_schedule():
+    with pytest.raises(ValueError, match="beta_schedule should be"):
+        make_sampler(beta_schedule="cosine")
+    with pytest.raises(ValueError, match="prediction_type should be"):
+        make_sampler(prediction_type="sample")
