@@ -38,10 +38,10 @@ def random_weight(key: str, shape: tuple[int, ...], generator: torch.Generator) 
     return noise / math.sqrt(math.prod(shape[1:]))
 
 
-def random_state(config: ModelConfig, seed: int = 0, prefix: str = "") -> dict[str, Tensor]:
-    """A checkpoint in the CompVis layout; `prefix` makes only the keys that start with it."""
+def random_state(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """A checkpoint in the CompVis layout."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {key: shape for key, shape in compvis_shapes(config).items() if key.startswith(prefix)}
+    shapes = compvis_shapes(config)
     positions = torch.arange(config.text.context_length)[None]
     return {
         key: positions if key == POSITION_IDS else random_weight(key, shape, generator) for key, shape in shapes.items()

@@ -27,6 +27,7 @@ def unet(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
         attention_head_dim=c.heads,  # diffusers' name for the number of heads
         norm_num_groups=c.groups,
         cross_attention_dim=c.context_width,
+        sample_size=64,  # only a default that we never use, but its pipelines want one
     )
     return _load(model, single_file_utils.convert_ldm_unet_checkpoint(state, dict(model.config)))
 

@@ -1,0 +1,119 @@
+"""Prompt to pixels against diffusers' pipelines, with equal weights and equal noise."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sd import generate
+from sd.model_converter import to_compvis
+from sd.model_loader import Models
+from sd.tokenizer import Tokenizer
+from tests.parity import reference
+from tests.synthetic import MICRO, random_networks
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+PROMPT, NEGATIVE = "A painting of a lighthouse, it's 4k!", "blurry, dark"
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Models(
+        **vars(random_networks(MICRO, seed=3)), tokenizer=Tokenizer(), config=MICRO, device=torch.device("cpu")
+    )
+
+
+def make_pipeline(cls, models):
+    state = to_compvis(models)
+    pipe = cls(
+        vae=reference.vae(MICRO, state),
+        text_encoder=reference.text_encoder(MICRO, state),
+        tokenizer=transformers.CLIPTokenizer(
+            vocab=models.tokenizer.vocab, merges=models.tokenizer.merges, model_max_length=77
+        ),
+        unet=reference.unet(MICRO, state),
+        scheduler=diffusers.PNDMScheduler(steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    # Set afterwards: the constructor would change the scheduler's first timestep from 0 to 1.
+    pipe.scheduler = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generators(seed, count):
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def assert_same_pictures(actual, expected):
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape
+    difference = np.abs(actual.astype(int) - np.rint(expected * 255).astype(int)).max()
+    assert difference <= 1, f"the pictures differ by {difference} of 255 levels"
+    assert actual.std() > 10, "a flat picture proves nothing"
+
+
+@pytest.mark.parametrize("cfg_scale", [7.5, 1.5])
+@pytest.mark.parametrize("height, width", [(64, 64), (72, 40)])
+def test_text_to_image(models, height, width, cfg_scale):
+    pipe = make_pipeline(diffusers.StableDiffusionPipeline, models)
+    options = {"guidance_scale": cfg_scale, "num_inference_steps": 10, "output_type": "np"}
+    expected = pipe(
+        [PROMPT] * 2, height, width, negative_prompt=[NEGATIVE] * 2, generator=generators(11, 2), **options
+    ).images
+    actual = generate(
+        [PROMPT] * 2,
+        NEGATIVE,
+        models=models,
+        seed=11,
+        cfg_scale=cfg_scale,
+        sampler_name="ddpm",
+        n_inference_steps=10,
+        height=height,
+        width=width,
+    )
+    assert_same_pictures(actual, expected)
+
+
+def test_without_guidance(models):
+    pipe = make_pipeline(diffusers.StableDiffusionPipeline, models)
+    options = {"guidance_scale": 1.0, "num_inference_steps": 10, "output_type": "np"}
+    expected = pipe(PROMPT, 64, 64, generator=generators(5, 1), **options).images[0]
+    actual = generate(PROMPT, models=models, do_cfg=False, seed=5, sampler_name="ddpm", n_inference_steps=10)
+    assert_same_pictures(actual, expected)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+def test_image_to_image(models, strength):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+        (64, 64), Image.Resampling.BICUBIC
+    )
+    pipe = make_pipeline(diffusers.StableDiffusionImg2ImgPipeline, models)
+    expected = pipe(
+        PROMPT,
+        picture,
+        strength=strength,
+        num_inference_steps=10,
+        guidance_scale=7.5,
+        negative_prompt=NEGATIVE,
+        generator=generators(21, 1),
+        output_type="np",
+    ).images[0]
+    actual = generate(
+        PROMPT,
+        NEGATIVE,
+        picture,
+        models=models,
+        strength=strength,
+        seed=21,
+        sampler_name="ddpm",
+        n_inference_steps=10,
+    )
+    assert_same_pictures(actual, expected)

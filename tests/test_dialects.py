@@ -1,0 +1,144 @@
+"""Checkpoints as they are found in the wild: read, or named for what they are."""
+
+import pytest
+import torch
+
+from sd.checkpoint import CheckpointError
+from sd.config import SD15, SD15_INPAINTING
+from sd.dialects import averaged, identify, recognise, standard_layout, vae_layout
+from sd.model_converter import from_compvis
+from tests.synthetic import MICRO, random_state
+
+CLIP = "cond_stage_model.transformer."
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+
+
+def random_vae():
+    return {key: tensor for key, tensor in random_state(MICRO).items() if key.startswith(VAE)}
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+
+
+def with_averages(state):
+    """The trainer's copies: other numbers under names without dots."""
+    averages = {
+        "model_ema." + key.removeprefix("model.").replace(".", ""): tensor + 1
+        for key, tensor in state.items()
+        if key.startswith(UNET)
+    }
+    return state | averages | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+
+
+def test_baggage_is_left_behind():
+    state = random_state(MICRO)
+    baggage = dict.fromkeys(
+        [
+            "betas",
+            "alphas_cumprod",
+            "alphas_cumprod_prev",
+            "sqrt_alphas_cumprod",
+            "sqrt_one_minus_alphas_cumprod",
+            "log_one_minus_alphas_cumprod",
+            "sqrt_recip_alphas_cumprod",
+            "sqrt_recipm1_alphas_cumprod",
+            "posterior_variance",
+            "posterior_log_variance_clipped",
+            "posterior_mean_coef1",
+            "posterior_mean_coef2",
+            "lvlb_weights",
+            "logvar",
+            "scale_factor",
+            "first_stage_model.loss.discriminator.main.0.weight",
+            "first_stage_model.loss.logvar",
+            "model_ema.diffusion_modelout2bias",
+            "cond_stage_model.logit_scale",
+            "cond_stage_model.transformer.text_projection.weight",
+        ],
+        torch.zeros(3),
+    )
+    assert same(standard_layout(state | baggage), state)
+
+
+def test_text_encoder_without_text_model():
+    state = random_state(MICRO)
+    short = {key.replace(CLIP + "text_model.", CLIP): tensor for key, tensor in state.items()}
+    assert short.keys() != state.keys()
+    assert same(standard_layout(short), state)
+
+
+def test_averaged_weights_on_request_only():
+    state = random_state(MICRO)
+    full = with_averages(state)
+    assert same(standard_layout(full), state)
+    weights = standard_layout(full, ema=True)
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(weights[k], t + 1 if k.startswith(UNET) else t) for k, t in state.items())
+
+
+def test_averaged_weights_that_are_not_there():
+    with pytest.raises(CheckpointError, match="no averaged weights for .*: load it with ema=False"):
+        averaged(random_state(MICRO))
+
+
+def test_recognises_the_inpainting_variant_by_its_shape():
+    first = UNET + "input_blocks.0.0.weight"
+    assert recognise({first: torch.empty(320, 4, 3, 3)}) == SD15
+    assert recognise({first: torch.empty(320, 9, 3, 3)}) == SD15_INPAINTING
+
+
+@pytest.mark.parametrize("prefix", ["", VAE])
+def test_vae_alone(prefix):
+    vae = random_vae()
+    file = {key.replace(VAE, prefix): tensor for key, tensor in vae.items()}
+    baggage = {prefix + "loss.logvar": torch.zeros(1), "model_ema.decoderconv_inbias": torch.zeros(1)}
+    assert same(vae_layout(file | baggage), vae)
+
+
+def test_vae_of_a_full_checkpoint():
+    assert same(vae_layout(random_state(MICRO)), random_vae())
+
+
+def test_vae_that_is_none():
+    with pytest.raises(CheckpointError, match="no VAE in the layout of Stable Diffusion 1"):
+        vae_layout({"encoder.layers.0.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    "key, what",
+    [
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", "Stable Diffusion XL"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "LoRA"),
+        ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "LoRA"),
+        ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("control_model.input_blocks.0.0.weight", "ControlNet"),
+        ("down_blocks.0.resnets.0.conv1.weight", "diffusers"),
+        ("encoder.down_blocks.0.resnets.0.conv1.weight", "diffusers"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "diffusers"),
+        ("emb_params", "textual inversion"),
+        ("first_stage_model.decoder.conv_in.weight", "VAE alone: give it as `vae=`"),
+        ("decoder.conv_in.weight", "VAE alone: give it as `vae=`"),
+        ("layer1.0.conv1.weight", "no Stable Diffusion weights"),
+    ],
+)
+def test_other_files_are_named(key, what):
+    with pytest.raises(CheckpointError, match=what):
+        identify([key])
+
+
+def test_sdxl_is_named_even_though_its_unet_looks_alike():
+    keys = [UNET + "input_blocks.0.0.weight", VAE + "decoder.conv_in.weight", "conditioner.embedders.1.model.ln.weight"]
+    with pytest.raises(CheckpointError, match="Stable Diffusion XL"):
+        identify(keys)
+
+
+def test_half_of_the_tensors_in_half_precision():
+    state = {
+        key: t.half() if i % 2 and t.is_floating_point() else t
+        for i, (key, t) in enumerate(random_state(MICRO).items())
+    }
+    networks = from_compvis(state, MICRO)
+    assert {t.dtype for weights in networks.values() for t in weights.values()} == {torch.float16, torch.float32}

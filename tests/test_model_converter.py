@@ -1,0 +1,148 @@
+"""The key rules, in both directions, and what they say of a checkpoint that does not fit."""
+
+import re
+
+import pytest
+import torch
+
+from sd.checkpoint import CheckpointError
+from sd.config import SD15, SD15_INPAINTING, TINY
+from sd.model_converter import (
+    POSITION_IDS,
+    compvis_shapes,
+    empty_networks,
+    from_compvis,
+    to_compvis,
+    to_our_name,
+    to_their_name,
+)
+from tests.synthetic import MICRO, random_networks, random_state
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+LAST = "first_stage_model.decoder.conv_out.bias"
+
+
+@pytest.mark.parametrize("config", [SD15, SD15_INPAINTING, TINY, MICRO])
+def test_names_convert_both_ways_and_stay_distinct(config):
+    keys = [key for key in compvis_shapes(config) if key != POSITION_IDS]
+    ours = [to_our_name(key) for key in keys]
+    assert len(set(ours)) == len(keys)
+    assert [to_their_name(name) for name in ours] == keys
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        (FIRST, "diffusion.down.0.0.weight"),
+        ("model.diffusion_model.input_blocks.3.0.op.bias", "diffusion.down.3.0.conv.bias"),
+        ("model.diffusion_model.output_blocks.2.1.conv.bias", "diffusion.up.2.1.conv.bias"),
+        ("model.diffusion_model.middle_block.0.emb_layers.1.bias", "diffusion.middle.0.time.bias"),
+        (
+            "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.attn2.to_out.0.weight",
+            "diffusion.up.11.1.cross_attention.out.weight",
+        ),
+        ("first_stage_model.encoder.down.1.block.0.nin_shortcut.bias", "encoder.levels.1.blocks.0.shortcut.bias"),
+        ("first_stage_model.decoder.mid.attn_1.q.weight", "decoder.middle.1.attention.qkv.q.weight"),
+        ("first_stage_model.quant_conv.weight", "encoder.quant_conv.weight"),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "clip.norm.bias"),
+    ],
+)
+def test_names(theirs, ours):
+    assert to_our_name(theirs) == ours
+    assert to_their_name(ours) == theirs
+
+
+def test_shapes_of_the_published_file():
+    """v1-5-pruned-emaonly has 1,131 tensors beside its schedule, of 1,066,235,384 numbers, position_ids included."""
+    shapes = compvis_shapes(SD15)
+    assert len(shapes) == 1131
+    assert sum(shape.numel() for shape in shapes.values()) == 859_520_964 + 83_653_863 + 123_060_557
+    assert shapes[FIRST] == (320, 4, 3, 3)
+    assert shapes["model.diffusion_model.input_blocks.1.1.proj_in.weight"] == (320, 320, 1, 1)
+    assert shapes["first_stage_model.decoder.mid.attn_1.q.weight"] == (512, 512, 1, 1)
+    assert shapes[POSITION_IDS] == (1, 77)
+    assert compvis_shapes(SD15_INPAINTING)[FIRST] == (320, 9, 3, 3)
+
+
+def test_round_trip_is_exact():
+    models = random_networks(MICRO)
+    state = to_compvis(models)
+    back = from_compvis(state, MICRO)
+    for name, weights in back.items():
+        expected = getattr(models, name).state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+    original = random_state(MICRO)
+    assert state.keys() == original.keys()
+    assert all(torch.equal(state[key], original[key]) for key in original)
+
+
+def test_tensors_are_not_copied_but_for_fused_ones():
+    state = random_state(MICRO)
+    networks = from_compvis(state, MICRO)
+    assert networks["diffusion"]["down.0.0.weight"].data_ptr() == state[FIRST].data_ptr()
+    proj = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
+    assert networks["diffusion"]["down.1.1.proj_in.weight"].data_ptr() == state[proj].data_ptr()
+
+
+def test_matrices_in_the_place_of_1x1_convolutions():
+    """diffusers stores the VAE's attention as matrices, and files that went through it keep them."""
+    state = random_state(MICRO)
+    flat = {k: t.flatten(1) if t.shape[2:] == (1, 1) and "attn_1" in k else t for k, t in state.items()}
+    assert any(flat[k].shape != state[k].shape for k in state)
+    for name, weights in from_compvis(flat, MICRO).items():
+        assert all(torch.equal(weights[k], t) for k, t in from_compvis(state, MICRO)[name].items())
+
+
+def test_every_problem_is_listed_at_once():
+    state = random_state(MICRO)
+    del state[LAST]
+    state["model.diffusion_model.input_blocks.99.0.weight"] = torch.zeros(1)
+    state["something.else"] = torch.zeros(1)
+    state[FIRST] = torch.zeros(16, 4, 5, 5)
+    state["first_stage_model.decoder.conv_in.bias"] = torch.zeros(32, dtype=torch.int64)
+    with pytest.raises(CheckpointError) as error:
+        from_compvis(state, MICRO)
+    message = str(error.value)
+    assert "5 problems" in message
+    for problem in (
+        f"missing key {LAST}",
+        "unknown key model.diffusion_model.input_blocks.99.0.weight",
+        "unknown key something.else",
+        f"{FIRST} has shape (16, 4, 5, 5), expected (16, 4, 3, 3)",
+        "first_stage_model.decoder.conv_in.bias holds torch.int64, expected floating point",
+    ):
+        assert problem in message
+
+
+@pytest.mark.parametrize("positions", ["absent", torch.arange(77.0)[None], torch.zeros(3)])
+def test_position_ids_do_not_matter(positions):
+    state = random_state(MICRO)
+    del state[POSITION_IDS]
+    if not isinstance(positions, str):
+        state[POSITION_IDS] = positions
+    assert from_compvis(state, MICRO)["clip"]["position_embedding.weight"].shape == (77, 32)
+
+
+def test_networks_are_built_without_memory_or_initialisation():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch; from sd.config import SD15; from sd.model_converter import empty_networks;"
+        "networks = empty_networks(SD15);"
+        "assert all(p.device.type == 'meta' for n in networks.values() for p in n.parameters());"
+        "assert 'torch._dynamo' not in sys.modules, 'building the networks loads a compiler'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert sum(p.numel() for p in empty_networks(SD15)["diffusion"].parameters()) == 859_520_964
+
+
+def test_rules_have_no_duplicates():
+    from sd.model_converter import RULES
+
+    for rules in RULES.values():
+        for side in zip(*rules):
+            assert len(set(side)) == len(side)
+        assert all(re.fullmatch(r"[a-z_0-9.#]+", text) for pair in rules for text in pair)

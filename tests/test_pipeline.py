@@ -1,0 +1,230 @@
+"""The four steps, and `generate`. Agreement with diffusers' pipelines is tested in parity/."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sd import generate, pipeline
+from sd.model_loader import Models
+from sd.tokenizer import Tokenizer
+from tests.synthetic import MICRO, random_networks
+
+QUICK = {"n_inference_steps": 3, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Models(**vars(random_networks(MICRO)), tokenizer=Tokenizer(), config=MICRO, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def picture():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def max_difference(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+def test_one_prompt_gives_one_picture_and_a_list_a_stack(models):
+    one = generate("a cat", models=models, seed=1, **QUICK)
+    assert one.shape == (32, 32, 3)
+    assert one.dtype == np.uint8
+    assert one.std() > 10
+    assert generate(["a cat"], models=models, seed=1, **QUICK).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("height, width", [(None, None), (32, 72), (8, 8), (104, None)])
+def test_size(models, height, width):
+    image = generate("a cat", models=models, n_inference_steps=1, height=height, width=width)
+    assert image.shape == (height or 64, width or 64, 3)
+
+
+def test_a_picture_is_the_same_alone_and_in_a_batch(models):
+    prompts = ["a cat", "a dog", "a house"]
+    together = generate(prompts, ["", "bad", "dark"], models=models, seed=7, **QUICK)
+    for i, (prompt, uncond) in enumerate(zip(prompts, ["", "bad", "dark"])):
+        alone = generate(prompt, uncond, models=models, seed=7 + i, **QUICK)
+        assert max_difference(together[i], alone) <= 1
+
+
+def test_same_seed_same_picture_and_other_seed_another(models):
+    first = generate("a cat", models=models, seed=3, **QUICK)
+    assert np.array_equal(first, generate("a cat", models=models, seed=3, **QUICK))
+    assert max_difference(first, generate("a cat", models=models, seed=4, **QUICK)) > 20
+    assert max_difference(first, generate("a cat", models=models, **QUICK)) > 20
+
+
+def test_the_global_random_state_is_left_alone(models):
+    before = torch.get_rng_state()
+    generate("a cat", models=models, **QUICK)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_every_argument_counts(models, picture):
+    base = {"prompt": "a cat", "input_image": picture, "models": models, "seed": 1, "n_inference_steps": 5}
+    base |= {"height": 32, "width": 32}
+    first = generate(**base)
+    changes = {"prompt": "a dog", "uncond_prompt": "blurry", "strength": 0.3, "cfg_scale": 2.0, "do_cfg": False}
+    changes |= {"n_inference_steps": 10, "input_image": None}
+    for name, value in changes.items():
+        assert max_difference(first, generate(**(base | {name: value}))) > 2, name
+
+
+def test_low_strength_keeps_the_picture(models, picture):
+    latents = pipeline.get_latents(models, 1, 32, 32, 0)
+    sampler = pipeline.SAMPLERS["ddpm"](pipeline.make_generators(0, 1))
+    sampler.set_strength(0.02)
+    kept = pipeline.get_latents(models, 1, 32, 32, 0, picture, sampler)
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    encoded = models.encoder(pipeline.image_to_tensor(picture, 32, 32), noise)
+    assert torch.equal(latents, noise)
+    assert ((kept - encoded).std() / encoded.std()).item() < 0.2
+
+
+def test_steps_by_hand_are_what_generate_does(models):
+    context = pipeline.encode_prompt(models, "a cat", "blurry")
+    assert context.shape == (2, 77, 32)
+    generators = pipeline.make_generators(5, 1)
+    sampler = pipeline.SAMPLERS["ddpm"](generators, schedule=models.config.schedule)
+    sampler.set_inference_timesteps(3)
+    latents = pipeline.get_latents(models, 1, 32, 32, generators)
+    steps = list(pipeline.denoise(models, latents, context, sampler, 7.5))
+    assert [step.index for step in steps] == [0, 1, 2]
+    assert [step.timestep for step in steps] == [666, 333, 0]
+    for step in steps:
+        for tensor in (step.latents, step.denoised, step.noise, step.noise_uncond, step.noise_cond):
+            assert tensor.shape == (1, 4, 4, 4)
+            assert tensor.dtype == torch.float32
+        guided = step.noise_uncond + 7.5 * (step.noise_cond - step.noise_uncond)
+        torch.testing.assert_close(step.noise, guided)
+    torch.testing.assert_close(steps[-1].latents, steps[-1].denoised)
+    image = pipeline.decode_latents(models, steps[-1].latents)
+    assert np.array_equal(image[0], generate("a cat", "blurry", models=models, seed=5, **QUICK))
+
+
+def test_denoise_without_guidance(models):
+    context = pipeline.encode_prompt(models, ["a cat", "a dog"], None)
+    assert context.shape == (2, 77, 32)
+    sampler = pipeline.SAMPLERS["ddpm"](torch.Generator())
+    step = next(pipeline.denoise(models, pipeline.get_latents(models, 2, 32, 32), context, sampler))
+    assert step.noise_uncond is None
+    assert torch.equal(step.noise, step.noise_cond)
+
+
+def test_encode_prompt_puts_the_unconditional_half_first(models):
+    context = pipeline.encode_prompt(models, ["a cat", "a dog"], "blurry")
+    alone = [pipeline.encode_prompt(models, text, None) for text in ("blurry", "blurry", "a cat", "a dog")]
+    torch.testing.assert_close(context, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_draws_nearly_the_same_picture(models, dtype):
+    networks = random_networks(MICRO)
+    for network in vars(networks).values():
+        network.to(dtype)
+    half = Models(**vars(networks), tokenizer=models.tokenizer, config=MICRO, device=torch.device("cpu"))
+    expected = generate("a cat", models=models, seed=1, cfg_scale=2.0, **QUICK)
+    actual = generate("a cat", models=half, seed=1, cfg_scale=2.0, **QUICK)
+    assert np.abs(actual.astype(int) - expected.astype(int)).mean() < 6
+
+
+def test_networks_wait_on_the_idle_device(models, monkeypatch):
+    moves = []
+    for name in ("clip", "encoder", "diffusion", "decoder"):
+        network = getattr(models, name)
+        monkeypatch.setattr(network, "to", lambda device, name=name: moves.append((name, str(device))))
+    generate("a cat", models=models, device="cpu", idle_device="meta", **QUICK)
+    order = ("clip", "encoder", "diffusion", "decoder")
+    assert moves == [move for name in order for move in ((name, "cpu"), (name, "meta"))]
+
+
+def test_interruption_puts_the_network_back_to_sleep(models, monkeypatch):
+    moves = []
+    monkeypatch.setattr(models.diffusion, "to", lambda device: moves.append(str(device)))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models.diffusion, "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate("a cat", models=models, idle_device="cpu", **QUICK)
+    assert moves == ["cpu", "cpu"]
+
+
+def test_another_tokenizer(models):
+    class Counting(Tokenizer):
+        calls = 0
+
+        def __call__(self, texts):
+            Counting.calls += 1
+            return super().__call__(texts)
+
+    generate("a cat", models=models, tokenizer=Counting(), **QUICK)
+    assert Counting.calls == 1
+
+
+def test_the_cell_of_the_video(models):
+    """The thirteen arguments that its notebook passes, by the names it passes them."""
+    image = pipeline.generate(
+        prompt="A cat stretching on the floor, highly detailed, ultra sharp, cinematic, 100mm lens, 8k resolution.",
+        uncond_prompt="",
+        input_image=None,
+        strength=0.9,
+        do_cfg=True,
+        cfg_scale=8,
+        sampler_name="ddpm",
+        n_inference_steps=2,
+        seed=42,
+        models=models,
+        device="cpu",
+        idle_device="cpu",
+        tokenizer=models.tokenizer,
+    )
+    assert Image.fromarray(image).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        ("prompt", 3, "a text or a list"),
+        ("prompt", [], "a text or a list"),
+        ("prompt", ["a cat", None], "a text or a list"),
+        ("uncond_prompt", 3, "a text or a list"),
+        ("uncond_prompt", ["a", "b"], "one text"),
+        ("strength", 0, "above 0 and at most 1"),
+        ("strength", 1.2, "above 0 and at most 1"),
+        ("strength", "half", "above 0 and at most 1"),
+        ("cfg_scale", float("nan"), "a number"),
+        ("cfg_scale", "7", "a number"),
+        ("sampler_name", "magic", "one of ddpm"),
+        ("sampler_name", None, "one of ddpm"),
+        ("n_inference_steps", 0, "a whole number from 1 to 1000"),
+        ("n_inference_steps", 1001, "a whole number from 1 to 1000"),
+        ("n_inference_steps", 2.5, "a whole number from 1 to 1000"),
+        ("seed", -1, "a whole number from 0"),
+        ("seed", 1.5, "a whole number from 0"),
+        ("seed", 2**64, "a whole number from 0"),
+        ("height", 100, "a multiple of 8"),
+        ("height", 0, "a multiple of 8"),
+        ("width", -8, "a multiple of 8"),
+        ("width", 64.0, "a multiple of 8"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(monkeypatch, name, value, allowed):
+    monkeypatch.setattr(pipeline, "load_models", lambda **_: pytest.fail("loaded before checking"))
+    with pytest.raises(ValueError, match=f"^{name} should be .*{allowed}") as error:
+        generate(**({"prompt": "a cat"} | {name: value}))
+    assert repr(value) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_check_request_has_the_arguments_of_generate():
+    names = list(inspect.signature(pipeline.check_request).parameters)[1:]
+    defaults = inspect.signature(generate).parameters
+    for name in names:
+        assert inspect.signature(pipeline.check_request).parameters[name].default == defaults[name].default
