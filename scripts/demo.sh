@@ -1,0 +1,19 @@
+#!/bin/sh
+# Makes a picture: sh scripts/demo.sh ["a prompt"] [options of demo.py]
+# The first run makes a Python environment in .venv and installs requirements.txt into it.
+set -eu
+
+script=$0
+while [ -L "$script" ]; do # started through a symbolic link
+    target=$(readlink "$script")
+    case $target in
+        /*) script=$target ;;
+        *) script=$(dirname "$script")/$target ;;
+    esac
+done
+root=$(cd -P "$(dirname "$script")/.." && pwd)
+. "$root/scripts/setup.sh"
+
+make_environment
+install_from requirements.txt
+exec "$python" "$root/scripts/demo.py" "$@"
