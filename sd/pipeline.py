@@ -15,6 +15,7 @@ import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from sd.config import SD15
 from sd.ddpm import DDPMSampler
-from sd.images import image_to_tensor, tensor_to_array
+from sd.images import image_to_tensor, read_image, tensor_to_array
 from sd.model_loader import Device, Models, best_device, load_models
 from sd.sampler import Sampler, draw_noise
 from sd.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ class Step:
 def generate(
     prompt: str | list[str],
     uncond_prompt: str | list[str] = "",
-    input_image: Image.Image | np.ndarray | None = None,
+    input_image: str | Path | Image.Image | np.ndarray | None = None,
     strength: float = 0.8,
     do_cfg: bool = True,
     cfg_scale: float = 7.5,
@@ -71,13 +72,15 @@ def generate(
     model was trained on. `device` is where to compute, and `idle_device` where the networks wait for their turn.
     `models` defaults to the tiny model, `tokenizer` to the models' own, `n_inference_steps` to the sampler's own.
 
-    Raises ValueError, before any work, for arguments that cannot be.
+    Raises ValueError, before any work, for an argument that cannot be, and what `read_image` and `load_models` raise.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     check_request(prompts, uncond_prompt, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width)
+    input_image = None if input_image is None else read_image(input_image)
     models = models or load_models(device=device)
     models = replace(models, tokenizer=tokenizer) if tokenizer else models
     device = models.device if device is None else best_device(device)
+    idle_device = None if idle_device is None else best_device(idle_device)
 
     generators = make_generators(seed, len(prompts))
     sampler = SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
@@ -126,19 +129,23 @@ def get_latents(
 ) -> Tensor:
     """What to start from: float32 latents (B, 4, height / 8, width / 8), pure noise unless there is an `input_image`.
 
-    The image is encoded, and noised to the level of the first timestep that the `sampler` visits.
+    The image is encoded, and noised to the level of the first timestep that the `sampler` visits. `seed` may also be
+    the list of generators that the sampler goes on drawing from. Raises ValueError for a size that cannot be.
     """
-    height, width = height or models.config.image_size, width or models.config.image_size
     vae = models.config.vae
-    generators = make_generators(seed, batch_size) if not isinstance(seed, list) else seed
+    _check_size(height, width, vae.downscale)
+    height, width = height or models.config.image_size, width or models.config.image_size
+    generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
     shape = (batch_size, vae.latent_channels, height // vae.downscale, width // vae.downscale)
     noise = draw_noise(shape, generators)
     if input_image is None:
         return noise.to(_place(models.diffusion)[0])
+    if sampler is None:
+        raise ValueError("sampler should be given with input_image: it knows how much noise to add.")
     device, dtype = _place(models.encoder)
     image = image_to_tensor(input_image, height, width).to(device, dtype)  # (1, 3, H, W)
     latents = models.encoder(image, noise.to(device, dtype)).float()  # (B, 4, H/8, W/8)
-    return sampler.add_noise(latents, sampler.timesteps[0]).to(_place(models.diffusion)[0])
+    return sampler.add_noise(latents, sampler.timesteps[0])
 
 
 @torch.no_grad()
@@ -151,12 +158,16 @@ def denoise(
     the prompt adds to the unconditional prediction (2207.12598, eq. 6, with cfg_scale = 1 + w):
 
         e = e_uncond + cfg_scale (e_cond - e_uncond)
+
+    Raises ValueError for a context of any other number of rows than B or 2B.
     """
+    if len(context) not in (len(latents), 2 * len(latents)):
+        raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
     device, dtype = _place(models.diffusion)
-    context = context.to(device, dtype)
+    latents, context = latents.to(device), context.to(device, dtype)
     repeats = len(context) // len(latents)  # 2 with guidance, 1 without
     for index, timestep in enumerate(sampler.timesteps):
-        inputs = latents.to(device, dtype).repeat(repeats, 1, 1, 1)  # (2B, 4, h, w)
+        inputs = latents.to(dtype).repeat(repeats, 1, 1, 1)  # (2B, 4, h, w)
         timesteps = timestep.to(device).expand(len(inputs))  # (2B,)
         noise = noise_cond = models.diffusion(inputs, context, timesteps).float()  # (2B, 4, h, w)
         noise_uncond = None
@@ -173,7 +184,7 @@ def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
     """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3)."""
     device, dtype = _place(models.decoder)
     # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
-    images = [models.decoder(one.to(device, dtype)) for one in latents.split(1)]
+    images = [models.decoder(one.to(device, dtype)).cpu() for one in latents.split(1)]
     return tensor_to_array(torch.cat(images))
 
 
@@ -196,7 +207,7 @@ def check_request(
     width: int | None = None,
 ) -> None:
     """Raises ValueError, in one sentence, for the first of `generate`'s arguments that cannot be."""
-    max_steps, multiple = SD15.schedule.num_training_steps, SD15.vae.downscale
+    max_steps = SD15.schedule.num_training_steps
     _require(_is_texts(prompts), "prompt", prompts, "a text or a list of one text or more")
     unconds = [uncond_prompt] * len(prompts) if isinstance(uncond_prompt, str) else uncond_prompt
     _require(_is_texts(unconds), "uncond_prompt", uncond_prompt, "a text or a list of texts")
@@ -218,6 +229,10 @@ def check_request(
         seed,
         "a whole number from 0 to 2**63 - 1",
     )
+    _check_size(height, width, SD15.vae.downscale)
+
+
+def _check_size(height: int | None, width: int | None, multiple: int) -> None:
     for name, size in (("height", height), ("width", width)):
         ok = size is None or (_is_number(size, multiple, whole=True) and size % multiple == 0)
         _require(ok, name, size, f"a multiple of {multiple} pixels")

@@ -9,6 +9,9 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+# Tests are small: on a busy machine, threads that wait for one another cost far more time than they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A busy machine is not a failing test.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")

@@ -107,6 +107,16 @@ def test_steps_by_hand_are_what_generate_does(models):
     assert np.array_equal(image[0], generate("a cat", "blurry", models=models, seed=5, **QUICK))
 
 
+def test_steps_by_hand_refuse_what_cannot_be(models, picture):
+    with pytest.raises(ValueError, match="height should be a multiple of 8 pixels, not 100"):
+        pipeline.get_latents(models, 1, 100, 64)
+    with pytest.raises(ValueError, match="sampler should be given with input_image"):
+        pipeline.get_latents(models, 1, 64, 64, input_image=picture)
+    latents, sampler = pipeline.get_latents(models, 2), pipeline.SAMPLERS["ddpm"]()
+    with pytest.raises(ValueError, match="context should have 2 or 4 rows, not 3"):
+        next(pipeline.denoise(models, latents, torch.zeros(3, 77, 32), sampler))
+
+
 def test_denoise_without_guidance(models):
     context = pipeline.encode_prompt(models, ["a cat", "a dog"], None)
     assert context.shape == (2, 77, 32)

@@ -63,4 +63,5 @@ def test_ddpm(steps, strength, beta_schedule, prediction_type):
     expected = diffusers_trajectory(scheduler, noisy, sampler.timesteps, seed=3)
     actual = our_trajectory(sampler, noisy)
     worst = max(((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
-    assert worst <= 1e-5, f"the trajectories differ by {worst:.2e}"
+    print(f"maximum relative difference {worst:.1e}")  # shown by pytest -rP
+    assert worst <= 1e-5

@@ -1,0 +1,166 @@
+"""The demo script, as a person runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import demo
+from sd.checkpoint import write_checkpoint
+from tests.synthetic import MICRO, random_state
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--steps", "2", "--width", "32", "--height", "40", "--device", "cpu", "--dtype", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "micro.ckpt"
+    write_checkpoint(path, random_state(MICRO), MICRO.to_dict())
+    return str(path)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys, checkpoint):
+    """Runs the demo in an empty folder -> exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        quick = [*QUICK, "--checkpoint", checkpoint]
+        monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, quick), *map(str, arguments)])
+        try:
+            code = demo.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def names():
+    return sorted(path.name for path in Path().iterdir())
+
+
+def test_writes_a_picture_and_says_where(run):
+    code, out, _ = run("a cat", "--negative", "a dog", "--seed", 5, "--cfg-scale", 3)
+    assert code == 0
+    path, _, seed, seconds, _ = out.split()
+    assert (path, seed) == ("picture.png", "5")
+    assert 0 < float(seconds) < 100
+    with Image.open("picture.png") as picture:
+        assert picture.size == (32, 40)
+        assert picture.text["parameters"] == (
+            "a cat\nNegative prompt: a dog\nSteps: 2, Sampler: DDPM, CFG scale: 3, Seed: 5, Size: 32x40, Model: micro"
+        )
+    assert names() == ["picture.png"]
+
+
+def test_never_overwrites_by_itself(run):
+    for expected in (["picture.png"], ["picture-2.png", "picture.png"]):
+        assert run("a cat")[0] == 0
+        assert names() == expected
+
+
+def test_several_pictures_are_those_of_their_seeds(run):
+    run("a cat", "--n", 3, "--seed", 7, "--out", "cat.png")
+    assert names() == ["cat-2.png", "cat-3.png", "cat.png"]
+    run("a cat", "--seed", 8, "--out", "alone.png")
+    alone, second = (np.asarray(Image.open(name)) for name in ("alone.png", "cat-2.png"))
+    assert np.array_equal(alone, second)
+
+
+def test_out_may_be_a_folder(run):
+    assert run("a cat", "--out", "new/folder")[0] == 0
+    assert Path("new/folder/picture.png").exists()
+    assert run("a cat", "--out", "new")[0] == 0
+    assert Path("new/picture.png").exists()
+
+
+def test_overwrite_only_when_told(run):
+    Path("cat.png").write_text("precious")
+    code, _, err = run("a cat", "--out", "cat.png")
+    assert code == 2
+    assert "cat.png is there already" in err
+    assert Path("cat.png").read_text() == "precious"
+    assert run("a cat", "--out", "cat.png", "--overwrite")[0] == 0
+    assert Image.open("cat.png").size == (32, 40)
+
+
+def test_image_to_image(run):
+    Image.new("RGB", (50, 30), "red").save("red.jpg")
+    assert run("a cat", "--image", "red.jpg", "--strength", 0.5, "--out", "cat.png")[0] == 0
+    with Image.open("cat.png") as picture:
+        assert picture.text["parameters"].endswith("Denoising strength: 0.5")
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--steps", 0], "--steps should be a whole number from 1 to 1000, not 0."),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--width", 100], "--width should be a multiple of 8 pixels, not 100."),
+        (["--strength", 2], "--strength should be a number above 0 and at most 1, not 2.0."),
+        (["--cfg-scale", "nan"], "--cfg-scale should be a number; 1 to 14 is usual, not nan."),
+        (["--sampler", "magic"], "--sampler should be one of ddpm, not 'magic'."),
+        (["--seed", -1], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
+        (["--n", 0], "--n should be at least 1, not 0."),
+        (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
+        (["--device", "gpu"], "--device should be one that torch can use here, such as 'cpu', not 'gpu'."),
+        (["--image", "none.png"], "--image should be a file: there is none at none.png."),
+        (["--image", "text.png"], "text.png"),
+        (["--checkpoint", "none.ckpt"], "--checkpoint should be a file: there is none at none.ckpt."),
+        (["--checkpoint", "page.ckpt"], "web page (HTML)"),
+        (["--out", "picture.jpg"], "--out should be a .png file or a folder, not picture.jpg."),
+        (["--magic"], "unrecognized arguments: --magic"),
+    ],
+)
+def test_bad_input_is_one_sentence(run, arguments, sentence):
+    Path("text.png").write_text("not a picture")
+    Path("page.ckpt").write_text("<!DOCTYPE html><html></html>")
+    code, out, err = run("a cat", *arguments)
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert err.startswith("demo.py: ")
+    assert err.count("\n") == 1
+    assert names() == ["page.ckpt", "text.png"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_long_prompts_are_warned_about_in_one_line(run):
+    code, _, err = run("a cat " * 50)
+    assert code == 0
+    assert "demo.py: Only 75 of the prompt's 100 tokens fit. Dropped: 'cat a cat" in err
+    assert "UserWarning" not in err
+
+
+def test_interruption_leaves_nothing_half_written(run, monkeypatch):
+    from sd import pipeline
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "decode_latents", interrupt)
+    code, out, err = run("a cat")
+    assert code == 130
+    assert out == ""
+    assert "interrupted" in err
+    assert names() == []
+
+
+def test_help_and_errors_do_not_wait_for_torch():
+    code = "import sys, scripts.demo as d; d.parse(['a cat']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_without_any_weights_it_says_where_to_get_them(monkeypatch, tmp_path, capsys):
+    from sd import model_loader
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_loader, "TINY_CHECKPOINT", tmp_path / "tiny.ckpt")
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    assert demo.main() == 2
+    assert "python scripts/download.py" in capsys.readouterr().err
