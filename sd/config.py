@@ -50,6 +50,11 @@ class UNetConfig:
     groups: int = 32
     context_width: int = 768
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether it sees, beside the latents, a mask and a masked picture."""
+        return self.in_channels > self.out_channels
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:

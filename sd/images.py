@@ -18,8 +18,10 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+Picture = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 
-def read_image(source: str | os.PathLike | BinaryIO | Image.Image | np.ndarray) -> Image.Image:
+
+def read_image(source: Picture) -> Image.Image:
     """Read a picture as a viewer shows it: a PIL image of mode RGB, in sRGB, upright, transparency over white.
 
     `source` is a path, a file that is open for reading bytes, a PIL image, which is left as it is, or an array, uint8
@@ -52,12 +54,12 @@ def read_image(source: str | os.PathLike | BinaryIO | Image.Image | np.ndarray) 
         return _load(image, name)
 
 
-def image_to_tensor(image: Image.Image | np.ndarray, height: int, width: int) -> Tensor:
-    """Turn a picture, PIL or uint8 (H, W, 3), into float32 (1, 3, height, width) in [-1, 1]: pixel / 127.5 - 1.
+def image_to_tensor(image: Picture, height: int, width: int) -> Tensor:
+    """Turn a picture into float32 (1, 3, height, width) in [-1, 1]: pixel / 127.5 - 1.
 
     A picture of another shape is cropped about its centre, never stretched, and resized with a Lanczos filter.
 
-    Raises ValueError for an array of another kind and for a size below 1, and what `read_image` raises.
+    Raises ValueError for a size below 1, and what `read_image` raises.
     """
     if height < 1 or width < 1:
         raise ValueError(f"Height and width must be at least 1 pixel, not {height} and {width}.")

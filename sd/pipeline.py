@@ -10,27 +10,23 @@ Noise is drawn and latents are kept in float32 whatever the dtype of the network
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sd.config import SD15
-from sd.ddpm import DDPMSampler
-from sd.images import image_to_tensor, read_image, tensor_to_array
+from sd.arguments import check_request, check_size
+from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
+from sd.inpainting import Known, read_mask, without_masked
 from sd.model_loader import Device, Models, best_device, load_models
 from sd.sampler import Sampler, draw_noise
+from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
-
-SAMPLERS: dict[str, type[Sampler]] = {"ddpm": DDPMSampler}
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,8 @@ class Step:
 def generate(
     prompt: str | list[str],
     uncond_prompt: str | list[str] = "",
-    input_image: str | Path | Image.Image | np.ndarray | None = None,
+    input_image: Picture | None = None,
+    mask_image: Picture | None = None,
     strength: float = 0.8,
     do_cfg: bool = True,
     cfg_scale: float = 7.5,
@@ -62,21 +59,28 @@ def generate(
     tokenizer: Tokenizer | None = None,
     height: int | None = None,
     width: int | None = None,
+    feather: float = 0,
 ) -> np.ndarray:
     """A picture for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
     `uncond_prompt` says what the picture should not show, and `cfg_scale` how much more it should follow the prompt
     than that; without `do_cfg` neither counts. `input_image` is the picture to start from, cropped to the size asked
-    for; `strength`, in (0, 1], is how much of it may change. `seed` makes the picture repeatable: picture i of a list
-    is the one that `seed + i` would give alone. `height` and `width` are multiples of 8, by default the size that the
-    model was trained on. `device` is where to compute, and `idle_device` where the networks wait for their turn.
-    `models` defaults to the tiny model, `tokenizer` to the models' own, `n_inference_steps` to the sampler's own.
+    for; `strength`, in (0, 1], is how much of it may change, and `mask_image` where: white is repainted, black stays
+    to the byte, and the edges of the white are softened over `feather` pixels. `seed` makes the picture repeatable:
+    picture i of a list is the one that `seed + i` would give alone. `height` and `width` are multiples of 8, by default
+    the size that the model was trained on. `device` is where to compute, and `idle_device` where networks wait for
+    their turn. `models` defaults to the tiny model, `tokenizer` to the models' own, `n_inference_steps` to the
+    sampler's own.
 
     Raises ValueError, before any work, for an argument that cannot be, and what `read_image` and `load_models` raise.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    check_request(prompts, uncond_prompt, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width)
-    input_image = None if input_image is None else read_image(input_image)
+    check_request(
+        prompts, uncond_prompt, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width, feather
+    )
+    if mask_image is not None and input_image is None:
+        raise ValueError("input_image should be given with mask_image: it is the picture to repaint.")
+    input_image, mask_image = (image if image is None else read_image(image) for image in (input_image, mask_image))
     models = models or load_models(device=device)
     models = replace(models, tokenizer=tokenizer) if tokenizer else models
     device = models.device if device is None else best_device(device)
@@ -91,12 +95,18 @@ def generate(
     with _awake(models.clip, device, idle_device):
         context = encode_prompt(models, prompts, uncond_prompt if do_cfg else None)
     with _awake(models.encoder, device, idle_device):
-        latents = get_latents(models, len(prompts), height, width, generators, input_image, sampler)
+        if mask_image is None and not models.config.unet.inpaints:
+            known = None
+            latents = get_latents(models, len(prompts), height, width, generators, input_image, sampler)
+        else:
+            known = get_known(models, len(prompts), height, width, generators, input_image, mask_image, feather)
+            latents = known.start(sampler, 1 if input_image is None else strength)
     with _awake(models.diffusion, device, idle_device):
-        for step in tqdm(denoise(models, latents, context, sampler, cfg_scale), total=len(sampler.timesteps)):
+        for step in tqdm(denoise(models, latents, context, sampler, cfg_scale, known), total=len(sampler.timesteps)):
             latents = step.latents
     with _awake(models.decoder, device, idle_device):
         images = decode_latents(models, latents)
+    images = images if known is None else known.paste(images)
     return images[0] if isinstance(prompt, str) else images
 
 
@@ -124,7 +134,7 @@ def get_latents(
     height: int | None = None,
     width: int | None = None,
     seed: int | list[torch.Generator] | None = None,
-    input_image: Image.Image | np.ndarray | None = None,
+    input_image: Picture | None = None,
     sampler: Sampler | None = None,
 ) -> Tensor:
     """What to start from: float32 latents (B, 4, height / 8, width / 8), pure noise unless there is an `input_image`.
@@ -132,25 +142,64 @@ def get_latents(
     The image is encoded, and noised to the level of the first timestep that the `sampler` visits. `seed` may also be
     the list of generators that the sampler goes on drawing from. Raises ValueError for a size that cannot be.
     """
-    vae = models.config.vae
-    _check_size(height, width, vae.downscale)
-    height, width = height or models.config.image_size, width or models.config.image_size
+    height, width = _size(models, height, width)
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
-    shape = (batch_size, vae.latent_channels, height // vae.downscale, width // vae.downscale)
-    noise = draw_noise(shape, generators)
+    noise = draw_noise(_latent_shape(models, batch_size, height, width), generators)
     if input_image is None:
         return noise.to(_place(models.diffusion)[0])
     if sampler is None:
         raise ValueError("sampler should be given with input_image: it knows how much noise to add.")
-    device, dtype = _place(models.encoder)
-    image = image_to_tensor(input_image, height, width).to(device, dtype)  # (1, 3, H, W)
-    latents = models.encoder(image, noise.to(device, dtype)).float()  # (B, 4, H/8, W/8)
+    latents = _encode(models, image_to_tensor(input_image, height, width), noise)
     return sampler.add_noise(latents, sampler.timesteps[0])
 
 
 @torch.no_grad()
+def get_known(
+    models: Models,
+    batch_size: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int | list[torch.Generator] | None = None,
+    input_image: Picture | None = None,
+    mask_image: Picture | None = None,
+    feather: float = 0,
+) -> Known:
+    """What `denoise` must keep of `input_image`: all but where `mask_image` is white. No mask: nothing of it.
+
+    The other arguments are those of `get_latents`. Raises ValueError for a size that cannot be.
+    """
+    height, width = _size(models, height, width)
+    picture, mask = torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width)
+    if input_image is not None:
+        picture = image_to_tensor(input_image, height, width)
+    if mask_image is not None:
+        mask = read_mask(mask_image, height, width, feather)
+    generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
+    shape = _latent_shape(models, batch_size, height, width)
+    latents = _encode(models, picture, draw_noise(shape, generators))
+    noise = draw_noise(shape, generators)
+    condition = None
+    if models.config.unet.inpaints:
+        rest = _encode(models, without_masked(picture, mask), draw_noise(shape, generators))
+        small = F.interpolate((mask >= 0.5).float(), size=shape[2:])  # (1, 1, H/8, W/8)
+        condition = torch.cat([small.expand(batch_size, -1, -1, -1).to(rest), rest], dim=1)  # (B, 5, H/8, W/8)
+    return Known(picture, mask, latents, noise, condition)
+
+
+def _encode(models: Models, picture: Tensor, noise: Tensor) -> Tensor:
+    """picture (1, 3, H, W), noise (B, 4, H/8, W/8) -> B samples of its latents, float32 (B, 4, H/8, W/8)."""
+    device, dtype = _place(models.encoder)
+    return models.encoder(picture.to(device, dtype), noise.to(device, dtype)).float()
+
+
+@torch.no_grad()
 def denoise(
-    models: Models, latents: Tensor, context: Tensor, sampler: Sampler, cfg_scale: float = 7.5
+    models: Models,
+    latents: Tensor,
+    context: Tensor,
+    sampler: Sampler,
+    cfg_scale: float = 7.5,
+    known: Known | None = None,
 ) -> Iterator[Step]:
     """Takes the noise out of latents (B, 4, h, w), step by step, and yields a `Step` after each.
 
@@ -159,15 +208,19 @@ def denoise(
 
         e = e_uncond + cfg_scale (e_cond - e_uncond)
 
-    Raises ValueError for a context of any other number of rows than B or 2B.
+    `known` is what inpainting must keep. Raises ValueError for a context of any other number of rows than B or 2B,
+    and for an inpainting U-Net without `known`.
     """
     if len(context) not in (len(latents), 2 * len(latents)):
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
+    if known is None and models.config.unet.inpaints:
+        raise ValueError("known should be what `get_known` gives: the U-Net of this checkpoint is made for inpainting.")
     device, dtype = _place(models.diffusion)
     latents, context = latents.to(device), context.to(device, dtype)
     repeats = len(context) // len(latents)  # 2 with guidance, 1 without
     for index, timestep in enumerate(sampler.timesteps):
-        inputs = latents.to(dtype).repeat(repeats, 1, 1, 1)  # (2B, 4, h, w)
+        inputs = latents if known is None else known.beside(latents)  # (B, 4 or 9, h, w)
+        inputs = inputs.to(dtype).repeat(repeats, 1, 1, 1)  # (2B, 4 or 9, h, w)
         timesteps = timestep.to(device).expand(len(inputs))  # (2B,)
         noise = noise_cond = models.diffusion(inputs, context, timesteps).float()  # (2B, 4, h, w)
         noise_uncond = None
@@ -176,6 +229,8 @@ def denoise(
             noise = noise_uncond + cfg_scale * (noise_cond - noise_uncond)  # (B, 4, h, w)
         denoised, _ = sampler.predict(timestep, latents, noise)
         latents = sampler.step(timestep, latents, noise)
+        if known is not None:
+            latents = known.keep(latents, sampler, index + 1)
         yield Step(index, timestep.item(), latents, denoised, noise, noise_uncond, noise_cond)
 
 
@@ -188,68 +243,21 @@ def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
     return tensor_to_array(torch.cat(images))
 
 
+def _size(models: Models, height: int | None, width: int | None) -> tuple[int, int]:
+    check_size(height, width, models.config.vae.downscale)
+    return height or models.config.image_size, width or models.config.image_size
+
+
+def _latent_shape(models: Models, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
+    vae = models.config.vae
+    return batch_size, vae.latent_channels, height // vae.downscale, width // vae.downscale
+
+
 def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
     """One random generator per image, seeded with seed, seed + 1, ...; unforeseeably without a seed."""
     if seed is None:
         seed = torch.Generator().seed() % 2**32
     return [torch.Generator().manual_seed(seed + i) for i in range(batch_size)]
-
-
-def check_request(
-    prompts: list[str],
-    uncond_prompt: str | list[str] = "",
-    strength: float = 0.8,
-    cfg_scale: float = 7.5,
-    sampler_name: str = "ddpm",
-    n_inference_steps: int | None = None,
-    seed: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-) -> None:
-    """Raises ValueError, in one sentence, for the first of `generate`'s arguments that cannot be."""
-    max_steps = SD15.schedule.num_training_steps
-    _require(_is_texts(prompts), "prompt", prompts, "a text or a list of one text or more")
-    unconds = [uncond_prompt] * len(prompts) if isinstance(uncond_prompt, str) else uncond_prompt
-    _require(_is_texts(unconds), "uncond_prompt", uncond_prompt, "a text or a list of texts")
-    _require(
-        len(unconds) == len(prompts), "uncond_prompt", uncond_prompt, f"one text, or {len(prompts)} like the prompts"
-    )
-    _require(_is_number(strength, 0, 1) and strength > 0, "strength", strength, "a number above 0 and at most 1")
-    _require(_is_number(cfg_scale), "cfg_scale", cfg_scale, "a number; 1 to 14 is usual")
-    _require(sampler_name in SAMPLERS, "sampler_name", sampler_name, f"one of {', '.join(SAMPLERS)}")
-    _require(
-        n_inference_steps is None or _is_number(n_inference_steps, 1, max_steps, whole=True),
-        "n_inference_steps",
-        n_inference_steps,
-        f"a whole number from 1 to {max_steps}",
-    )
-    _require(
-        seed is None or _is_number(seed, 0, 2**63 - len(prompts), whole=True),
-        "seed",
-        seed,
-        "a whole number from 0 to 2**63 - 1",
-    )
-    _check_size(height, width, SD15.vae.downscale)
-
-
-def _check_size(height: int | None, width: int | None, multiple: int) -> None:
-    for name, size in (("height", height), ("width", width)):
-        ok = size is None or (_is_number(size, multiple, whole=True) and size % multiple == 0)
-        _require(ok, name, size, f"a multiple of {multiple} pixels")
-
-
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} should be {allowed}, not {value!r}.")
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(text, str) for text in value)
-
-
-def _is_number(value: object, low: float = -math.inf, high: float = math.inf, whole: bool = False) -> bool:
-    kind = numbers.Integral if whole else numbers.Real
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
 
 
 def _place(network: nn.Module) -> tuple[torch.device, torch.dtype]:

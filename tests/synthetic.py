@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sd.config import SD15, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from sd.model_converter import POSITION_IDS, compvis_shapes, empty_networks, from_compvis
+from sd.model_loader import Models
+from sd.tokenizer import Tokenizer
 
 # As small as the topology allows, for what does not depend on width.
 MICRO = ModelConfig(
@@ -55,3 +57,9 @@ def random_networks(config: ModelConfig, seed: int = 0) -> SimpleNamespace:
         networks[name].load_state_dict(state, assign=True)
         networks[name].eval().requires_grad_(False)
     return SimpleNamespace(**networks)
+
+
+def random_models(config: ModelConfig, seed: int = 0) -> Models:
+    """The same as `load_models` gives."""
+    networks = random_networks(config, seed)
+    return Models(**vars(networks), tokenizer=Tokenizer(), config=config, device=torch.device("cpu"))

@@ -8,16 +8,15 @@ import torch
 from PIL import Image
 
 from sd import generate, pipeline
-from sd.model_loader import Models
 from sd.tokenizer import Tokenizer
-from tests.synthetic import MICRO, random_networks
+from tests.synthetic import MICRO, random_models
 
 QUICK = {"n_inference_steps": 3, "height": 32, "width": 32}
 
 
 @pytest.fixture(scope="module")
 def models():
-    return Models(**vars(random_networks(MICRO)), tokenizer=Tokenizer(), config=MICRO, device=torch.device("cpu"))
+    return random_models(MICRO)
 
 
 @pytest.fixture
@@ -134,10 +133,9 @@ def test_encode_prompt_puts_the_unconditional_half_first(models):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_draws_nearly_the_same_picture(models, dtype):
-    networks = random_networks(MICRO)
-    for network in vars(networks).values():
+    half = random_models(MICRO)
+    for network in (half.clip, half.encoder, half.decoder, half.diffusion):
         network.to(dtype)
-    half = Models(**vars(networks), tokenizer=models.tokenizer, config=MICRO, device=torch.device("cpu"))
     expected = generate("a cat", models=models, seed=1, cfg_scale=2.0, **QUICK)
     actual = generate("a cat", models=half, seed=1, cfg_scale=2.0, **QUICK)
     assert np.abs(actual.astype(int) - expected.astype(int)).mean() < 6

@@ -7,10 +7,8 @@ from PIL import Image
 
 from sd import generate
 from sd.model_converter import to_compvis
-from sd.model_loader import Models
-from sd.tokenizer import Tokenizer
 from tests.parity import reference
-from tests.synthetic import MICRO, random_networks
+from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -20,21 +18,19 @@ PROMPT, NEGATIVE = "A painting of a lighthouse, it's 4k!", "blurry, dark"
 
 @pytest.fixture(scope="module")
 def models():
-    return Models(
-        **vars(random_networks(MICRO, seed=3)), tokenizer=Tokenizer(), config=MICRO, device=torch.device("cpu")
-    )
+    return random_models(MICRO, seed=3)
 
 
 def make_pipeline(cls, models):
     state = to_compvis(models)
     pipe = cls(
-        vae=reference.vae(MICRO, state),
-        text_encoder=reference.text_encoder(MICRO, state),
+        vae=reference.vae(models.config, state),
+        text_encoder=reference.text_encoder(models.config, state),
         tokenizer=transformers.CLIPTokenizer(
             vocab=models.tokenizer.vocab, merges=models.tokenizer.merges, model_max_length=77
         ),
-        unet=reference.unet(MICRO, state),
-        scheduler=diffusers.PNDMScheduler(steps_offset=1),
+        unet=reference.unet(models.config, state),
+        scheduler=diffusers.PNDMScheduler(steps_offset=1, skip_prk_steps=True),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -90,12 +86,14 @@ def test_without_guidance(models):
     assert_same_pictures(actual, expected)
 
 
+def make_picture():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
+
+
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_image_to_image(models, strength):
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
-        (64, 64), Image.Resampling.BICUBIC
-    )
+    picture = make_picture()
     pipe = make_pipeline(diffusers.StableDiffusionImg2ImgPipeline, models)
     expected = pipe(
         PROMPT,
@@ -118,3 +116,29 @@ def test_image_to_image(models, strength):
         n_inference_steps=10,
     )
     assert_same_pictures(actual, expected)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.8])
+def test_the_inpainting_checkpoint(strength):
+    models = random_models(INPAINTING_MICRO, seed=3)
+    picture, mask = make_picture(), Image.new("L", (64, 64))
+    mask.paste(255, (10, 20, 50, 64))
+    pipe = make_pipeline(diffusers.StableDiffusionInpaintPipeline, models)
+    expected = pipe(
+        PROMPT,
+        picture,
+        mask,
+        height=64,
+        width=64,
+        strength=strength,
+        num_inference_steps=10,
+        guidance_scale=7.5,
+        negative_prompt=NEGATIVE,
+        generator=generators(31, 1),
+        output_type="np",
+    ).images[0]
+    options = {"models": models, "seed": 31, "sampler_name": "ddpm", "n_inference_steps": 10}
+    actual = generate(PROMPT, NEGATIVE, picture, mask, strength, **options)
+    painted = np.asarray(mask) == 255  # elsewhere ours puts the picture's own pixels back
+    assert_same_pictures(actual[painted], expected[painted])
+    assert np.array_equal(actual[~painted], np.asarray(picture)[~painted])

@@ -1,0 +1,78 @@
+"""A picture and a mask -> what must stay of the picture while the rest of it is painted anew.
+
+In: a picture, and a mask that is white where it is to be repainted and black where it is to stay. Out: `Known`, which
+`pipeline.denoise` holds on to at every step and which puts the pixels that stay back in the end.
+
+An ordinary U-Net does not know that anything must stay. So after every step the known region is replaced by the
+picture itself, noised to the level that the next step expects (2201.09865, eq. 8). The U-Net of the inpainting
+checkpoint is shown the mask and the rest of the picture as five more input channels and needs no replacing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from sd.images import Picture, image_to_tensor
+from sd.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Known:
+    """What inpainting knows of B pictures, all of it float32."""
+
+    picture: Tensor  # (1, 3, H, W), in [-1, 1]
+    mask: Tensor  # (1, 1, H, W), from 0 where the picture stays to 1 where it is painted
+    latents: Tensor  # (B, 4, h, w), of the whole picture
+    noise: Tensor  # (B, 4, h, w), which brings them to every noise level
+    condition: Tensor | None  # (B, 5, h, w), for the inpainting U-Net: its mask, and the latents of what stays
+
+    def start(self, sampler: Sampler, strength: float) -> Tensor:
+        """The latents (B, 4, h, w) to denoise: the noised picture, or at full strength noise alone."""
+        return self.noise if strength == 1 else sampler.add_noise(self.latents, sampler.timesteps[0], self.noise)
+
+    def beside(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) -> what the U-Net sees, (B, 4, h, w) or for the inpainting U-Net (B, 9, h, w)."""
+        return latents if self.condition is None else torch.cat([latents, self.condition.to(latents)], dim=1)
+
+    def keep(self, latents: Tensor, sampler: Sampler, step: int) -> Tensor:
+        """Latents (B, 4, h, w) before step `step`, with the known region as the picture has it at that noise level."""
+        if self.condition is not None:
+            return latents
+        known = self.latents.to(latents)
+        if step < len(sampler.timesteps):
+            known = sampler.add_noise(known, sampler.timesteps[step], self.noise)
+        # A latent is painted if any of its pixels is: `paste` puts the other pixels back.
+        painted = F.adaptive_max_pool2d(self.mask, latents.shape[2:]).to(latents) > 0
+        return torch.where(painted, latents, known)
+
+    def paste(self, images: np.ndarray) -> np.ndarray:
+        """Painted pictures, uint8 (B, H, W, 3), with what stays put back: to the byte where the mask is 0."""
+        original = np.rint((self.picture[0].permute(1, 2, 0).numpy() + 1) * 127.5)  # (H, W, 3)
+        share = self.mask[0, 0, :, :, None].numpy()  # (H, W, 1)
+        return np.rint(share * images + (1 - share) * original).astype(np.uint8)
+
+
+def read_mask(mask: Picture, height: int, width: int, feather: float = 0) -> Tensor:
+    """A mask picture of any mode and size -> float32 (1, 1, height, width), 1 where white, 0 where black.
+
+    `feather` softens its edges over so many pixels, inwards, so that black stays black.
+    """
+    white = (image_to_tensor(mask, height, width).mean(1, keepdim=True) + 1) / 2  # (1, 1, H, W)
+    # What was pure before the resizing is pure after it: Lanczos rings by a level or two.
+    white = torch.where(white < 3 / 255, 0, torch.where(white > 252 / 255, 1, white))
+    if feather:
+        levels = Image.fromarray((white[0, 0].numpy() * 255).round().astype(np.uint8))
+        blurred = torch.from_numpy(np.array(levels.filter(ImageFilter.GaussianBlur(feather / 2)))) / 255
+        white = white * (2 * blurred - 1).clamp(0, 1)  # half white is where the edge was
+    return white
+
+
+def without_masked(picture: Tensor, mask: Tensor) -> Tensor:
+    """The picture (1, 3, H, W) with grey where it is to be painted, which is how the inpainting U-Net was trained."""
+    return picture * (mask < 0.5)
