@@ -1,8 +1,11 @@
 """Makes pictures from the command line: a prompt, and perhaps a picture to start from -> PNG files.
 
-python scripts/demo.py "a lighthouse at night"
-python scripts/demo.py "an astronaut" --checkpoint data/v1-5-pruned-emaonly.safetensors --steps 30 --seed 7
-python scripts/demo.py "a watercolour" --image photo.jpg --strength 0.6 --out watercolour.png
+    python scripts/demo.py "a lighthouse at night"
+    python scripts/demo.py "an astronaut" --checkpoint data/v1-5-pruned-emaonly.safetensors --steps 30 --seed 7
+    python scripts/demo.py "a watercolour" --image photo.jpg --strength 0.6 --out watercolour.png
+    python scripts/demo.py "a red hat" --image photo.jpg --mask mask.png --feather 8
+
+Every picture carries its prompt and settings; an existing file is never overwritten unless --overwrite says so.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # What `generate` calls its arguments, and what they are called here.
 FLAGS = {
     "uncond_prompt": "--negative",
+    "input_image": "--image",
+    "feather": "--feather",
     "strength": "--strength",
     "n_inference_steps": "--steps",
     "cfg_scale": "--cfg-scale",
@@ -50,6 +55,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("prompt", nargs="?", default=DEFAULT_PROMPT, help=f'what to draw (default: "{DEFAULT_PROMPT}")')
     add("--negative", default="", metavar="TEXT", help="what the picture should not show")
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
+    add("--mask", type=Path, metavar="FILE", help="where to repaint --image: white is painted, black stays")
+    add("--feather", type=float, default=0, metavar="PIXELS", help="softens the edges of --mask (0)")
     add("--strength", type=float, default=0.8, metavar="S", help="how much of --image may change, up to 1 (0.8)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
     add("--cfg-scale", type=float, default=7.5, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5)")
@@ -61,9 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.x weights (default: the tiny model)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
-    add(
-        "--out", type=Path, metavar="PATH", help="a .png file or a folder (default: picture.png or the next free name)"
-    )
+    add("--out", type=Path, metavar="PATH", help="a .png file or a folder (default: picture.png or the next free name)")
     add("--overwrite", action="store_true", help="let --out replace a file that is there")
     return parser.parse_args(arguments)
 
@@ -99,11 +104,12 @@ def make_pictures(options: argparse.Namespace) -> None:
         "n_inference_steps": options.steps,
         "height": options.height,
         "width": options.width,
+        "feather": options.feather,
     }
     pipeline.check_request([options.prompt] * options.n, **settings, seed=seed)
     settings["n_inference_steps"] = options.steps or pipeline.SAMPLERS[options.sampler].default_steps
-    if options.image:
-        settings["input_image"] = images.read_image(options.image)
+    for name, path in (("input_image", options.image), ("mask_image", options.mask)):
+        settings[name] = images.read_image(path) if path else None
 
     started = time.perf_counter()
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
@@ -132,7 +138,9 @@ def check_files(options: argparse.Namespace) -> None:
     """Raises ValueError for what can be told without loading anything."""
     if options.n < 1:
         raise ValueError(f"--n should be at least 1, not {options.n}.")
-    for flag, path in (("--image", options.image), ("--checkpoint", options.checkpoint)):
+    if options.mask and not options.image:
+        raise ValueError("--image should be given with --mask: it is the picture to repaint.")
+    for flag, path in (("--image", options.image), ("--mask", options.mask), ("--checkpoint", options.checkpoint)):
         if path is not None and not path.is_file():
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
 

@@ -96,6 +96,17 @@ def test_image_to_image(run):
         assert picture.text["parameters"].endswith("Denoising strength: 0.5")
 
 
+def test_inpainting(run):
+    Image.new("RGB", (32, 40), "red").save("red.png")
+    mask = Image.new("L", (32, 40))
+    mask.paste(255, (0, 0, 32, 20))
+    mask.save("mask.png")
+    assert run("a cat", "--image", "red.png", "--mask", "mask.png", "--out", "cat.png")[0] == 0
+    pixels = np.asarray(Image.open("cat.png"))
+    assert (pixels[20:] == (255, 0, 0)).all()
+    assert (pixels[:18] != (255, 0, 0)).any()
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -104,13 +115,15 @@ def test_image_to_image(run):
         (["--width", 100], "--width should be a multiple of 8 pixels, not 100."),
         (["--strength", 2], "--strength should be a number above 0 and at most 1, not 2.0."),
         (["--cfg-scale", "nan"], "--cfg-scale should be a number; 1 to 14 is usual, not nan."),
-        (["--sampler", "magic"], "--sampler should be one of ddpm, not 'magic'."),
+        (["--sampler", "magic"], "--sampler should be one of ddpm, "),
         (["--seed", -1], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
         (["--n", 0], "--n should be at least 1, not 0."),
         (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
         (["--device", "gpu"], "--device should be one that torch can use here, such as 'cpu', not 'gpu'."),
         (["--image", "none.png"], "--image should be a file: there is none at none.png."),
-        (["--image", "text.png"], "text.png"),
+        (["--image", "text.png"], "text.png is not a picture that can be read"),
+        (["--mask", "text.png"], "--image should be given with --mask: it is the picture to repaint."),
+        (["--feather", -1], "--feather should be a number of pixels, 0 or more, not -1.0."),
         (["--checkpoint", "none.ckpt"], "--checkpoint should be a file: there is none at none.ckpt."),
         (["--checkpoint", "page.ckpt"], "web page (HTML)"),
         (["--out", "picture.jpg"], "--out should be a .png file or a folder, not picture.jpg."),
