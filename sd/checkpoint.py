@@ -1,0 +1,196 @@
+"""A file on disk -> tensors by name, without running what is in it; and back.
+
+A checkpoint is a dictionary from names to tensors. It lies on disk in one of three formats, told apart by content:
+
+- safetensors: 8 bytes with the length of a header, the header in JSON (name -> dtype, shape, first and last byte), then
+  the numbers of all tensors in a row.
+- torch.save's zip, the usual `.ckpt`: `data.pkl` in it is a pickle of the dictionary, in which each tensor is a note,
+  "the view of storage 7 with this offset, shape and stride"; `data/7` is that storage, plain numbers, not compressed.
+- torch.save before version 1.6: a file that begins with the same pickle, then lists the names of the storages, and then
+  holds each storage behind 8 bytes with its number of elements.
+
+Around the tensors a trainer may have left anything (epochs, callbacks, an optimizer), and a stranger may have left a
+program. Neither is run: see unpickler.py; formats.py reads the three formats.
+
+The file is mapped into memory, not read: the tensors are views of the mapping, and the operating system fetches a page
+when somebody looks at it. The mapping is private, so changing a tensor never changes the file. Do not overwrite a file
+in place while its tensors are in use; `write_checkpoint` puts a new file in its place, which is harmless.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import mmap
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from sd.formats import (
+    MAX_CONFIG_CHARACTERS,
+    SAFETENSORS_DTYPES,
+    Checkpoint,
+    CheckpointError,
+    read_legacy,
+    read_safetensors,
+    read_zip,
+)
+
+__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint", "read_state_dict", "write_checkpoint"]
+
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
+
+FOREIGN_FILES = [  # how they begin, what they are and what to do
+    (b"version https://git-lfs", "a git-lfs pointer; run `git lfs pull` to fetch the file that it stands for"),
+    (b"\x89PNG", "a PNG picture; give a .ckpt or .safetensors file"),
+    (b"\xff\xd8\xff", "a JPEG picture; give a .ckpt or .safetensors file"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"Rar!", "a rar archive; unpack it first"),
+    (b"GGUF", "a GGUF file; give the model's .ckpt or .safetensors file"),
+]
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name. Raises what `read_checkpoint` raises."""
+    return read_checkpoint(path).state
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Map a safetensors or torch file into memory, whatever its suffix.
+
+    `state` holds the tensors under the top-level key `state_dict`, or those of the top level if there is no such dict.
+    `config` is the dict under the top-level key `config` (safetensors: the JSON text `config` of `__metadata__`), as
+    JSON gives it back, so with lists for tuples; None if there is none, or if JSON cannot express it.
+
+    Raises CheckpointError, one sentence, if the file is no checkpoint or damaged; FileNotFoundError; PermissionError.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise CheckpointError("is a folder; give the path of a .ckpt or .safetensors file")
+        if not stat.S_ISREG(mode):
+            raise CheckpointError("is not a regular file; give the path of a .ckpt or .safetensors file")
+        with open(path, "rb") as file:
+            return _read(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}.") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no checkpoint at {path}.") from None
+    except PermissionError:
+        raise PermissionError(f"{path} may not be read by this user.") from None
+    except Exception as error:  # a damaged file can break any step in any way
+        reason = " ".join(str(error)[:200].split()) or type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or not a checkpoint: {reason}.") from error
+
+
+def _read(file: BinaryIO) -> Checkpoint:
+    if not os.fstat(file.fileno()).st_size:
+        raise CheckpointError("is empty; download it again")
+    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    head = data[:512]
+    if head[8:9] == b"{" and head[5:8] == bytes(3):  # first, as the length before the brace can look like any of them
+        return read_safetensors(data)
+    if head.startswith(b"PK"):
+        return read_zip(file, data)
+    if head.startswith(b"\x80"):
+        return read_legacy(data)
+    raise CheckpointError(f"is {_describe(head)}")
+
+
+def _describe(head: bytes) -> str:
+    """What a file that is not a checkpoint is, from how it begins."""
+    for signature, description in FOREIGN_FILES:
+        if head.startswith(signature):
+            return description
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
+    text = _text(head).lower()
+    if text.startswith(("<!doctype", "<html", "<head")):
+        return "a web page (HTML), perhaps a server's error message; download the file itself"
+    if text:
+        return f"a {'JSON' if text[0] in '{[' else 'text'} file; give a .ckpt or .safetensors file"
+    if head[8:9] == b"{":
+        return f"damaged: its safetensors header claims {int.from_bytes(head[:8], 'little'):,} bytes"
+    return "not a checkpoint: neither safetensors nor written by torch.save"
+
+
+def _text(head: bytes) -> str:
+    """What a text file begins with, spaces aside; nothing if these bytes are no text."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # its last character may be cut
+    except UnicodeDecodeError:
+        return ""
+    return text.lstrip() if all(character.isprintable() or character.isspace() for character in text) else ""
+
+
+def write_checkpoint(path: str | os.PathLike, state: dict[str, Tensor], config: dict | None = None) -> None:
+    """Write tensors by name, and a config that JSON can express, as `.safetensors` or torch's `.ckpt`, `.pt`, `.pth`.
+
+    The file appears complete or not at all: an older one of that name stays until the new one is safely on disk.
+    Raises CheckpointError for another suffix, or for a state or a config that cannot be written; OSError.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
+        raise CheckpointError(f"The name of {path} should end in .safetensors, {', '.join(TORCH_SUFFIXES)}.")
+    _check_state(state)
+    text = _config_text(config)
+    tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            if path.suffix == ".safetensors":
+                _write_safetensors(file, tensors, {"format": "pt"} | ({} if config is None else {"config": text}))
+            else:
+                torch.save({"state_dict": tensors, "config": json.loads(text)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _check_state(state: dict[str, Tensor]) -> None:
+    if not state:
+        raise CheckpointError("There are no tensors to write.")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"A state dict maps names to tensors, not {name!r:.80} to {type(tensor).__name__}.")
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in SAFETENSORS_DTYPES.values():
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise CheckpointError(f"Tensor {name!r:.80} ({kind}) cannot be written; only dense, real numbers can.")
+
+
+def _config_text(config: dict | None) -> str:
+    try:
+        text = json.dumps(config)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"The config should hold only what JSON can express: {error}.") from None
+    if not isinstance(config, dict | None) or len(text) > MAX_CONFIG_CHARACTERS:
+        raise CheckpointError(f"The config should be a dict of at most {MAX_CONFIG_CHARACTERS:,} characters of JSON.")
+    return text
+
+
+def _write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """The header keeps the order of `tensors`; in the data the widest dtypes come first, so that all are aligned."""
+    dtype_names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    offsets, end = {}, 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        offsets[name] = [begin, end]
+    header = {"__metadata__": metadata} | {
+        name: {"dtype": dtype_names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets[name]}
+        for name, tensor in tensors.items()
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy())

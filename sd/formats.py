@@ -1,0 +1,255 @@
+"""A checkpoint file that is mapped into memory -> its tensors by name, for each of the three formats.
+
+What every number in the file claims is checked here, in exact integers, before a tensor is made of it. Errors speak of
+the file as "it"; `checkpoint.read_checkpoint` puts its name in front.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from sd.unpickler import Call, Global, StorageNote, TensorNote, Unpickler
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+
+# Honest files stay far below these limits; without them a file of a few kilobytes can claim terabytes.
+MAX_HEADER_BYTES = 32 << 20  # of a pickle or a safetensors header: Stable Diffusion's are below 1 MB
+MAX_CONFIG_CHARACTERS = 1 << 16  # of JSON: ours has 500
+MAX_TENSORS = 100_000
+MAX_DIMENSIONS = 64
+MAX_NUMBER = 1 << 48  # of bytes, elements, or along one dimension
+MAX_REPEATED_ELEMENTS = 1 << 24  # in a tensor that shows elements of its storage more than once (stride 0)
+MAX_INFLATION = 20  # compression barely shrinks weights
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read as a checkpoint, or a state that cannot be written as one."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds: tensors by name, and the configuration if it carries one."""
+
+    state: dict[str, Tensor]
+    config: dict | None
+
+
+# ---- safetensors
+
+
+def read_safetensors(data: mmap.mmap) -> Checkpoint:
+    """8 bytes with the length of the header, the header in JSON, then the tensors without a gap."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    if start > len(data):
+        raise CheckpointError(f"is truncated: its header alone claims {start - 8:,} bytes; download it again")
+    if start > MAX_HEADER_BYTES:
+        raise CheckpointError(f"is damaged: its safetensors header claims {start - 8:,} bytes")
+    header = json.loads(data[8:start].decode(), object_pairs_hook=_unique)
+    metadata = header.pop("__metadata__", {})
+    entries = {name: _safetensors_entry(name, entry) for name, entry in header.items()}
+    position = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            raise CheckpointError(f"is damaged: tensor {name!r:.80} begins at byte {begin:,} instead of {position:,}")
+        position = end
+    if position != len(data) - start:
+        problem = "truncated" if position > len(data) - start else "damaged"
+        raise CheckpointError(f"is {problem}: it has {len(data) - start:,} bytes of tensors instead of {position:,}")
+    if not entries:
+        raise CheckpointError("is a safetensors file without tensors")
+    mapped = _storage(data)
+    state = {}
+    for name, (dtype, shape, begin, end) in entries.items():
+        stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        state[name] = _view(name, _part(mapped, start + begin, end - begin, dtype), dtype, 0, shape, stride)
+    return Checkpoint(state, _parse_config(metadata.get("config")))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(entries := dict(pairs)) != len(pairs):
+        raise CheckpointError("is damaged: its safetensors header has a name twice")
+    return entries
+
+
+def _safetensors_entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """The dtype, shape, first byte and byte behind the last of one tensor, checked against each other."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
+            _check_numbers(name, (*shape, begin, end))
+        case _:
+            raise CheckpointError(f"is damaged: its header lacks dtype, shape or data_offsets of {name!r:.80}")
+    if dtype not in SAFETENSORS_DTYPES:
+        raise CheckpointError(f"has {name!r:.80} in dtype {dtype!r:.20}; known are {', '.join(SAFETENSORS_DTYPES)}")
+    if end - begin != math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
+        raise CheckpointError(f"is damaged: tensor {name!r:.80} has not as many bytes as its dtype and shape need")
+    return SAFETENSORS_DTYPES[dtype], tuple(shape), begin, end
+
+
+# ---- torch.save
+
+
+def read_zip(file: BinaryIO, data: mmap.mmap) -> Checkpoint:
+    """A zip archive: FOLDER/data.pkl holds the notes, FOLDER/data/KEY each storage."""
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile:
+        raise CheckpointError("is truncated: a zip archive without its table of contents; download it again") from None
+    pickled, packed = _check_archive(archive, len(data))
+    folder = pickled.filename.removesuffix("data.pkl")
+    if f"{folder}byteorder" in archive.NameToInfo:
+        _check_byteorder(archive.open(f"{folder}byteorder").read(8) == b"little")
+    mapped = _storage(data)
+
+    def storage_of(note: StorageNote) -> UntypedStorage:
+        info = archive.getinfo(f"{folder}data/{note.key}")
+        if info.filename in packed or info.flag_bits & 1:  # bit 0: encrypted, which `read` refuses
+            return _storage(bytearray(archive.read(info)))
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+        return _part(mapped, info.header_offset + 30 + name_length + extra_length, info.file_size, note.dtype)
+
+    return _from_notes(Unpickler(archive.read(pickled), MAX_HEADER_BYTES).load(), storage_of)
+
+
+def _check_archive(archive: zipfile.ZipFile, size: int) -> tuple[zipfile.ZipInfo, set[str]]:
+    """The pickle's record and the names of the compressed ones, once archive and sizes are known to be plausible."""
+    pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
+    packed = [info for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+    packed_size = sum(info.file_size for info in packed)
+    stored_size = sum(info.file_size for info in archive.infolist()) - packed_size
+    if len(pickles) != 1:
+        raise CheckpointError("is a zip archive that torch.save did not write; unpack it if a checkpoint is in it")
+    if pickles[0].file_size > MAX_HEADER_BYTES:
+        raise CheckpointError(f"is damaged: its pickle claims {pickles[0].file_size:,} bytes")
+    if any(info.compress_type != zipfile.ZIP_DEFLATED for info in packed):
+        raise CheckpointError("is a zip archive compressed by another method than deflate; unpack it and save it again")
+    if stored_size > size or packed_size > MAX_HEADER_BYTES + MAX_INFLATION * size:
+        raise CheckpointError("claims to hold more than fits into a file of its size; it is damaged or an attack")
+    return pickles[0], {info.filename for info in packed}
+
+
+def _check_byteorder(little: bool) -> None:
+    if not little:
+        raise CheckpointError("was saved on a big-endian machine; save it again on a little-endian one")
+
+
+def read_legacy(data: mmap.mmap) -> Checkpoint:
+    """Five pickles (magic number, protocol, system, the notes, the keys of the storages), then the storages."""
+    unpickler = Unpickler(data, MAX_HEADER_BYTES)
+    if unpickler.load() != LEGACY_MAGIC_NUMBER:
+        raise CheckpointError("is a Python pickle that torch.save did not write, so without tensors that can be read")
+    _protocol, system, root, keys = (unpickler.load() for _ in range(4))
+    _check_byteorder(not (isinstance(system, dict) and system.get("little_endian") is False))
+    places = {}
+    position = unpickler.position
+    for key in keys:
+        if type(key) is not str or key not in unpickler.storages:
+            raise CheckpointError("is damaged: it lists a storage that its pickle does not know")
+        note = unpickler.storages[key]
+        if int.from_bytes(data[position : position + 8], "little") != note.count:
+            raise CheckpointError("is damaged or truncated: a storage has not the size that the pickle says")
+        places[key] = (position + 8, note.count * note.dtype.itemsize)
+        position = sum(places[key])
+    mapped = _storage(data)
+    return _from_notes(root, lambda note: _part(mapped, *places[note.key], note.dtype))
+
+
+def _from_notes(root: Any, storage_of: Callable[[StorageNote], UntypedStorage]) -> Checkpoint:
+    """The value of a pickle -> the tensors that its notes describe; `storage_of` raises KeyError for an unknown key."""
+    top = root if isinstance(root, dict) else {}
+    entries = top["state_dict"] if isinstance(top.get("state_dict"), dict) else top
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"has more than {MAX_TENSORS:,} entries")
+    storages: dict[str, UntypedStorage] = {}  # tied tensors share one
+    state = {}
+    for name, note in entries.items():
+        if isinstance(note, TensorNote):
+            key, dtype = note.storage.key, note.storage.dtype
+            try:
+                storages[key] = storages[key] if key in storages else storage_of(note.storage)
+            except KeyError:
+                raise CheckpointError(f"is damaged: the storage of tensor {name!r:.80} is missing") from None
+            _check_numbers(name, (note.storage.count,))
+            if storages[key].nbytes() < note.storage.count * dtype.itemsize:
+                raise CheckpointError(f"is damaged: the storage of tensor {name!r:.80} is too small")
+            state[name] = _view(name, storages[key], dtype, note.offset, note.size, note.stride)
+        elif isinstance(note, Call) and isinstance(note.function, Global) and note.function.name.startswith("_rebuild"):
+            raise CheckpointError(f"has tensor {name!r:.80} of a kind that cannot be read: {note.function.name:.80}")
+    if not state:
+        raise CheckpointError("has no tensors by name, at its top level or under `state_dict`; save model.state_dict()")
+    return Checkpoint(state, _plain_config(top.get("config")))
+
+
+# ---- what the formats share
+
+
+def _storage(data: mmap.mmap | bytearray) -> UntypedStorage:
+    return torch.frombuffer(data, dtype=torch.uint8).untyped_storage() if data else UntypedStorage(0)
+
+
+def _part(mapped: UntypedStorage, start: int, size: int, dtype: torch.dtype) -> UntypedStorage:
+    """Bytes of the mapped file in place, or a copy of them if they do not lie where numbers of this dtype may."""
+    if not 0 <= start <= start + size <= mapped.nbytes():
+        raise CheckpointError("is truncated: a tensor lies beyond its end; download it again")
+    part = mapped[start : start + size]
+    return part.clone() if start % dtype.itemsize else part
+
+
+def _check_numbers(name: str, numbers: tuple) -> None:
+    too_many = len(numbers) > 2 * MAX_DIMENSIONS + 1  # size, stride, offset
+    if too_many or not all(type(number) is int and 0 <= number < MAX_NUMBER for number in numbers):
+        raise CheckpointError(f"is damaged: tensor {name!r:.80} has an impossible shape or place")
+
+
+def _view(name: str, storage: UntypedStorage, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> Tensor:
+    """A tensor in a storage, made only if all of its elements lie inside."""
+    if type(size) is not tuple or type(stride) is not tuple or not len(size) == len(stride) <= MAX_DIMENSIONS:
+        raise CheckpointError(f"is damaged: tensor {name!r:.80} has an impossible shape or place")
+    _check_numbers(name, (offset, *size, *stride))
+    elements = storage.nbytes() // dtype.itemsize
+    end = offset + (1 + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else 0)
+    if end > elements or math.prod(max(length, 1) for length in size) > max(elements, MAX_REPEATED_ELEMENTS):
+        raise CheckpointError(f"is damaged: tensor {name!r:.80} is larger than its storage")
+    return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+
+
+def _plain_config(config: Any) -> dict | None:
+    text = ""
+    try:
+        for piece in json.JSONEncoder().iterencode(config):  # in pieces: a few nested lists can spell out gigabytes
+            text += piece
+            if len(text) > MAX_CONFIG_CHARACTERS:
+                return None
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return _parse_config(text)
+
+
+def _parse_config(text: Any) -> dict | None:
+    try:
+        config = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return config if isinstance(config, dict) else None

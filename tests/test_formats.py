@@ -1,0 +1,281 @@
+"""Files that are no checkpoints are named for what they are; damaged ones end in an error, whatever the damage."""
+
+import io
+import json
+import os
+import pickle
+import random
+import tarfile
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from sd.checkpoint import CheckpointError, read_checkpoint
+from tests.malicious_pickles import (
+    call,
+    in_legacy,
+    in_zip,
+    mapping,
+    name,
+    number,
+    sequence,
+    state_dict,
+    storage,
+    tensor,
+    text,
+)
+
+
+def tar_file() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.ckpt"))
+    return buffer.getvalue()
+
+
+def plain_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("readme.txt", "nothing here")
+    return buffer.getvalue()
+
+
+def safetensors(header: dict | str, data: bytes = bytes(8)) -> bytes:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype="F32", shape=(2,), begin=0, end=8) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+ONE = json.dumps(entry())
+BAD_FILES = {
+    "empty": (b"", "is empty; download it again"),
+    "zip without end": (in_zip(state_dict())[:-30], "truncated: a zip archive without its table"),
+    "zip of something else": (plain_zip(), "zip archive that torch.save did not write"),
+    "two pickles": (in_zip(state_dict(), {"b/data.pkl": state_dict()}), "zip archive that torch.save did not write"),
+    "big-endian zip": (in_zip(state_dict(), {"byteorder": b"big"}), "big-endian machine"),
+    "big-endian legacy": (
+        in_legacy(state_dict()).replace(b"endianq\x02\x88", b"endianq\x02\x89"),
+        "big-endian machine",
+    ),
+    "missing storage": (in_zip(state_dict()).replace(b"archive/data/0", b"archive/data/1"), "storage .* is missing"),
+    "legacy cut in storage": (in_legacy(state_dict())[:-1], "is truncated"),
+    "legacy cut in pickle": (in_legacy(state_dict())[:200], "the pickle is cut off"),
+    "no tensors": (in_zip(pickle.dumps({"epoch": 3}, 2)), "has no tensors by name"),
+    "list of tensors": (in_zip(pickle.dumps([1, 2], 2)), "has no tensors by name"),
+    "other pickle": (pickle.dumps({"weights": [1, 2]}), "a Python pickle that torch.save did not write"),
+    "web page": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", r"a web page \(HTML\)"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 42\n", "git-lfs pointer; run"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(50), "a PNG picture"),
+    "JPEG": (b"\xff\xd8\xff\xe0" + bytes(50), "a JPEG picture"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(50), "a gzip archive; unpack it first"),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "a 7z archive; unpack it first"),
+    "rar": (b"Rar!\x1a\x07\x01\0" + bytes(50), "a rar archive; unpack it first"),
+    "tar": (tar_file(), "a tar archive; unpack it first"),
+    "JSON": (b'{"weight_map": {"a": "model-00001.safetensors"}}', "a JSON file; give"),
+    "text": ("größer\n".encode() * 9, "a text file; give"),
+    "noise": (bytes(range(50)), "not a checkpoint: neither"),
+    "one byte": (b"\0", "not a checkpoint: neither"),
+    "cut in header": (safetensors({"a": entry()})[:30], "truncated: its header alone claims"),
+    "cut in data": (safetensors({"a": entry()})[:-1], "truncated: it has 7 bytes of tensors instead of 8"),
+    "data too long": (safetensors({"a": entry()}) + b"x", "damaged: it has 9 bytes"),
+    "absurd header": (b"\xff" * 8 + b"{}", "header claims 18,446,744,073,709,551,615 bytes"),
+    "no JSON": (safetensors("{oops"), "is damaged"),
+    "no UTF-8": (b"\x03" + bytes(7) + b'{"\xff', "is damaged"),
+    "no entries": (safetensors({"__metadata__": {}}, b""), "a safetensors file without tensors"),
+    "metadata of text": (safetensors({"__metadata__": "x", "a": entry()}), "is damaged"),
+    "twice": (safetensors(f'{{"a":{ONE},"a":{ONE}}}'), "a name twice"),
+    "overlap": (safetensors({"a": entry(), "b": entry(begin=4, end=12)}, bytes(12)), "begins at byte 4 instead of 8"),
+    "gap": (safetensors({"a": entry(begin=4, end=12)}, bytes(12)), "begins at byte 4 instead of 0"),
+    "beyond": (safetensors({"a": entry(shape=(4,), end=16)}), "truncated: it has 8 bytes of tensors instead of 16"),
+    "unknown dtype": (safetensors({"a": entry("F4")}), "has 'a' in dtype 'F4'; known are F64, F32"),
+    "size and shape": (safetensors({"a": entry(shape=(3,))}), "not as many bytes as its dtype and shape need"),
+    "overflow": (safetensors({"a": entry(shape=(2**32, 2**32), end=0)}, b""), "not as many bytes"),
+    "negative shape": (safetensors({"a": entry(shape=(-1, -2))}), "impossible shape or place"),
+    "huge shape": (safetensors({"a": entry(shape=(2**70, 0), end=0)}, b""), "impossible shape or place"),
+    "boolean shape": (safetensors({"a": entry(shape=(True, 2))}), "impossible shape or place"),
+    "fractional shape": (safetensors({"a": entry(shape=(2.0,))}), "impossible shape or place"),
+    "negative offset": (safetensors({"a": entry(begin=-8, end=0)}), "impossible shape or place"),
+    "backwards": (safetensors({"a": entry(begin=8, end=0)}), "not as many bytes"),
+    "many dimensions": (safetensors({"a": entry(shape=(1,) * 99 + (2,))}), "impossible shape or place"),
+    "a million dimensions": (safetensors({"a": entry(shape=(2**47,) * 1_000_000)}), "impossible shape or place"),
+    "entry of text": (safetensors({"a": "F32"}), "header lacks dtype, shape or data_offsets of 'a'"),
+    "entry in part": (safetensors({"a": {"dtype": "F32"}}), "header lacks dtype, shape or data_offsets of 'a'"),
+    "deep header": (safetensors('{"a":' * 100_000), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files_are_named_for_what_they_are(tmp_path, kind):
+    content, message = BAD_FILES[kind]
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(f"{path} ")
+    assert str(caught.value).count("\n") == 0
+    assert str(caught.value).endswith(".")
+
+
+def test_a_path_without_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint at .*absent.ckpt"):
+        read_checkpoint(tmp_path / "absent.ckpt")
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder; give the path of a .ckpt or .safetensors file"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        read_checkpoint(tmp_path / "pipe")
+
+
+def test_a_path_that_cannot_be():
+    with pytest.raises(CheckpointError, match="null"):
+        read_checkpoint("a\0b")
+
+
+@pytest.mark.parametrize("error", [PermissionError, KeyboardInterrupt])
+def test_errors_that_pass(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    (tmp_path / "a.ckpt").write_bytes(in_zip(state_dict()))
+    monkeypatch.setattr("sd.checkpoint._read", fail)
+    with pytest.raises(error):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+ZIP_BOMBS = {
+    "more than fits into a file": (zipfile.ZIP_DEFLATED, 40 << 20),
+    "another method than deflate": (zipfile.ZIP_BZIP2, 1 << 20),
+    "method than deflate": (zipfile.ZIP_LZMA, 1 << 20),
+}
+
+
+@pytest.mark.parametrize("message", ZIP_BOMBS)
+def test_zip_bombs_are_refused(tmp_path, message):
+    compression, size = ZIP_BOMBS[message]
+    path = tmp_path / "bomb.ckpt"
+    path.write_bytes(in_zip(state_dict(), {"data/0": bytes(size)}, compression))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(path)
+
+
+def test_encrypted_records_are_refused(tmp_path):
+    honest = in_zip(state_dict())
+    flags = honest.rindex(b"archive/data/0") - 46 + 8
+    (tmp_path / "a.ckpt").write_bytes(honest[:flags] + b"\1\0" + honest[flags + 2 :])
+    with pytest.raises(CheckpointError, match="encrypted"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_zip_claims_are_checked(tmp_path):
+    path = tmp_path / "evil.ckpt"
+    honest = in_zip(state_dict())
+    for record, message in [("data/0", "more than fits into a file"), ("data.pkl", "its pickle claims 2,147,483,647")]:
+        entry = honest.rindex(f"archive/{record}".encode()) - 46  # in the directory at the end
+        path.write_bytes(honest[: entry + 20] + b"\xff\xff\xff\x7f" * 2 + honest[entry + 28 :])
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(path)
+
+
+HUGE = number(2**63)
+EVIL_TENSORS = {
+    "negative offset": tensor(offset=number(-1)),
+    "offset beyond": tensor(offset=number(1)),
+    "huge offset": tensor(offset=HUGE),
+    "offset of no number": tensor(offset=b"G" + bytes(8)),
+    "boolean offset": tensor(offset=b"\x89"),
+    "negative size": tensor(size=sequence(number(-4))),
+    "size beyond": tensor(size=sequence(number(5))),
+    "huge size": tensor(size=sequence(HUGE)),
+    "sizes that overflow to nothing": tensor(
+        size=sequence(number(2**32), number(2**32)), stride=sequence(*[b"K\0"] * 2)
+    ),
+    "a size of zero beside a huge one": tensor(size=sequence(b"K\0", number(2**40)), stride=sequence(*[b"K\1"] * 2)),
+    "boolean size": tensor(size=sequence(b"\x88")),
+    "size of text": tensor(size=sequence(text("4"))),
+    "size in a list": tensor(size=b"](K\4e"),
+    "no size": tensor(size=b"N"),
+    "negative stride": tensor(stride=sequence(number(-1))),
+    "stride beyond": tensor(stride=sequence(number(2))),
+    "huge stride": tensor(stride=sequence(HUGE)),
+    "fewer strides than sizes": tensor(stride=b")"),
+    "a thousand dimensions": tensor(size=sequence(*[b"K\1"] * 1000), stride=sequence(*[b"K\1"] * 1000)),
+    "a stride of zero, repeated": tensor(size=sequence(number(2**40)), stride=sequence(b"K\0")),
+    "storage larger than its record": tensor(storage(count=number(5))),
+    "storage of negative size": tensor(storage(count=number(-4))),
+    "storage of huge size": tensor(storage(count=HUGE)),
+    "storage of boolean size": tensor(storage(count=b"\x88"), size=b")", stride=b")"),
+    "unknown storage": tensor(storage(key=text("7"))),
+    "storage outside of the folder": tensor(storage(key=text("../data.pkl"))),
+    "storage of no dtype": tensor(storage(kind=name("torch", "float32"))),
+    "storage of another module": tensor(storage(kind=name("os", "FloatStorage"))),
+    "sparse": call(name("torch._utils", "_rebuild_sparse_tensor"), b"N", b"N"),
+    "arguments missing": call(name("torch._utils", "_rebuild_tensor_v2"), storage()),
+}
+
+
+@pytest.mark.parametrize("wrap", [in_zip, in_legacy])
+@pytest.mark.parametrize("evil_tensor", EVIL_TENSORS)
+def test_impossible_tensors_are_refused(tmp_path, evil_tensor, wrap):
+    path = tmp_path / "evil.ckpt"
+    path.write_bytes(wrap(b"\x80\x04" + mapping(evil=EVIL_TENSORS[evil_tensor]) + b"."))
+    with pytest.raises(CheckpointError, match=r"is damaged|cannot be read"):
+        read_checkpoint(path)
+
+
+def seeds() -> dict[str, bytes]:
+    """Small honest files of each format."""
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half(), "c": torch.arange(3)}
+    files = {"safetensors": save(state, {"config": "{}"})}
+    for kind, new in [("zip", True), ("legacy", False)]:
+        buffer = io.BytesIO()
+        value = {"state_dict": state, "config": {"a": [1]}, "epoch": 3}
+        torch.save(value, buffer, _use_new_zipfile_serialization=new)
+        files[kind] = buffer.getvalue()
+    return files | {"protocol 4": in_zip(state_dict()), "deflated": in_zip(state_dict(), {}, zipfile.ZIP_DEFLATED)}
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Flip, overwrite, insert, repeat, remove or cut off bytes at random places, once or a few times."""
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at, length = rng.randrange(len(data)), rng.choice([1, 1, 2, 4, 8, 64])
+        new = rng.choice([rng.randbytes(length), b"\xff" * length, bytes(length), data[:length], b"\x7f" + bytes(3)])
+        start = rng.randrange(len(data))
+        data = rng.choice(
+            [
+                data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :],
+                data[:at] + new + data[at + len(new) :],
+                data[:at] + new + data[at:],
+                data[:at] + data[start : start + length] + data[at:],
+                data[:at] + data[at + length :] or data,
+                data[: max(at, 1)],
+            ]
+        )
+    return data
+
+
+@pytest.mark.parametrize("kind", seeds())
+def test_random_damage_ends_in_an_error_or_not_at_all(tmp_path, kind):
+    rng = random.Random(0)
+    honest = seeds()[kind]
+    path = tmp_path / "a.ckpt"
+    damaged = 0
+    for _ in range(300):
+        path.write_bytes(mutate(honest, rng))
+        try:
+            for tensor in read_checkpoint(path).state.values():
+                tensor.double().sum()
+        except CheckpointError:
+            damaged += 1
+    assert 30 < damaged < 300

@@ -1,0 +1,218 @@
+"""Nothing in a pickle runs; what Python writes is read as Python reads it; hostile files end in an error, and soon."""
+
+import contextlib
+import copyreg
+import functools
+import pickle
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd.checkpoint import CheckpointError, read_checkpoint, read_state_dict
+from sd.unpickler import Call, Global, Unpickler, UnpicklingError
+from tests import malicious_pickles as evil
+from tests.malicious_pickles import in_legacy, in_zip, mapping, number, state_dict, tensor, text
+
+WRAPPERS = {"zip": in_zip, "legacy": in_legacy}
+AUDITED = (
+    *("import", "exec", "compile", "open", "pickle.find_class", "marshal.loads", "code.__new__", "object.__setattr__"),
+    *("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.putenv", "subprocess.Popen", "pty.spawn"),
+    *("shutil.copyfile", "socket.connect", "urllib.Request", "webbrowser.open", "builtins.input", "ctypes.dlopen"),
+)
+events: list | None = None  # what the interpreter did since a test set it to a list
+
+
+def audit(event: str, arguments: tuple) -> None:
+    if events is not None and event in AUDITED:
+        events.append((event, *arguments[:1]))
+
+
+sys.addaudithook(audit)  # cannot be removed again: it is idle while `events` is None
+
+
+def watched(path: Path) -> tuple[torch.Tensor | None, list]:
+    """Read a file; its honest tensor, or None after a CheckpointError, and everything suspicious that happened."""
+    global events
+    events = []
+    try:
+        honest = read_state_dict(path).get("honest")
+    except CheckpointError:
+        honest = None
+    finally:
+        seen, events = events, None
+    return honest, [event for event in seen if event != ("open", str(path))]
+
+
+@pytest.fixture
+def hunting_ground(tmp_path):
+    """A folder with what the attacks bring along, one extension code registered, everything imported that we need."""
+    evil.place_accomplices(tmp_path)
+    copyreg.add_extension("os", "system", 0xF0)
+    for wrap in WRAPPERS.values():
+        (tmp_path / "warm_up").write_bytes(wrap(state_dict()))
+        assert torch.equal(read_state_dict(tmp_path / "warm_up")["honest"], torch.ones(4))
+    yield tmp_path
+    copyreg.remove_extension("os", "system", 0xF0)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("attack", evil.attacks(Path("nowhere")))
+def test_attacks_do_nothing(hunting_ground, attack, wrapper):
+    value = evil.attacks(hunting_ground)[attack]
+    path = hunting_ground / "evil.ckpt"
+    modules, environment = set(sys.modules), len(copyreg._inverted_registry)
+    for pickled in (state_dict(evil=value), b"\x80\x02" + value + b"0" + state_dict()[2:], b"\x80\x02" + value + b"."):
+        path.write_bytes(WRAPPERS[wrapper](pickled))
+        honest, seen = watched(path)
+        assert honest is None or torch.equal(honest, torch.ones(4))
+        assert seen == []
+    assert set(sys.modules) == modules
+    assert len(copyreg._inverted_registry) == environment
+    assert not (hunting_ground / "canary").exists()
+
+
+@pytest.mark.parametrize("attack", evil.ARMED)
+def test_attacks_are_no_blanks(hunting_ground, attack):
+    """Python's own unpickler carries them out, so the test above can fail."""
+    with contextlib.suppress(Exception):  # some fail after the deed
+        pickle.loads(b"\x80\x04" + evil.attacks(hunting_ground)[attack] + b".")
+    assert (hunting_ground / "canary").exists()
+
+
+def test_watching_sees_what_runs(hunting_ground):
+    global events
+    events = []
+    pickle.loads(b"\x80\x02" + evil.attacks(hunting_ground)["os.system"] + b".")
+    seen, events = events, None
+    assert {"pickle.find_class", "os.system"} <= {event[0] for event in seen}
+
+
+def test_most_attacks_load_around_the_placeholder(hunting_ground):
+    loaded = 0
+    for value in evil.attacks(hunting_ground).values():
+        (hunting_ground / "evil.ckpt").write_bytes(in_zip(state_dict(evil=value)))
+        loaded += watched(hunting_ground / "evil.ckpt")[0] is not None
+    assert loaded >= 30
+
+
+VALUES = [
+    *(None, True, False, 0, 255, 256, 65536, -1, 2**31, -(2**31), 2**100, -(2**2000), 0.1, float("inf")),
+    *("", "cat", "x" * 300, "größer", "\ud800", b"", b"bytes" * 100, bytearray(b"abc")),
+    *((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], [1], [1, [2, [3]]], {}, {"a": 1}, {"a": {"b": [1, 2]}, "c": ()}),
+    *(OrderedDict(), OrderedDict(a=1, b=2), [list(range(2500)), {str(i): i for i in range(2500)}]),
+]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:30])
+def test_plain_values_are_read_as_python_reads_them(value, protocol):
+    if protocol < {bytes: 3, bytearray: 5}.get(type(value), 2):
+        pytest.skip("written as a call")
+    unpickler = Unpickler(pickle.dumps(value, protocol) + pickle.dumps("next", protocol), 1 << 20)
+    assert unpickler.load() == value
+    assert unpickler.load() == "next"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_shared_and_cyclic_values_keep_their_identity(protocol):
+    shared = ["shared"]
+    value = {"a": shared, "b": shared, "many": [[i] for i in range(300)]}
+    value["self"] = value
+    recursive = ([],)
+    recursive[0].append(recursive)
+    value["recursive"] = recursive
+    loaded = Unpickler(pickle.dumps(value, protocol), 1 << 20).load()
+    assert loaded["a"] is loaded["b"]
+    assert loaded["self"] is loaded
+    assert loaded["recursive"][0][0] is loaded["recursive"]
+    assert loaded["many"][299] == [299]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_objects_become_notes_and_foreign_keys_are_dropped(protocol):
+    value = {
+        "set": {1, 2},
+        "frozen": frozenset([3]),
+        "path": Path("a"),
+        "class": OrderedDict,
+        5: "five",
+        (1,): 1,
+        int: 2,
+    }
+    loaded = Unpickler(pickle.dumps(value, protocol), 1 << 20).load()
+    assert list(loaded) == ["set", "frozen", "path", "class"]
+    assert all(isinstance(loaded[key], Call) for key in ("set", "frozen", "path"))
+    assert loaded["class"] == Global("collections", "OrderedDict")
+
+
+MALFORMED = {
+    "cut off": b"\x80\x02X\xff\xff",
+    "never put there": b"\x80\x02.",
+    "from its stack": b"\x80\x02N\x85\x86.",
+    "its stack what it": b"\x80\x02Nt.",
+    "never kept": b"\x80\x02h\x05.",
+    "instruction, b'S'": b"\x80\x02S'text'\n.",
+    "instruction, b'\\x82'": b"\x80\x02\x82\xf0.",
+    "not text": b"\x80\x04K\1K\2\x93.",
+    "instructions": b"\x80\x02" + b"N0" * 500_001 + b"N.",
+}
+
+
+@pytest.mark.parametrize("message", MALFORMED)
+def test_malformed_pickles_are_refused(message):
+    with pytest.raises(UnpicklingError, match=message.replace("\\", "\\\\")):
+        Unpickler(MALFORMED[message], 1 << 22).load()
+
+
+def test_a_pickle_longer_than_allowed_is_refused():
+    with pytest.raises(UnpicklingError, match="longer than those of checkpoints"):
+        Unpickler(pickle.dumps("x" * 1000), 500).load()
+
+
+@functools.cache
+def bombs() -> dict[str, bytes]:
+    """Pickles that crash, stall or fill the memory of a careless reader."""
+    big = 2**61 - 1  # integers that are equal modulo this have equal hashes
+    levels = [b"]q%c(h%ch%ce0" % (i + 1, i, i) for i in range(60)]  # each a list that holds the one before twice
+    doubled = b"]q\x000" + b"".join(levels) + b"h\x3c"
+    deep_and_wide = b"]" * 900 + b"(" + b"K\0" * 100_000 + b"e" + b"a" * 899
+    nested_parameter = b"ctorch._utils\n_rebuild_parameter\n(" * 3000 + tensor() + b"\x89NtR" * 3000
+    many = b"".join(text(f"{i:x}") + b"h\1" for i in range(120_000))
+    return {
+        "a deep tuple as a key": state_dict()[:-1] + b"}" + b")" + b"\x85" * 400_000 + b"Ns0.",
+        "deep lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+        "deep calls": b"\x80\x02cos\nsystem\n" + b")R" * 100_000 + b".",
+        "keys of equal hash": b"\x80\x02}(" + b"".join(number(big * i) + b"N" for i in range(60_000)) + b"u.",
+        "a huge memo index": b"\x80\x02Nr\xff\xff\xff\xff.",
+        "a huge text": b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.",
+        "huge bytes": b"\x80\x04\x8e\x00\x00\x00\x00\x10\x00\x00\x00.",
+        "a huge bytearray": b"\x80\x05\x96\x00\x00\x00\x00\x10\x00\x00\x00.",
+        "a huge frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xffN.",
+        "a config that doubles": b"\x80\x02" + mapping(config=mapping(a=doubled), honest=tensor()) + b".",
+        "a config in itself": b"\x80\x02}q\1(" + text("config") + b"h\1" + text("honest") + tensor() + b"u.",
+        "a slow config": b"\x80\x02" + mapping(config=mapping(a=deep_and_wide), honest=tensor()) + b".",
+        "a deep config": b"\x80\x02" + mapping(config=mapping(a=b"]" * 5000 + b"a" * 4999), honest=tensor()) + b".",
+        "parameters in parameters": state_dict(evil=nested_parameter),
+        "many tensors": b"\x80\x02" + tensor() + b"q\1}(" + many + b"u.",
+    }
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("bomb", bombs())
+def test_bombs_fizzle(tmp_path, bomb, wrapper):
+    path = tmp_path / "bomb.ckpt"
+    path.write_bytes(WRAPPERS[wrapper](bombs()[bomb]))
+    start = time.process_time()
+    with contextlib.suppress(CheckpointError):
+        assert read_checkpoint(path).config is None
+    assert time.process_time() - start < 5
+
+
+def test_too_many_tensors_are_refused(tmp_path):
+    (tmp_path / "bomb.ckpt").write_bytes(in_zip(bombs()["many tensors"]))
+    with pytest.raises(CheckpointError, match="has more than 100,000 entries"):
+        read_checkpoint(tmp_path / "bomb.ckpt")
