@@ -102,7 +102,7 @@ BAD_FILES = {
     "negative offset": (safetensors({"a": entry(begin=-8, end=0)}), "impossible shape or place"),
     "backwards": (safetensors({"a": entry(begin=8, end=0)}), "not as many bytes"),
     "many dimensions": (safetensors({"a": entry(shape=(1,) * 99 + (2,))}), "impossible shape or place"),
-    "a million dimensions": (safetensors({"a": entry(shape=(2**47,) * 1_000_000)}), "impossible shape or place"),
+    "a hundred thousand dimensions": (safetensors({"a": entry(shape=(2**47,) * 100_000)}), "impossible shape or place"),
     "entry of text": (safetensors({"a": "F32"}), "header lacks dtype, shape or data_offsets of 'a'"),
     "entry in part": (safetensors({"a": {"dtype": "F32"}}), "header lacks dtype, shape or data_offsets of 'a'"),
     "deep header": (safetensors('{"a":' * 100_000), "is damaged"),
