@@ -4,8 +4,11 @@
     python scripts/demo.py "an astronaut" --checkpoint data/v1-5-pruned-emaonly.safetensors --steps 30 --seed 7
     python scripts/demo.py "a watercolour" --image photo.jpg --strength 0.6 --out watercolour.png
     python scripts/demo.py "a red hat" --image photo.jpg --mask mask.png --feather 8
+    python scripts/demo.py "a {red|blue} house" "a white tent" --n 3 --grid
+    python scripts/demo.py "a yellow balloon" --film balloon.webp
 
-Every picture carries its prompt and settings; an existing file is never overwritten unless --overwrite says so.
+Every prompt is drawn with every seed, and {red|blue} in a prompt makes it two prompts. Every picture carries its
+prompt and settings; an existing file is never overwritten unless --overwrite says so.
 """
 
 from __future__ import annotations
@@ -19,11 +22,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from sd.model_loader import Models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-DEFAULT_PROMPT = "a photograph of an astronaut riding a horse"
+TINY_PROMPT = "a red sailboat at sea at sunset, with the sun, with clouds"
+PROMPT = "a photograph of an astronaut riding a horse"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 # What `generate` calls its arguments, and what they are called here.
@@ -52,7 +62,13 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("prompt", nargs="?", default=DEFAULT_PROMPT, help=f'what to draw (default: "{DEFAULT_PROMPT}")')
+    add(
+        "prompts",
+        nargs="*",
+        metavar="prompt",
+        help=f'what to draw (default: "{TINY_PROMPT}"; with --checkpoint "{PROMPT}")',
+    )
+    add("--world", action="store_true", help="say what the tiny model can draw, and stop")
     add("--negative", default="", metavar="TEXT", help="what the picture should not show")
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
     add("--mask", type=Path, metavar="FILE", help="where to repaint --image: white is painted, black stays")
@@ -60,24 +76,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--strength", type=float, default=0.8, metavar="S", help="how much of --image may change, up to 1 (0.8)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
     add("--cfg-scale", type=float, default=7.5, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5)")
-    add("--sampler", default="ddpm", metavar="NAME", help="sampling algorithm (ddpm)")
+    add("--sampler", default="dpm++2m", metavar="NAME", help="sampling algorithm (dpm++2m)")
     add("--seed", type=int, metavar="N", help="makes the picture repeatable; picture i of --n has seed + i - 1")
-    add("--n", type=int, default=1, metavar="N", help="how many pictures (1)")
+    add("--n", type=int, default=1, metavar="N", help="how many pictures of each prompt (1)")
+    add("--grid", action="store_true", help="also one sheet of all the pictures, with labels")
+    add("--film", type=Path, metavar="FILE", help="also a .webp or .gif file for each picture, of how it comes to be")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
     add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
     add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.x weights (default: the tiny model)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
     add("--out", type=Path, metavar="PATH", help="a .png file or a folder (default: picture.png or the next free name)")
-    add("--overwrite", action="store_true", help="let --out replace a file that is there")
-    return parser.parse_args(arguments)
+    add("--overwrite", action="store_true", help="let --out and --film replace a file that is there")
+    options = parser.parse_intermixed_args(arguments)  # prompts may stand between the flags
+    options.prompts = options.prompts or [PROMPT if options.checkpoint else TINY_PROMPT]
+    return options
 
 
 def main() -> int:
     options = parse()
     warnings.showwarning = lambda message, *_: print(f"demo.py: {message}", file=sys.stderr)
     try:
-        make_pictures(options)
+        if options.world:
+            from sd.training.world import describe
+
+            print(describe())
+        else:
+            make_pictures(options)
     except KeyboardInterrupt:
         print("demo.py: interrupted; the pictures printed above are complete.", file=sys.stderr)
         return 130
@@ -89,13 +114,44 @@ def main() -> int:
 
 def make_pictures(options: argparse.Namespace) -> None:
     """Checks everything, loads the weights, and writes one picture after the other."""
-    names = candidates(first_path(options.out, options.overwrite))
+    first = first_path(options.out, options.overwrite)
     check_files(options)
-    import torch  # not before: it takes a second, and bad input should not have to wait
+    from sd import images, pipeline  # not before: torch takes a second, and bad input should not have to wait
+    from sd.film import generate_film
+    from sd.prompt_matrix import expand
 
+    prompts = [prompt for text in options.prompts for prompt in expand(text)]
+    seed = random.randrange(2**32) if options.seed is None else options.seed
+    settings = checked_settings(options, prompts, seed)
+    settings["models"] = load(options, prompts)
+    names, films = candidates(first), candidates(options.film or first)
+    pictures, texts = [], []  # of the grid
+    for prompt, i in itertools.product(prompts, range(options.n)):
+        started = time.perf_counter()
+        frames = []
+        if options.film:
+            picture, frames = generate_film(prompt, **settings, seed=seed + i)
+        else:
+            picture = pipeline.generate(prompt, **settings, seed=seed + i)
+        text = parameters(options, prompt, settings, seed + i, picture.shape)
+        path = save(images.write_png, names, options.overwrite, picture, text)
+        seconds = time.perf_counter() - started
+        print(f"{path}  seed {seed + i}  {seconds:.1f} s" + (f"  {prompt}" if len(prompts) > 1 else ""))
+        if frames:
+            print(f"{save(images.write_animation, films, options.overwrite, frames)}  {len(frames)} frames")
+        if options.grid:
+            pictures.append(picture)
+            texts.append(text)
+    if options.grid:
+        sheet = grid(prompts, range(seed, seed + options.n), pictures)
+        names = candidates(first.with_stem(f"{first.stem}-grid"))
+        print(f"{save(images.write_png, names, options.overwrite, sheet, texts[0])}  {len(pictures)} pictures")
+
+
+def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int) -> dict:
+    """The arguments of `generate` that all pictures share. Raises ValueError for what cannot be."""
     from sd import images, pipeline
 
-    seed = random.randrange(2**32) if options.seed is None else options.seed
     settings = {
         "uncond_prompt": options.negative,
         "strength": options.strength,
@@ -106,21 +162,51 @@ def make_pictures(options: argparse.Namespace) -> None:
         "width": options.width,
         "feather": options.feather,
     }
-    pipeline.check_request([options.prompt] * options.n, **settings, seed=seed)
+    pipeline.check_request(prompts * options.n, **settings, seed=seed)
     settings["n_inference_steps"] = options.steps or pipeline.SAMPLERS[options.sampler].default_steps
     for name, path in (("input_image", options.image), ("mask_image", options.mask)):
         settings[name] = images.read_image(path) if path else None
+    return settings
+
+
+def load(options: argparse.Namespace, prompts: list[str]) -> Models:
+    """The models that the options ask for, with a line about how long it took."""
+    import torch
+
+    from sd import pipeline
 
     started = time.perf_counter()
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     models = pipeline.load_models(options.checkpoint, options.device, dtype)
+    if options.checkpoint is None:
+        hint(" ".join(prompts))
     print(f"loaded in {time.perf_counter() - started:.1f} s on {models.device}", file=sys.stderr)
-    for i in range(options.n):
-        started = time.perf_counter()
-        picture = pipeline.generate(options.prompt, **settings, models=models, seed=seed + i)
-        text = parameters(options, settings, seed + i, picture.shape)
-        path = save(images.write_png, names, picture, text, options.overwrite)
-        print(f"{path}  seed {seed + i}  {time.perf_counter() - started:.1f} s")
+    return models
+
+
+def grid(prompts: list[str], seeds: range, pictures: list[np.ndarray]) -> Image.Image:
+    """All pictures on one sheet, each under what sets it apart: a row a prompt, a column a seed, if there are both."""
+    from sd.sheets import contact_sheet, square_sheet
+
+    labels = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
+    if len(prompts) == 1:
+        labels = [f"seed {seed}" for seed in seeds]
+    elif len(seeds) == 1:
+        labels = prompts
+    if len(prompts) == 1 or len(seeds) == 1:
+        return square_sheet(pictures, labels)
+    starts = range(0, len(pictures), len(seeds))
+    rows, texts = ([cells[i : i + len(seeds)] for i in starts] for cells in (pictures, labels))
+    return contact_sheet(rows, texts)
+
+
+def hint(prompt: str) -> None:
+    """One line for those who ask the tiny model for what it has never seen."""
+    from sd.training.world import unknown_words
+
+    if words := unknown_words(prompt):
+        unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
+        print(f"demo.py: the tiny model does not know {unknown}: see --world for what it does.", file=sys.stderr)
 
 
 def first_path(out: Path | None, overwrite: bool) -> Path:
@@ -129,9 +215,14 @@ def first_path(out: Path | None, overwrite: bool) -> Path:
         return (out or Path()) / "picture.png"
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out should be a .png file or a folder, not {out}.")
-    if out.exists() and not overwrite:
-        raise ValueError(f"--out {out} is there already: choose another name, or add --overwrite to replace it.")
+    check_free("--out", out, overwrite)
     return out
+
+
+def check_free(flag: str, path: Path, overwrite: bool) -> None:
+    """Raises ValueError if there is a file that may not be replaced."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"{flag} {path} is there already: choose another name, or add --overwrite to replace it.")
 
 
 def check_files(options: argparse.Namespace) -> None:
@@ -143,6 +234,10 @@ def check_files(options: argparse.Namespace) -> None:
     for flag, path in (("--image", options.image), ("--mask", options.mask), ("--checkpoint", options.checkpoint)):
         if path is not None and not path.is_file():
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
+    if options.film:
+        if options.film.suffix.lower() not in (".webp", ".gif"):
+            raise ValueError(f"--film should be a .webp or .gif file, not {options.film}.")
+        check_free("--film", options.film, options.overwrite)
 
 
 def candidates(first: Path) -> Iterator[Path]:
@@ -152,18 +247,18 @@ def candidates(first: Path) -> Iterator[Path]:
         yield first.with_stem(f"{first.stem}-{number}")
 
 
-def save(write_png: Callable[..., None], names: Iterator[Path], picture: object, text: str, overwrite: bool) -> Path:
-    """Writes the picture under the first of the names that is free (or the first, to overwrite), and returns it."""
+def save(write: Callable[..., None], names: Iterator[Path], overwrite: bool, *contents: object) -> Path:
+    """Writes a file under the first of the names that is free (or the first, to overwrite), and returns it."""
     while True:
         path = next(names)
         with contextlib.suppress(FileExistsError):
-            write_png(path, picture, text, overwrite)
+            write(path, *contents, overwrite=overwrite)
             return path
 
 
-def parameters(options: argparse.Namespace, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
+def parameters(options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
     """The prompt and settings, in the form in which Stable Diffusion tools write and read them."""
-    lines = [options.prompt]
+    lines = [prompt]
     if options.negative:
         lines.append(f"Negative prompt: {options.negative}")
     pairs = {

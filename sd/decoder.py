@@ -5,6 +5,7 @@ In: scaled latents (B, 4, H/8, W/8). Out: an image (B, 3, H, W), in [-1, 1] but 
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sd.blocks import ResidualBlock, Upsample
 from sd.config import VAEConfig
@@ -30,6 +31,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.scaling_factor = config.scaling_factor
+        self.gradient_checkpointing = False  # True: a gradient costs less memory and more time
         widths = [*config.channels, config.channels[-1]]
         top = config.channels[-1]
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
@@ -48,5 +50,6 @@ class Decoder(nn.Module):
         x = self.conv_in(x)  # (B, 512, H/8, W/8)
         x = self.middle(x)
         for level in reversed(self.levels):
-            x = level(x)  # (B, 512, H/4, W/4), (B, 512, H/2, W/2), (B, 256, H, W), (B, 128, H, W)
+            # (B, 512, H/4, W/4), (B, 512, H/2, W/2), (B, 256, H, W), (B, 128, H, W)
+            x = checkpoint(level, x, use_reentrant=False) if self.gradient_checkpointing else level(x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)

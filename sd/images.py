@@ -1,7 +1,8 @@
 """Pictures on the outside, tensors on the inside.
 
 In: a picture file or a PIL image of any mode, or the decoder's output. Out: what the encoder takes, float32
-(1, 3, H, W) in [-1, 1]; or arrays that people take, uint8 (B, H, W, 3); or a PNG file, there whole or not at all.
+(1, 3, H, W) in [-1, 1]; or arrays that people take, uint8 (B, H, W, 3); or a PNG file or an animation,
+there whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import io
 import os
 import secrets
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+
+ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
 
 Picture = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 
@@ -96,12 +100,42 @@ def write_png(
     Raises FileExistsError if the name is taken, another OSError if the file cannot be written, ValueError for an array
     of another kind.
     """
-    path = Path(path)
     image = _from_array(image) if isinstance(image, np.ndarray) else image
     text = PngImagePlugin.PngInfo()
     if parameters is not None:
         # A prompt from the command line can hold half characters (lone surrogates), which no encoding takes.
         text.add_text("parameters", parameters.encode("utf-8", "replace").decode("utf-8"))
+    _write(Path(path), lambda file: image.save(file, format="PNG", pnginfo=text), overwrite)
+
+
+def write_animation(
+    path: str | os.PathLike,
+    frames: Sequence[np.ndarray],
+    frame_ms: int = 100,
+    last_ms: int = 2000,
+    overwrite: bool = False,
+) -> None:
+    """Write frames, uint8 (H, W, 3), as an animated .webp or .gif file, whichever the path says, that runs for ever.
+
+    Each is shown for `frame_ms` milliseconds, the last one for `last_ms`. As with `write_png`, the file gets its name
+    only when it is complete, and the same errors are raised; also ValueError for no frames or another kind of file.
+    """
+    path = Path(path)
+    kind = ANIMATIONS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"An animation should be a {' or '.join(ANIMATIONS)} file, not {path}.")
+    if len(frames) == 0:
+        raise ValueError("An animation should have at least one frame.")
+    first, *rest = map(_from_array, frames)
+    durations = [*[frame_ms] * len(rest), last_ms]
+    options = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
+    if kind == "WEBP":
+        options["quality"] = 90
+    _write(path, lambda file: first.save(file, format=kind, **options), overwrite)
+
+
+def _write(path: Path, save: Callable[[BinaryIO], None], overwrite: bool) -> None:
+    """Have a file written under another name, and give it its own when it is complete."""
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         if os.path.lexists(path) and not overwrite:
@@ -110,7 +144,7 @@ def write_png(
             raise NotADirectoryError(f"{path.parent} is not a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            image.save(file, format="PNG", pnginfo=text)
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         _give_name(temporary, path, overwrite)

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd.arguments import check_request, check_size
+from sd.guidance import ImageLoss, by_loss, classifier_free
 from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
 from sd.inpainting import Known, read_mask, without_masked
 from sd.model_loader import Device, Models, best_device, load_models
+from sd.prompts import layout, weigh
 from sd.sampler import Sampler, draw_noise
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
@@ -50,7 +52,7 @@ def generate(
     strength: float = 0.8,
     do_cfg: bool = True,
     cfg_scale: float = 7.5,
-    sampler_name: str = "ddpm",
+    sampler_name: str = "dpm++2m",
     n_inference_steps: int | None = None,
     models: Models | None = None,
     seed: int | None = None,
@@ -60,61 +62,61 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     feather: float = 0,
+    cfg_rescale: float = 0,
 ) -> np.ndarray:
     """A picture for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
-    `uncond_prompt` says what the picture should not show, and `cfg_scale` how much more it should follow the prompt
-    than that; without `do_cfg` neither counts. `input_image` is the picture to start from, cropped to the size asked
-    for; `strength`, in (0, 1], is how much of it may change, and `mask_image` where: white is repainted, black stays
-    to the byte, and the edges of the white are softened over `feather` pixels. `seed` makes the picture repeatable:
-    picture i of a list is the one that `seed + i` would give alone. `height` and `width` are multiples of 8, by default
-    the size that the model was trained on. `device` is where to compute, and `idle_device` where networks wait for
-    their turn. `models` defaults to the tiny model, `tokenizer` to the models' own, `n_inference_steps` to the
-    sampler's own.
+    A prompt may weigh its words, as in "a (red:1.3) house", and be of any length: see `sd.prompts`. `uncond_prompt`
+    says what the picture should not show, and `cfg_scale` how much more it should follow the prompt than that; without
+    `do_cfg` neither counts. `cfg_rescale`, from 0 to 1, softens what a large scale overdoes. `input_image` is the
+    picture to start from, cropped to the size asked for; `strength`, in (0, 1], is how much of it may change, and
+    `mask_image` where: white is repainted, black stays to the byte, and the edges of the white are softened over
+    `feather` pixels. `seed` makes the picture repeatable: picture i of a list is the one that `seed + i` would give
+    alone. `height` and `width` are multiples of 8, by default the size that the model was trained on. `device` is where
+    to compute, and `idle_device` where networks wait for their turn. `models` defaults to the tiny model, `tokenizer`
+    to the models' own, `n_inference_steps` to the sampler's own.
 
     Raises ValueError, before any work, for an argument that cannot be, and what `read_image` and `load_models` raise.
     """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    check_request(
-        prompts, uncond_prompt, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width, feather
-    )
-    if mask_image is not None and input_image is None:
-        raise ValueError("input_image should be given with mask_image: it is the picture to repaint.")
+    check_request(**locals())  # every argument, under its own name
     input_image, mask_image = (image if image is None else read_image(image) for image in (input_image, mask_image))
     models = models or load_models(device=device)
-    models = replace(models, tokenizer=tokenizer) if tokenizer else models
     device = models.device if device is None else best_device(device)
-    idle_device = None if idle_device is None else best_device(idle_device)
+    models = replace(models, tokenizer=tokenizer or models.tokenizer, device=device)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    strength = 1 if input_image is None else strength
 
     generators = make_generators(seed, len(prompts))
     sampler = SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
     sampler.set_inference_timesteps(n_inference_steps or sampler.default_steps)
-    if input_image is not None:
-        sampler.set_strength(strength)
-
+    sampler.set_strength(strength)
     with _awake(models.clip, device, idle_device):
         context = encode_prompt(models, prompts, uncond_prompt if do_cfg else None)
     with _awake(models.encoder, device, idle_device):
-        if mask_image is None and not models.config.unet.inpaints:
-            known = None
-            latents = get_latents(models, len(prompts), height, width, generators, input_image, sampler)
-        else:
-            known = get_known(models, len(prompts), height, width, generators, input_image, mask_image, feather)
-            latents = known.start(sampler, 1 if input_image is None else strength)
+        start = (models, len(prompts), height, width, generators, input_image)
+        known = get_known(*start, mask_image, feather) if mask_image or models.config.unet.inpaints else None
+        latents = known.start(sampler, strength) if known else get_latents(*start, sampler)
     with _awake(models.diffusion, device, idle_device):
-        for step in tqdm(denoise(models, latents, context, sampler, cfg_scale, known), total=len(sampler.timesteps)):
+        steps = denoise(models, latents, context, sampler, cfg_scale, known, cfg_rescale)
+        for step in tqdm(steps, total=len(sampler.timesteps)):
             latents = step.latents
     with _awake(models.decoder, device, idle_device):
         images = decode_latents(models, latents)
-    images = images if known is None else known.paste(images)
+    images = known.paste(images) if known else images
     return images[0] if isinstance(prompt, str) else images
 
 
 @torch.no_grad()
-def encode_prompt(models: Models, prompt: str | list[str], uncond_prompt: str | list[str] | None = "") -> Tensor:
-    """B prompts -> context (2B, 77, W), the unconditional half first; (B, 77, W) where `uncond_prompt` is None.
+def encode_prompt(
+    models: Models, prompt: str | list[str], uncond_prompt: str | list[str] | None = "", plain: bool = False
+) -> Tensor:
+    """B prompts -> context (2B, 77 k, W), the unconditional half first; (B, 77 k, W) where `uncond_prompt` is None.
 
-    One `uncond_prompt` serves all prompts; of a list each has its own.
+    One `uncond_prompt` serves all prompts; of a list each has its own. Weights, as in "(word:1.3)", and BREAK are
+    obeyed, and k is the number of chunks that the longest prompt takes: see `sd.prompts`. With `plain` they are words
+    like any other, a prompt that is longer than 75 tokens is truncated, with a warning, and k is 1.
+
+    Raises ValueError for brackets that are not in pairs and for a weight that is not a number.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if uncond_prompt is None:
@@ -123,8 +125,13 @@ def encode_prompt(models: Models, prompt: str | list[str], uncond_prompt: str | 
         unconds = [uncond_prompt] * len(prompts)
     else:
         unconds = uncond_prompt
-    tokens = models.tokenizer([*unconds, *prompts])  # (2B, 77)
-    return models.clip(tokens.to(_place(models.clip)[0]))  # (2B, 77, W)
+    texts, device = [*unconds, *prompts], _place(models.clip)[0]
+    if plain:
+        return models.clip(models.tokenizer(texts).to(device))  # (2B, 77, W)
+    tokens, weights = layout(texts, models.tokenizer)  # (2B, k, 77) both
+    context = models.clip(tokens.flatten(0, 1).to(device))  # (2B k, 77, W)
+    context = weigh(context, weights.flatten(0, 1))
+    return context.unflatten(0, tokens.shape[:2]).flatten(1, 2)  # (2B, 77 k, W)
 
 
 @torch.no_grad()
@@ -200,16 +207,18 @@ def denoise(
     sampler: Sampler,
     cfg_scale: float = 7.5,
     known: Known | None = None,
+    cfg_rescale: float = 0,
+    cfg_interval: tuple[float, float] = (0, 1),
+    guidance: ImageLoss | None = None,
 ) -> Iterator[Step]:
     """Takes the noise out of latents (B, 4, h, w), step by step, and yields a `Step` after each.
 
-    With a context of 2B rows, one batch of 2B gives both predictions of classifier-free guidance, which follows what
-    the prompt adds to the unconditional prediction (2207.12598, eq. 6, with cfg_scale = 1 + w):
+    With a context of 2B rows, one batch of 2B gives the two predictions that classifier-free guidance needs: see
+    `guidance.classifier_free` for `cfg_scale` and `cfg_rescale`. `cfg_interval` is the part of the run that is guided;
+    outside of it, as with a context of B rows, the prompt alone counts. `guidance` is a loss on pictures to follow
+    besides (`guidance.by_loss`), and `known` what inpainting must keep.
 
-        e = e_uncond + cfg_scale (e_cond - e_uncond)
-
-    `known` is what inpainting must keep. Raises ValueError for a context of any other number of rows than B or 2B,
-    and for an inpainting U-Net without `known`.
+    Raises ValueError for a context of any other number of rows, and for an inpainting U-Net without `known`.
     """
     if len(context) not in (len(latents), 2 * len(latents)):
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
@@ -217,16 +226,18 @@ def denoise(
         raise ValueError("known should be what `get_known` gives: the U-Net of this checkpoint is made for inpainting.")
     device, dtype = _place(models.diffusion)
     latents, context = latents.to(device), context.to(device, dtype)
-    repeats = len(context) // len(latents)  # 2 with guidance, 1 without
+    first, last = (share * len(sampler.timesteps) for share in cfg_interval)
     for index, timestep in enumerate(sampler.timesteps):
+        guided = len(context) > len(latents) and first <= index < last
+        rows = context if guided else context[-len(latents) :]  # (2B, 77, W), or the conditional half (B, 77, W)
         inputs = latents if known is None else known.beside(latents)  # (B, 4 or 9, h, w)
-        inputs = inputs.to(dtype).repeat(repeats, 1, 1, 1)  # (2B, 4 or 9, h, w)
-        timesteps = timestep.to(device).expand(len(inputs))  # (2B,)
-        noise = noise_cond = models.diffusion(inputs, context, timesteps).float()  # (2B, 4, h, w)
-        noise_uncond = None
-        if repeats == 2:
-            noise_uncond, noise_cond = noise.chunk(2)
-            noise = noise_uncond + cfg_scale * (noise_cond - noise_uncond)  # (B, 4, h, w)
+        inputs = inputs.to(dtype).repeat(len(rows) // len(inputs), 1, 1, 1)  # (2B, 4 or 9, h, w)
+        noise = models.diffusion(inputs, rows, timestep.to(device).expand(len(rows))).float()  # (2B, 4, h, w)
+        noise_uncond, noise_cond = noise.chunk(2) if guided else (None, noise)
+        if guided:
+            noise = classifier_free(noise_uncond, noise_cond, cfg_scale, cfg_rescale)  # (B, 4, h, w)
+        if guidance is not None:
+            latents = by_loss(models.decoder, sampler, timestep, latents, noise, guidance)
         denoised, _ = sampler.predict(timestep, latents, noise)
         latents = sampler.step(timestep, latents, noise)
         if known is not None:

@@ -53,7 +53,8 @@ def test_writes_a_picture_and_says_where(run):
     with Image.open("picture.png") as picture:
         assert picture.size == (32, 40)
         assert picture.text["parameters"] == (
-            "a cat\nNegative prompt: a dog\nSteps: 2, Sampler: DDPM, CFG scale: 3, Seed: 5, Size: 32x40, Model: micro"
+            "a cat\nNegative prompt: a dog\n"
+            "Steps: 2, Sampler: DPM++2M, CFG scale: 3, Seed: 5, Size: 32x40, Model: micro"
         )
     assert names() == ["picture.png"]
 
@@ -107,6 +108,72 @@ def test_inpainting(run):
     assert (pixels[:18] != (255, 0, 0)).any()
 
 
+def prompt_and_seed(name):
+    with Image.open(name) as picture:
+        lines = picture.text["parameters"].split("\n")
+    return lines[0], int(lines[-1].split("Seed: ")[1].split(",")[0])
+
+
+def test_every_prompt_with_every_seed(run):
+    code, out, _ = run("a {red|blue} cat", "--n", 2, "a dog", "--seed", 5)  # a prompt may stand behind a flag
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("picture.png  seed 5  ")
+    assert lines[0].endswith("  a red cat")
+    found = [prompt_and_seed(line.split()[0]) for line in lines]
+    assert found == [(prompt, seed) for prompt in ("a red cat", "a blue cat", "a dog") for seed in (5, 6)]
+    assert len(names()) == 6
+    run("a blue cat", "--seed", 6, "--out", "alone.png")
+    alone, fourth = (np.asarray(Image.open(name)) for name in ("alone.png", "picture-4.png"))
+    assert np.array_equal(alone, fourth)
+
+
+@pytest.mark.parametrize(
+    "arguments, rows, columns",
+    [(["a cat", "--n", 3], 2, 2), (["a {red|blue} cat", "a dog"], 2, 2), (["a {red|blue|green} cat", "--n", 2], 3, 2)],
+)
+def test_grid(run, arguments, rows, columns):
+    code, out, _ = run(*arguments, "--grid", "--seed", 5, "--out", "cats.png")
+    assert code == 0
+    count = len(names()) - 1
+    assert out.splitlines()[-1] == f"cats-grid.png  {count} pictures"
+    with Image.open("cats-grid.png") as sheet:
+        assert sheet.width == columns * (32 + 4) - 4
+        assert rows * 40 < sheet.height < rows * (40 + 50)
+        assert "Seed: 5" in sheet.text["parameters"]
+        pixels = np.asarray(sheet)
+    first, last = np.asarray(Image.open("cats.png")), np.asarray(Image.open(f"cats-{count}.png"))
+    top = next(y for y in range(len(pixels)) if np.array_equal(pixels[y : y + 40, :32], first))
+    assert top > 10
+    x = (count - 1) % columns * 36
+    assert np.array_equal(pixels[-40:, x : x + 32], last)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_film(run, suffix):
+    code, out, _ = run("a cat", "--n", 2, "--seed", 5, "--film", f"cat{suffix}")
+    assert code == 0
+    assert names() == sorted([f"cat-2{suffix}", f"cat{suffix}", "picture-2.png", "picture.png"])
+    assert out.splitlines()[1] == f"cat{suffix}  3 frames"
+    with Image.open(f"cat-2{suffix}") as film:
+        assert film.size == (32, 40)
+        assert film.is_animated
+    assert prompt_and_seed("picture-2.png") == ("a cat", 6)
+    run("a cat", "--n", 2, "--seed", 5, "--out", "again.png")
+    for one, other in (("picture.png", "again.png"), ("picture-2.png", "again-2.png")):
+        assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+
+
+def test_films_overwrite_only_when_told(run):
+    Path("cat.gif").write_text("precious")
+    code, _, err = run("a cat", "--film", "cat.gif")
+    assert code == 2
+    assert "--film cat.gif is there already" in err
+    assert names() == ["cat.gif"]
+    assert run("a cat", "--film", "cat.gif", "--overwrite")[0] == 0
+    assert Image.open("cat.gif").size == (32, 40)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -127,6 +194,13 @@ def test_inpainting(run):
         (["--checkpoint", "none.ckpt"], "--checkpoint should be a file: there is none at none.ckpt."),
         (["--checkpoint", "page.ckpt"], "web page (HTML)"),
         (["--out", "picture.jpg"], "--out should be a .png file or a folder, not picture.jpg."),
+        (["--film", "cat.mp4"], "--film should be a .webp or .gif file, not cat.mp4."),
+        (["--film", "folder"], "--film should be a .webp or .gif file, not folder."),
+        (
+            ["a {red|blue cat"],
+            "prompt should have its alternatives in single braces, as in a {red|blue} house, not 'a {",
+        ),
+        (["{a|b}" * 20], "prompt should stand for at most 1000 prompts, not 1048576."),
         (["--magic"], "unrecognized arguments: --magic"),
     ],
 )
@@ -143,11 +217,21 @@ def test_bad_input_is_one_sentence(run, arguments, sentence):
 
 
 @pytest.mark.filterwarnings("default")
-def test_long_prompts_are_warned_about_in_one_line(run):
-    code, _, err = run("a cat " * 50)
+def test_long_prompts_and_weights_simply_work(run):
+    code, _, err = run("a (cat:1.3) " * 50, "--negative", "[dog]")
     assert code == 0
-    assert "demo.py: Only 75 of the prompt's 100 tokens fit. Dropped: 'cat a cat" in err
-    assert "UserWarning" not in err
+    assert names() == ["picture.png"]
+    assert "demo.py" not in err
+
+
+def test_a_bracket_that_is_not_closed_is_refused_before_any_weight_is_loaded(run, monkeypatch):
+    from sd import pipeline
+
+    monkeypatch.setattr(pipeline, "load_models", lambda *_: pytest.fail("loaded before checking"))
+    code, _, err = run("a cat", "--negative", "a (dog")
+    assert code == 2
+    assert err.startswith("demo.py: --negative should have its brackets in pairs: nothing closes the '(' of '(dog'")
+    assert err.count("\n") == 1
 
 
 def test_interruption_leaves_nothing_half_written(run, monkeypatch):

@@ -5,7 +5,8 @@ import torch
 
 from sd.config import ScheduleConfig
 from sd.ddpm import DDPMSampler
-from sd.sampler import draw_noise, make_betas
+from sd.euler import EulerKarrasSampler, EulerSampler
+from sd.sampler import draw_noise, karras_sigmas, make_betas, space_timesteps
 
 
 def make_sampler(**schedule):
@@ -42,6 +43,68 @@ def test_timesteps_lead():
     assert sampler.timesteps.tolist() == list(range(999, -1, -1))
     sampler.set_inference_timesteps(1)
     assert sampler.timesteps.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "spacing, n, offset, timesteps",
+    [
+        ("leading", 4, 0, [750, 500, 250, 0]),
+        ("leading", 4, 1, [751, 501, 251, 1]),
+        ("leading", 3, 1, [667, 334, 1]),
+        ("leading", 1, 1, [1]),
+        ("trailing", 4, 0, [999, 749, 499, 249]),
+        ("trailing", 3, 0, [999, 666, 332]),
+        ("trailing", 1, 0, [999]),
+        ("linspace", 4, 0, [999, 666, 333, 0]),
+        ("linspace", 3, 0, [999, 499.5, 0]),
+        ("linspace", 1, 0, [0]),
+    ],
+)
+def test_spacing(spacing, n, offset, timesteps):
+    assert space_timesteps(n, 1000, spacing, offset).tolist() == timesteps
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_every_spacing_can_visit_every_timestep(spacing):
+    assert space_timesteps(1000, 1000, spacing, 1).tolist() == list(range(999, -1, -1))
+
+
+def test_bad_spacing():
+    with pytest.raises(ValueError, match='spacing should be "leading", "trailing" or "linspace", not \'log\'.'):
+        space_timesteps(10, 1000, "log")
+
+
+def test_karras_sigmas():
+    """2206.00364, eq. 5, by hand: the middle of three is the mean of the seventh roots."""
+    sigmas = karras_sigmas(3, 128.0, 1.0)
+    assert sigmas.tolist() == pytest.approx([128, 1.5**7, 1])
+    assert karras_sigmas(1, 128.0, 1.0).tolist() == pytest.approx([128])
+
+
+def test_karras_timesteps_belong_to_the_sigmas():
+    """At a whole timestep the level is that timestep's own; between two the logarithm of sigma is interpolated."""
+    sampler = EulerKarrasSampler()
+    sampler.set_inference_timesteps(12)
+    a = sampler.alphas_cumprod
+    log_sigmas = ((1 - a) / a).log() / 2
+    low = sampler.timesteps.floor().long().clamp(max=998)
+    expected = torch.lerp(log_sigmas[low], log_sigmas[low + 1], sampler.timesteps - low)
+    torch.testing.assert_close(sampler.sigmas[:-1].log(), expected, rtol=0, atol=1e-3)
+    assert sampler.timesteps[[0, -1]].tolist() == [999, 0]
+
+
+def test_fractional_timesteps_have_interpolated_sigmas():
+    sampler = EulerSampler()
+    sampler.set_inference_timesteps(15)
+    a = sampler.alphas_cumprod
+    sigmas = ((1 - a) / a).sqrt()
+    assert sampler.timesteps[7] == 499.5
+    assert sampler.sigmas[7].item() == pytest.approx((sigmas[499] + sigmas[500]).item() / 2, rel=1e-5)
+    latents, noise = torch.randn(2, 2, 4, 8, 8)
+    for timestep in (499.5, 100.5):  # one that it visits, one that it does not
+        sigma = (sigmas[int(timestep)] + sigmas[int(timestep) + 1]) / 2
+        expected = (latents + sigma * noise) / (1 + sigma**2).sqrt()
+        torch.testing.assert_close(sampler.add_noise(latents, timestep, noise), expected)
 
 
 def test_strength_skips_the_noisiest_steps():

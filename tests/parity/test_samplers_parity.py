@@ -1,14 +1,38 @@
 """Whole trajectories of our samplers against diffusers' schedulers, with the same denoiser and the same noise."""
 
+import inspect
+
 import pytest
 import torch
 
 from sd.config import ScheduleConfig
+from sd.ddim import DDIMSampler
 from sd.ddpm import DDPMSampler
+from sd.euler import EulerSampler
+from sd.lms import LMSSampler
+from sd.samplers import SAMPLERS
+from tests.synthetic import MICRO, random_networks
 
 diffusers = pytest.importorskip("diffusers")
 
 SHAPE = (2, 4, 8, 8)
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+
+SCHEDULERS = {
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "steps_offset": 1}),
+    "plms": (diffusers.PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+    "lms": (diffusers.LMSDiscreteScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpm++2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+}
+IN_SIGMAS = tuple(SCHEDULERS[name][0] for name in ("lms", "euler", "euler_a", "heun"))  # those on x / sqrt(a_t)
+
+# numpy's complaint about how diffusers makes its arrays
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 def denoiser(latents, timestep):
@@ -16,21 +40,65 @@ def denoiser(latents, timestep):
     return torch.tanh(0.8 * latents + timestep / 500 - 1)
 
 
-def diffusers_trajectory(scheduler, latents, timesteps, seed):
-    generator = torch.Generator().manual_seed(seed)
+def make_scheduler(name, steps, strength=1.0, prediction_type="epsilon", **options):
+    """diffusers' scheduler of this algorithm, and the timesteps that it visits at this strength."""
+    algorithm, karras, _ = name.partition("_karras")
+    scheduler_class, defaults = SCHEDULERS[algorithm]
+    options = {"beta_schedule": "scaled_linear", **BETAS, **defaults, **options}
+    if karras:
+        options["use_karras_sigmas"] = True
+    scheduler = scheduler_class(prediction_type=prediction_type, **options)
+    scheduler.set_timesteps(steps)
+    start = (steps - max(1, int(steps * strength))) * scheduler.order
+    if algorithm == "plms" and start:
+        # diffusers cuts its list of timesteps here, and then treats the second as repeated, which it is no longer.
+        timesteps = scheduler.timesteps[start + 1 :]
+        return scheduler, torch.cat([timesteps[:2], timesteps[1:]])
+    if algorithm == "lms":
+        # Told where to begin, diffusers gives weights to slopes before that, which it has not got.
+        scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[start:], scheduler.sigmas[start:]
+        return scheduler, scheduler.timesteps
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    return scheduler, scheduler.timesteps[start:]
+
+
+def make_sampler(name, steps, strength=1.0, prediction_type="epsilon"):
+    sampler = SAMPLERS[name](torch.Generator().manual_seed(3), schedule=ScheduleConfig(prediction_type=prediction_type))
+    sampler.set_inference_timesteps(steps)
+    sampler.set_strength(strength)
+    return sampler
+
+
+def diffusers_trajectory(scheduler, latents, timesteps, seed, denoiser=denoiser, **options):
+    """diffusers' latents after every step, all of them in our space, as `latents` are."""
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = torch.Generator().manual_seed(seed)
+    in_sigmas = isinstance(scheduler, IN_SIGMAS)
+    if in_sigmas:
+        scheduler._init_step_index(timesteps[0])
+        latents = latents * (1 + scheduler.sigmas[scheduler.step_index] ** 2).sqrt()
     trajectory = []
     for t in timesteps:
-        latents = scheduler.step(denoiser(latents, t), t, latents, generator=generator).prev_sample
-        trajectory.append(latents)
+        output = denoiser(scheduler.scale_model_input(latents, t), t)
+        latents = scheduler.step(output, t, latents, **options).prev_sample
+        scale = (1 + scheduler.sigmas[scheduler.step_index] ** 2).sqrt() if in_sigmas else 1
+        trajectory.append(latents / scale)
     return trajectory
 
 
-def our_trajectory(sampler, latents):
+def our_trajectory(sampler, latents, denoiser=denoiser):
     trajectory = []
     for t in sampler.timesteps:
         latents = sampler.step(t, latents, denoiser(latents, t))
         trajectory.append(latents)
     return trajectory
+
+
+def assert_same(actual, expected, tolerance):
+    worst = max(((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True))
+    print(f"maximum relative difference {worst:.1e}")  # shown by pytest -rP
+    assert worst <= tolerance
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -42,17 +110,8 @@ def test_ddpm(steps, strength, beta_schedule, prediction_type):
     sampler = DDPMSampler(torch.Generator().manual_seed(3), schedule=schedule)
     sampler.set_inference_timesteps(steps)
     sampler.set_strength(strength)
-    scheduler = diffusers.DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule=beta_schedule,
-        prediction_type=prediction_type,
-        timestep_spacing="leading",
-        clip_sample=False,
-    )
-    scheduler.set_timesteps(steps)
-    start = steps - max(1, int(steps * strength))
-    assert sampler.timesteps.tolist() == scheduler.timesteps[start:].tolist()
+    scheduler, timesteps = make_scheduler("ddpm", steps, strength, prediction_type, beta_schedule=beta_schedule)
+    assert sampler.timesteps.tolist() == timesteps.tolist()
 
     latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
@@ -60,8 +119,83 @@ def test_ddpm(steps, strength, beta_schedule, prediction_type):
     noisy = sampler.add_noise(latents, first, noise)
     torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, first[None]), rtol=0, atol=1e-6)
 
-    expected = diffusers_trajectory(scheduler, noisy, sampler.timesteps, seed=3)
-    actual = our_trajectory(sampler, noisy)
-    worst = max(((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
-    print(f"maximum relative difference {worst:.1e}")  # shown by pytest -rP
-    assert worst <= 1e-5
+    assert_same(our_trajectory(sampler, noisy), diffusers_trajectory(scheduler, noisy, timesteps, seed=3), 1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 50])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ddpm"])
+def test_trajectory(name, steps, strength, prediction_type):
+    sampler = make_sampler(name, steps, strength, prediction_type)
+    scheduler, timesteps = make_scheduler(name, steps, strength, prediction_type)
+    torch.testing.assert_close(sampler.timesteps.float(), timesteps.float(), rtol=0, atol=2e-3)
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = diffusers_trajectory(scheduler, latents, timesteps, seed=3)
+    assert_same(our_trajectory(sampler, latents), expected, 2e-5)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return random_networks(MICRO).diffusion
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_trajectory_with_the_unet(name, unet):
+    context = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(4))
+
+    def denoiser(latents, timestep):
+        return unet(latents, context, timestep.expand(2))
+
+    scheduler, timesteps = make_scheduler(name, 6)
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = diffusers_trajectory(scheduler, latents, timesteps, 3, denoiser)
+    assert_same(our_trajectory(make_sampler(name, 6), latents, denoiser), expected, 1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 20, 500])
+def test_ddim_with_fresh_noise(steps, eta):
+    sampler = DDIMSampler(torch.Generator().manual_seed(3), eta=eta)
+    sampler.set_inference_timesteps(steps)
+    scheduler, timesteps = make_scheduler("ddim", steps)
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = diffusers_trajectory(scheduler, latents, timesteps, seed=3, eta=eta)
+    assert_same(our_trajectory(sampler, latents), expected, 2e-5)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_lms_of_every_order(order):
+    sampler = LMSSampler(order=order)
+    sampler.set_inference_timesteps(10)
+    scheduler, timesteps = make_scheduler("lms", 10)
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = diffusers_trajectory(scheduler, latents, timesteps, seed=3, order=order)
+    assert_same(our_trajectory(sampler, latents), expected, 2e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50, 333])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name, base", [("ddim", DDIMSampler), ("euler", EulerSampler)])
+def test_spacing(name, base, spacing, steps):
+    class Spaced(base):
+        pass
+
+    Spaced.spacing = spacing
+    sampler = Spaced()
+    sampler.set_inference_timesteps(steps)
+    _, timesteps = make_scheduler(name, steps, timestep_spacing=spacing)
+    torch.testing.assert_close(sampler.timesteps, timesteps, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("name", ["lms", "euler_karras", "heun", "dpm++2m", "dpm++2m_karras"])
+def test_levels_and_noising(name, strength):
+    sampler = make_sampler(name, 50, strength)
+    scheduler, timesteps = make_scheduler(name, 50, strength)
+    torch.testing.assert_close(sampler.sigmas, scheduler.sigmas[-len(sampler.sigmas) :], rtol=1e-5, atol=0)
+    latents, noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1)).unbind()
+    expected = scheduler.add_noise(latents, noise, timesteps[:1].expand(2))
+    if not name.startswith("dpm"):
+        expected = expected / (1 + sampler.sigmas[0] ** 2).sqrt()
+    torch.testing.assert_close(sampler.add_noise(latents, sampler.timesteps[0], noise), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,41 @@
+"""DDIM: the sampler of "Denoising diffusion implicit models" (2010.02502).
+
+In: x_t and the U-Net's output for it. Out: x at the next timestep, with as much fresh noise as `eta` says.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from sd.sampler import Sampler, draw_noise
+
+
+class DDIMSampler(Sampler):
+    """Goes to the predicted picture and back out, to the next noise level, along the predicted noise.
+
+    `eta`, from 0 to 1, is the share of fresh noise in the noise it adds: 0 adds none, so that the picture depends on
+    the first latents only, and 1 is DDPM. Raises ValueError for another `eta`.
+    """
+
+    steps_offset = 1
+
+    def __init__(self, *args: Any, eta: float = 0.0, **kwargs: Any):
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta should be from 0 to 1, not {eta!r}.")
+        super().__init__(*args, **kwargs)
+        self.eta = eta
+
+    def step(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> Tensor:
+        """x_t -> x_{t'} (2010.02502, eq. 12, whose alpha_t is a_t here):
+
+        x_{t'} = sqrt(a_t') x_0 + sqrt(1 - a_t' - sigma^2) e + sigma z,    z ~ N(0, I)
+        sigma  = eta sqrt((1 - a_t') / (1 - a_t)) sqrt(1 - a_t / a_t')     (eq. 16)
+        """
+        i = self._advance(timestep)
+        a_t, a_next = self.a[i], self.a[i + 1]
+        denoised, noise = self._split(a_t, latents, output)
+        sigma = self.eta * ((1 - a_next) / (1 - a_t) * (1 - a_t / a_next)).sqrt()
+        latents = a_next.sqrt() * denoised + (1 - a_next - sigma**2).sqrt() * noise
+        if sigma > 0:
+            latents = latents + sigma * draw_noise(tuple(latents.shape), self.generator).to(latents.device)
+        return latents

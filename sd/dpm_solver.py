@@ -1,0 +1,53 @@
+"""DPM-Solver++(2M): the multistep solver of "DPM-Solver++" (2211.01095, algorithm 2).
+
+In: x_t and the U-Net's output for it. Out: x at the next timestep.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from sd.sampler import Sampler, space_timesteps
+
+
+class DPMSolverSampler(Sampler):
+    """Extrapolates the predicted picture from the last two predictions: second order, for one U-Net call a step."""
+
+    default_steps = 20
+
+    def _choose_timesteps(self, n: int) -> np.ndarray:
+        """n + 1 equally spaced timesteps without the last, 0, whose place the end of the run takes."""
+        total = self.schedule.num_training_steps
+        if self.karras:
+            return np.linspace(total - 1, 0, n)  # from end to end: the levels between are chosen for themselves
+        return space_timesteps(min(n + 1, total), total, "linspace").round()[:n]
+
+    def step(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> Tensor:
+        """x_s -> x_t (2211.01095, algorithm 2), with s one timestep, t the next, and r the one before s:
+
+        x_t = sigma_t / sigma_s x_s - alpha_t (exp(-h) - 1) D
+        D   = x_0(s) + h / (2 h_last) (x_0(s) - x_0(r)),    h = lambda_t - lambda_s,    h_last = lambda_s - lambda_r
+
+        In the paper's symbols alpha_t = sqrt(a_t), sigma_t = sqrt(1 - a_t) and lambda_t = log(alpha_t / sigma_t). The
+        first step has no x_0(r), and in the last h is infinite: both are of first order, D = x_0(s).
+        """
+        i = self._advance(timestep)
+        denoised, _ = self._split(self.a[i], latents, output)
+        extrapolated = denoised
+        if self.history and i + 1 < len(self.timesteps):
+            lambda_r, lambda_s, lambda_t = -self.sigmas[i - 1 : i + 2].log()
+            slope = (denoised - self.history[0]) / (lambda_s - lambda_r)
+            extrapolated = denoised + (lambda_t - lambda_s) / 2 * slope
+        self.history = [denoised]
+        return self.update(i, latents, extrapolated)
+
+    def update(self, i: int, latents: Tensor, denoised: Tensor) -> Tensor:
+        """The first line of the formula, for D = `denoised`."""
+        alpha_t, sigma_t, sigma_s = self.a[i + 1].sqrt(), (1 - self.a[i + 1]).sqrt(), (1 - self.a[i]).sqrt()
+        decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), for these sigmas are exp(-lambda)
+        return sigma_t / sigma_s * latents - alpha_t * (decay - 1) * denoised
+
+
+class DPMSolverKarrasSampler(DPMSolverSampler):
+    """DPM-Solver++(2M) at the noise levels of 2206.00364, eq. 5; the U-Net sees the nearest whole timesteps."""
+
+    karras = True

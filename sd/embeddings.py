@@ -1,0 +1,78 @@
+"""Arithmetic on what a prompt turns into: replacing, mixing and interpolating token embeddings and contexts.
+
+In: embeddings from `clip.embed` or contexts from `encode_prompt`. Out: others of the same shape, for `clip.encode` or
+`denoise`. From a token to a picture, there are three places to step in:
+
+    token id --token_embedding--> (W,) --+ position--> embeddings (B, 77, W) --clip.encode--> context (B, 77, W)
+                      mix                    replace                                            mix, slerp
+
+    tokens = models.tokenizer("a picture of a cat")                                    # (1, 77)
+    table, positions = models.clip.token_embedding.weight, models.clip.position_embedding.weight
+    chimera = mix([table[2368], table[12952]], [0.4, 0.6])                             # (W,), cat and panda
+    embeddings = replace(models.clip.embed(tokens), tokens == 2368, chimera, positions)
+    context = torch.cat([pipeline.encode_prompt(models, "", None), models.clip.encode(embeddings)])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PARALLEL = 0.9995  # cosine above which the arc between two vectors is taken for a straight line
+
+
+def replace(embeddings: Tensor, where: Tensor, vector: Tensor, positions: Tensor) -> Tensor:
+    """Another token at some places: embeddings (B, N, W) with `vector` (W,) wherever `where` (B, N) is true.
+
+    An embedding is what a token is plus where it stands, and only the first part is replaced:
+
+        e_i = vector + positions_i  where `where`, and as it was elsewhere
+
+    `positions` are those that `embed` added, (N or more, W). With the row of another token for `vector`, the result is
+    to the bit what `embed` gives for the prompt with that token. Raises ValueError if `where` is true nowhere.
+    """
+    if not where.any():
+        raise ValueError("where should be true for at least one token: the prompt has none to replace.")
+    replaced = vector + positions[: embeddings.shape[1]]  # (N, W)
+    return torch.where(where[..., None].to(embeddings.device), replaced.to(embeddings.dtype), embeddings)
+
+
+def mix(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """The weighted sum of embeddings or contexts of one shape: sum_i shares_i tensors_i.
+
+    The shares need not sum to 1: 1, 1 and -1 of king, woman and man is an old experiment (1301.3781, section 1.1).
+    With 1 - t and t it is linear interpolation. Raises ValueError unless the shapes are equal, with a share for each.
+    """
+    if len(tensors) != len(shares) or not tensors:
+        raise ValueError(f"shares should be one number for each tensor, not {len(shares)} for {len(tensors)}.")
+    for tensor in tensors:
+        _check_shapes(tensors[0], tensor)
+    return sum(share * tensor for tensor, share in zip(tensors, shares))
+
+
+def slerp(start: Tensor, end: Tensor, t: float) -> Tensor:
+    """Spherical interpolation of vectors along the last axis: `start` at t = 0, `end` at t = 1 (1609.04468, section 2).
+
+        (sin((1 - t) w) start + sin(t w) end) / sin(w),  with w the angle between the two vectors
+
+    Halfway between two vectors of equal length there is one of that length, where the linear mixture is shorter.
+    Vectors that are (anti)parallel, or nearly so, have no one arc between them and are interpolated linearly.
+    Raises ValueError for different shapes.
+    """
+    _check_shapes(start, end)
+    a, b = start.float(), end.float()
+    cosine = F.cosine_similarity(a, b, dim=-1)[..., None]  # (..., 1)
+    angle = cosine.clamp(-PARALLEL, PARALLEL).acos()
+    arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+    return torch.where(cosine.abs() > PARALLEL, torch.lerp(a, b, t), arc).to(start.dtype)
+
+
+def _check_shapes(first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape:
+        raise ValueError(
+            f"Tensors of shapes {tuple(first.shape)} and {tuple(second.shape)} cannot be mixed; prompts that "
+            "`encode_prompt` gets together, as a list, have contexts of one length."
+        )

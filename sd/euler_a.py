@@ -1,0 +1,28 @@
+"""Ancestral Euler: Euler's method with fresh noise in every step, as k-diffusion introduced it.
+
+In: x and its slope at a noise level. Out: x at the next.
+"""
+
+from torch import Tensor
+
+from sd.sampler import SigmaSampler, draw_noise
+
+
+class EulerAncestralSampler(SigmaSampler):
+    """Steps down too far, and back up with fresh noise: more steps keep changing the picture."""
+
+    def move(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
+        """x_{i+1} = x_i + (sigma_down - sigma_i) d_i + sigma_up z,    z ~ N(0, I), where
+
+        sigma_up^2   = sigma_{i+1}^2 (sigma_i^2 - sigma_{i+1}^2) / sigma_i^2
+        sigma_down^2 = sigma_{i+1}^2 - sigma_up^2 = (sigma_{i+1}^2 / sigma_i)^2
+
+        sigma_up is the noise of DDPM, or of DDIM with eta = 1 (2010.02502, eq. 16), divided by sqrt(a_{i+1}).
+        """
+        sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
+        sigma_up = sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
+        sigma_down = sigma_next**2 / sigma
+        x = x + (sigma_down - sigma) * slope
+        if sigma_up > 0:
+            x = x + sigma_up * draw_noise(tuple(x.shape), self.generator).to(x.device)
+        return x

@@ -1,0 +1,59 @@
+"""Ways to push the prediction: by a prompt against another, and by the gradient of any loss on the picture.
+
+In: what the U-Net predicted. Out: the prediction, or the latents, that the sampler goes on with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sd.decoder import Decoder
+from sd.sampler import Sampler
+
+ImageLoss = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in [-1, 1] -> one number, the smaller the better
+
+
+def classifier_free(noise_uncond: Tensor, noise_cond: Tensor, scale: float, rescale: float = 0) -> Tensor:
+    """Follows what the prompt adds to the unconditional prediction (2207.12598, eq. 6, with scale = 1 + w):
+
+        e = e_uncond + scale (e_cond - e_uncond)
+
+    A large scale also makes e larger than any that the U-Net was trained to predict, and pictures too harsh. `rescale`,
+    from 0 to 1, is how far e is brought back to the deviation of e_cond (2305.08891, section 3.4):
+
+        e' = rescale e std(e_cond) / std(e) + (1 - rescale) e
+
+    All tensors are (B, 4, h, w); deviations are taken picture by picture.
+    """
+    noise = noise_uncond + scale * (noise_cond - noise_uncond)
+    if rescale == 0:
+        return noise
+    dims = tuple(range(1, noise.ndim))
+    ratio = noise_cond.std(dims, keepdim=True) / noise.std(dims, keepdim=True)  # (B, 1, 1, 1)
+    return rescale * ratio * noise + (1 - rescale) * noise
+
+
+def by_loss(
+    decoder: Decoder, sampler: Sampler, timestep: Tensor, latents: Tensor, noise: Tensor, loss: ImageLoss
+) -> Tensor:
+    """Latents x_t (B, 4, h, w), moved down the gradient of a loss on the picture that they are heading for:
+
+        x_t - (1 - a_t) d loss(decode(x_0)) / d x_t,    x_0 predicted from x_t and the U-Net's output `noise`
+
+    The factor makes the push fade with the noise: it is sigma_t^2 where x is written as x_0 + sigma_t e. (Guidance by
+    the gradient of a classifier is 2105.05233, algorithm 1; by a loss on the predicted x_0, 2302.07121, section 3.1.)
+    """
+    parameter = next(decoder.parameters())
+    decoder.gradient_checkpointing = True
+    try:
+        with torch.enable_grad():
+            x = latents.detach().requires_grad_()
+            denoised, _ = sampler.predict(timestep, x, noise)
+            pictures = decoder(denoised.to(parameter.device, parameter.dtype)).float()  # (B, 3, H, W)
+            gradient = torch.autograd.grad(loss(pictures), x)[0]  # (B, 4, h, w)
+    finally:
+        decoder.gradient_checkpointing = False
+    return latents - (1 - sampler.a_at(timestep).to(latents)) * gradient

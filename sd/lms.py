@@ -1,0 +1,58 @@
+"""LMS: the linear multistep method for the ODE of 2206.00364, as k-diffusion introduced it.
+
+In: x and its slope at a noise level. Out: x at the next. Where PLMS weighs past outputs as if all steps were of one
+length, this method works out the weights for the noise levels as they are.
+"""
+
+import math
+from typing import Any
+
+from numpy.polynomial import Polynomial
+from torch import Tensor
+
+from sd.sampler import SigmaSampler
+
+
+def lms_weights(sigmas: list[float], sigma_next: float) -> list[float]:
+    """What each of the slopes at `sigmas`, the latest first, counts for in a step from sigmas[0] to `sigma_next`.
+
+    A polynomial passes through them all: a sum of Lagrange's, l_j, of which each is 1 at its sigma_j and 0 at all
+    others. The weight of slope j is the integral of l_j over the step, which is exact for a polynomial.
+    """
+    weights = []
+    for j, sigma in enumerate(sigmas):
+        others = sigmas[:j] + sigmas[j + 1 :]
+        factors = (Polynomial([-other, 1]) / (sigma - other) for other in others)
+        lagrange = math.prod(factors, start=Polynomial([1]))
+        integral = lagrange.integ()
+        weights.append(float(integral(sigma_next) - integral(sigmas[0])))
+    return weights
+
+
+class LMSSampler(SigmaSampler):
+    """Adams and Bashforth's method on uneven steps.
+
+    `order`, from 1 to 4, is how many slopes it remembers; 1 is Euler's method. Raises ValueError for another order.
+    """
+
+    def __init__(self, *args: Any, order: int = 4, **kwargs: Any):
+        if order not in (1, 2, 3, 4):
+            raise ValueError(f"order should be 1, 2, 3 or 4, not {order!r}.")
+        super().__init__(*args, **kwargs)
+        self.order = order
+
+    def move(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
+        """x_{i+1} = x_i + sum_j w_j d_{i-j},    w_j the integral of l_j from sigma_i to sigma_{i+1}
+
+        over the last `order` slopes, or those that there are.
+        """
+        self.history = [slope, *self.history[: self.order - 1]]
+        sigmas = self.sigmas[: i + 2].tolist()[::-1]
+        weights = lms_weights(sigmas[1 : 1 + len(self.history)], sigmas[0])
+        return x + sum(weight * d for weight, d in zip(weights, self.history))
+
+
+class LMSKarrasSampler(LMSSampler):
+    """The linear multistep method at the noise levels of 2206.00364, eq. 5."""
+
+    karras = True

@@ -1,0 +1,73 @@
+"""Latents -> a small picture of what they would decode to, by a linear map: quick enough to look at every step.
+
+In: scaled latents (B, 4, h, w). Out: uint8 (B, h, w, 3), one pixel a latent.
+
+The decoder adds detail, but the colour of a region is already nearly a linear function of its latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sd.config import SD15
+from sd.decoder import Decoder
+from sd.images import tensor_to_array
+from sd.model_loader import Models
+
+FIT_PICTURES, FIT_SIZE, FIT_BLOCK = 4, 16, 4  # random latents to fit on: how many, their side, and that of one colour
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The map: pixel = weight @ latent + bias, in [-1, 1]."""
+
+    weight: Tensor  # (3, 4)
+    bias: Tensor  # (3,)
+
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """Scaled latents (B, 4, h, w), on any device -> small pictures, uint8 (B, h, w, 3)."""
+        weight, bias = self.weight.to(latents.device), self.bias.to(latents.device)
+        return tensor_to_array(F.conv2d(latents.float(), weight[:, :, None, None], bias))
+
+
+# What the users of SD 1.x have long fitted for its VAE.
+SD15_PREVIEW = Preview(
+    weight=torch.tensor(
+        [
+            [0.3512, 0.3250, -0.2829, -0.2120],  # red
+            [0.2297, 0.4974, 0.1762, -0.2616],  # green
+            [0.3227, 0.2350, 0.2721, -0.7177],  # blue
+        ]
+    ),
+    bias=torch.zeros(3),
+)
+
+
+def preview_for(models: Models) -> Preview:
+    """The known map for a VAE of SD 1.x's shape, and one that is fitted now for any other."""
+    return SD15_PREVIEW if models.config.vae == SD15.vae else fit(models.decoder)
+
+
+@torch.no_grad()
+def fit(decoder: Decoder, latents: Tensor | None = None) -> Preview:
+    """The map that comes closest, in the mean square, to what the decoder makes of some scaled latents (B, 4, h, w).
+
+    The best latents are like those to be previewed: a few encoded pictures, or generated ones. Without any it takes
+    random ones in blocks of one colour, which are nearer to pictures than white noise is, and does nearly as well.
+    """
+    parameter = next(decoder.parameters())
+    if latents is None:
+        shape = FIT_PICTURES, decoder.post_quant_conv.in_channels, FIT_SIZE // FIT_BLOCK, FIT_SIZE // FIT_BLOCK
+        blocks = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        latents = F.interpolate(blocks, scale_factor=FIT_BLOCK)  # (B, 4, h, w)
+    pictures = decoder(latents.to(parameter.device, parameter.dtype)).float().cpu()  # (B, 3, H, W)
+    pixels = F.adaptive_avg_pool2d(pictures, latents.shape[2:])  # (B, 3, h, w)
+    rows = latents.float().cpu().movedim(1, -1).flatten(0, 2)  # (B h w, 4)
+    rows = F.pad(rows, (0, 1), value=1)  # (B h w, 5): the last is for the bias
+    solution = torch.linalg.lstsq(rows, pixels.movedim(1, -1).flatten(0, 2)).solution  # (5, 3)
+    return Preview(solution[:-1].T.contiguous(), solution[-1].clone())
