@@ -119,7 +119,6 @@ class Sampler(ABC):
         total = self.schedule.num_training_steps
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
             raise ValueError(f"The number of steps should be a whole number from 1 to {total}, not {n!r}.")
-        self.stride = total // n  # between timesteps that lead
         timesteps = self._choose_timesteps(n)
         sigmas = np.interp(timesteps, np.arange(total), self._training_sigmas)
         if self.karras:

@@ -32,40 +32,16 @@ def test_the_shapes_of_sd15_at_512():
     """The tables of every network, on the meta device, without weights."""
     with torch.device("meta"):
         diffusion, encoder, decoder = Diffusion(SD15.unet), Encoder(SD15.vae), Decoder(SD15.vae)
-        models = SimpleNamespace(
-            clip=torch.nn.Identity(),
-            encoder=encoder,
-            decoder=decoder,
-            diffusion=diffusion,
-            tokenizer=None,
-            config=SD15,
-        )
+        networks = {"clip": torch.nn.Identity(), "encoder": encoder, "decoder": decoder, "diffusion": diffusion}
+        models = SimpleNamespace(**networks, tokenizer=None, config=SD15)
         with Tracer(models) as trace:
             encoder(torch.empty(1, 3, 512, 512))
             diffusion(torch.empty(2, 4, 64, 64), torch.empty(2, 77, 768), torch.empty(2))
             decoder(torch.empty(1, 4, 64, 64))
     unet = dict(trace.shapes("diffusion"))
-    assert list(unet) == [
-        "in",
-        *(f"down.{i}" for i in range(12)),
-        "middle",
-        *(f"up.{i}" for i in range(12)),
-        "conv_out",
-    ]
-    ends = [
-        "in",
-        "down.0",
-        "down.3",
-        "down.6",
-        "down.9",
-        "down.11",
-        "middle",
-        "up.2",
-        "up.5",
-        "up.8",
-        "up.11",
-        "conv_out",
-    ]
+    stages = [*(f"down.{i}" for i in range(12)), "middle", *(f"up.{i}" for i in range(12))]
+    assert list(unet) == ["in", *stages, "conv_out"]
+    ends = "in down.0 down.3 down.6 down.9 down.11 middle up.2 up.5 up.8 up.11 conv_out".split()
     sizes = [(4, 64), (320, 64), (320, 32), (640, 16), (1280, 8), (1280, 8), (1280, 8)]
     sizes += [(1280, 16), (1280, 32), (640, 64), (320, 64), (4, 64)]
     assert [unet[name] for name in ends] == [(2, channels, side, side) for channels, side in sizes]
