@@ -41,7 +41,8 @@ def test_the_shapes_of_sd15_at_512():
     unet = dict(trace.shapes("diffusion"))
     stages = [*(f"down.{i}" for i in range(12)), "middle", *(f"up.{i}" for i in range(12))]
     assert list(unet) == ["in", *stages, "conv_out"]
-    ends = "in down.0 down.3 down.6 down.9 down.11 middle up.2 up.5 up.8 up.11 conv_out".split()
+    ends = ["in", "down.0", "down.3", "down.6", "down.9", "down.11"]
+    ends += ["middle", "up.2", "up.5", "up.8", "up.11", "conv_out"]
     sizes = [(4, 64), (320, 64), (320, 32), (640, 16), (1280, 8), (1280, 8), (1280, 8)]
     sizes += [(1280, 16), (1280, 32), (640, 64), (320, 64), (4, 64)]
     assert [unet[name] for name in ends] == [(2, channels, side, side) for channels, side in sizes]
