@@ -48,18 +48,9 @@ def generate_film(
     """
     check_request(**locals())  # every argument, under its own name
     models = models or load_models()
-    strength = 1 if input_image is None else strength
-    generators = pipeline.make_generators(seed, 1)
-    sampler = pipeline.SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
-    sampler.set_inference_timesteps(n_inference_steps or sampler.default_steps)
-    sampler.set_strength(strength)
     context = pipeline.encode_prompt(models, prompt, uncond_prompt)
-    start = (models, 1, height, width, generators, input_image)
-    if mask_image is not None or models.config.unet.inpaints:
-        known = pipeline.get_known(*start, mask_image, feather)
-        latents = known.start(sampler, strength)
-    else:
-        known, latents = None, pipeline.get_latents(*start, sampler)
+    size_and_pictures = (height, width, input_image, mask_image, strength, feather)
+    sampler, latents, known = pipeline.begin(models, 1, sampler_name, n_inference_steps, seed, *size_and_pictures)
     steps = pipeline.denoise(models, latents, context, sampler, cfg_scale, known, cfg_rescale)
     return _film(models, steps, len(sampler.timesteps), known)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd import dialects
 from sd.checkpoint import CheckpointError, read_checkpoint
@@ -135,6 +135,23 @@ def best_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.
     if dtype not in usable:
         raise ValueError(f"dtype should be one of {', '.join(map(str, usable))}, not {dtype!r}.")
     return dtype
+
+
+def place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a network computes, and in what."""
+    parameter = next(network.parameters())
+    return parameter.device, parameter.dtype
+
+
+@contextmanager
+def awake(network: nn.Module, device: torch.device, idle_device: Device = None) -> Iterator[None]:
+    """The network on `device` while it works, and on `idle_device`, if there is one, once it has."""
+    network.to(device)
+    try:
+        yield
+    finally:
+        if idle_device is not None:
+            network.to(idle_device)
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -11,20 +11,19 @@ Noise is drawn and latents are kept in float32 whatever the dtype of the network
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from sd.arguments import check_request, check_size
 from sd.guidance import ImageLoss, by_loss, classifier_free
 from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
 from sd.inpainting import Known, read_mask, without_masked
-from sd.model_loader import Device, Models, best_device, load_models
+from sd.model_loader import Device, Models, awake, best_device, load_models, place
 from sd.prompts import layout, weigh
 from sd.sampler import Sampler, draw_noise
 from sd.samplers import SAMPLERS
@@ -84,23 +83,17 @@ def generate(
     device = models.device if device is None else best_device(device)
     models = replace(models, tokenizer=tokenizer or models.tokenizer, device=device)
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    strength = 1 if input_image is None else strength
 
-    generators = make_generators(seed, len(prompts))
-    sampler = SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
-    sampler.set_inference_timesteps(n_inference_steps or sampler.default_steps)
-    sampler.set_strength(strength)
-    with _awake(models.clip, device, idle_device):
+    with awake(models.clip, device, idle_device):
         context = encode_prompt(models, prompts, uncond_prompt if do_cfg else None)
-    with _awake(models.encoder, device, idle_device):
-        start = (models, len(prompts), height, width, generators, input_image)
-        known = get_known(*start, mask_image, feather) if mask_image or models.config.unet.inpaints else None
-        latents = known.start(sampler, strength) if known else get_latents(*start, sampler)
-    with _awake(models.diffusion, device, idle_device):
+    with awake(models.encoder, device, idle_device):
+        size_and_pictures = (height, width, input_image, mask_image, strength, feather)
+        sampler, latents, known = begin(models, len(prompts), sampler_name, n_inference_steps, seed, *size_and_pictures)
+    with awake(models.diffusion, device, idle_device):
         steps = denoise(models, latents, context, sampler, cfg_scale, known, cfg_rescale)
         for step in tqdm(steps, total=len(sampler.timesteps)):
             latents = step.latents
-    with _awake(models.decoder, device, idle_device):
+    with awake(models.decoder, device, idle_device):
         images = decode_latents(models, latents)
     images = known.paste(images) if known else images
     return images[0] if isinstance(prompt, str) else images
@@ -125,13 +118,42 @@ def encode_prompt(
         unconds = [uncond_prompt] * len(prompts)
     else:
         unconds = uncond_prompt
-    texts, device = [*unconds, *prompts], _place(models.clip)[0]
+    texts, device = [*unconds, *prompts], place(models.clip)[0]
     if plain:
         return models.clip(models.tokenizer(texts).to(device))  # (2B, 77, W)
     tokens, weights = layout(texts, models.tokenizer)  # (2B, k, 77) both
     context = models.clip(tokens.flatten(0, 1).to(device))  # (2B k, 77, W)
     context = weigh(context, weights.flatten(0, 1))
     return context.unflatten(0, tokens.shape[:2]).flatten(1, 2)  # (2B, 77 k, W)
+
+
+def begin(
+    models: Models,
+    batch_size: int,
+    sampler_name: str,
+    n_inference_steps: int | None = None,
+    seed: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    input_image: Picture | None = None,
+    mask_image: Picture | None = None,
+    strength: float = 0.8,
+    feather: float = 0,
+) -> tuple[Sampler, Tensor, Known | None]:
+    """A sampler, the latents (B, 4, height / 8, width / 8) that it starts from, and what it must keep of a picture.
+
+    The arguments and errors are those of `generate`.
+    """
+    strength = 1 if input_image is None else strength
+    generators = make_generators(seed, batch_size)
+    sampler = SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
+    sampler.set_inference_timesteps(n_inference_steps or sampler.default_steps)
+    sampler.set_strength(strength)
+    start = (models, batch_size, height, width, generators, input_image)
+    if mask_image is None and not models.config.unet.inpaints:
+        return sampler, get_latents(*start, sampler), None
+    known = get_known(*start, mask_image, feather)
+    return sampler, known.start(sampler, strength), known
 
 
 @torch.no_grad()
@@ -153,7 +175,7 @@ def get_latents(
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
     noise = draw_noise(_latent_shape(models, batch_size, height, width), generators)
     if input_image is None:
-        return noise.to(_place(models.diffusion)[0])
+        return noise.to(place(models.diffusion)[0])
     if sampler is None:
         raise ValueError("sampler should be given with input_image: it knows how much noise to add.")
     latents = _encode(models, image_to_tensor(input_image, height, width), noise)
@@ -195,7 +217,7 @@ def get_known(
 
 def _encode(models: Models, picture: Tensor, noise: Tensor) -> Tensor:
     """picture (1, 3, H, W), noise (B, 4, H/8, W/8) -> B samples of its latents, float32 (B, 4, H/8, W/8)."""
-    device, dtype = _place(models.encoder)
+    device, dtype = place(models.encoder)
     return models.encoder(picture.to(device, dtype), noise.to(device, dtype)).float()
 
 
@@ -224,7 +246,7 @@ def denoise(
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
     if known is None and models.config.unet.inpaints:
         raise ValueError("known should be what `get_known` gives: the U-Net of this checkpoint is made for inpainting.")
-    device, dtype = _place(models.diffusion)
+    device, dtype = place(models.diffusion)
     latents, context = latents.to(device), context.to(device, dtype)
     first, last = (share * len(sampler.timesteps) for share in cfg_interval)
     for index, timestep in enumerate(sampler.timesteps):
@@ -248,7 +270,7 @@ def denoise(
 @torch.no_grad()
 def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
     """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3)."""
-    device, dtype = _place(models.decoder)
+    device, dtype = place(models.decoder)
     # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
     images = [models.decoder(one.to(device, dtype)).cpu() for one in latents.split(1)]
     return tensor_to_array(torch.cat(images))
@@ -269,19 +291,3 @@ def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
     if seed is None:
         seed = torch.Generator().seed() % 2**32
     return [torch.Generator().manual_seed(seed + i) for i in range(batch_size)]
-
-
-def _place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
-    parameter = next(network.parameters())
-    return parameter.device, parameter.dtype
-
-
-@contextmanager
-def _awake(network: nn.Module, device: torch.device, idle_device: Device) -> Iterator[None]:
-    """The network on `device` while it works, and on `idle_device`, if there is one, once it has."""
-    network.to(device)
-    try:
-        yield
-    finally:
-        if idle_device is not None:
-            network.to(idle_device)

@@ -1,0 +1,222 @@
+"""Prompts of any length: how they are laid out in chunks, and what becomes of their weights."""
+
+from itertools import chain
+
+import pytest
+import torch
+
+from sd import generate, pipeline
+from sd.prompts import chunks_of, layout, split, weigh
+from sd.tokenizer import Tokenizer
+from tests.synthetic import MICRO, random_models
+
+START, END, CAT, COMMA = 49406, 49407, 2368, 267
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return random_models(MICRO)
+
+
+def lengths(chunks):
+    return [len(chunk) for chunk in chunks]
+
+
+@pytest.mark.parametrize(
+    "cats, expected",
+    [(0, [0]), (1, [1]), (75, [75]), (76, [75, 1]), (95, [75, 20]), (150, [75, 75]), (151, [75, 75, 1])],
+)
+def test_chunks_without_a_comma(tokenizer, cats, expected):
+    chunks = chunks_of("cat " * cats, tokenizer)
+    assert lengths(chunks) == expected
+    assert list(chain(*chunks)) == [(CAT, 1.0)] * cats
+
+
+@pytest.mark.parametrize(
+    "before, after, expected",
+    [
+        (60, 14, [75]),  # the comma is token 60 of 75: all fits
+        (60, 15, [61, 15]),  # 76 tokens: what follows the comma moves
+        (60, 34, [61, 34]),  # 95 tokens
+        (55, 20, [56, 20]),  # the first of the last 20
+        (54, 21, [75, 1]),  # one too early
+        (74, 10, [75, 10]),  # the last of all: nothing to move
+        (75, 10, [75, 11]),  # the comma itself does not fit any more
+        (60, 100, [61, 75, 25]),
+    ],
+)
+def test_what_follows_a_late_comma_moves_to_the_next_chunk(tokenizer, before, after, expected):
+    chunks = chunks_of("cat " * before + ", " + "cat " * after, tokenizer)
+    assert lengths(chunks) == expected
+    assert [token for token, _ in chain(*chunks)] == [CAT] * before + [COMMA] + [CAT] * after
+
+
+def test_it_is_the_last_comma_that_counts():
+    tokens = [(COMMA if i in (58, 70, 130) else CAT, float(i)) for i in range(160)]
+    assert split(tokens, 75, {COMMA}) == [tokens[:71], tokens[71:131], tokens[131:]]
+
+
+def test_a_comma_right_behind_a_full_chunk_moves_nothing():
+    tokens = [(COMMA if i in (60, 75) else CAT, 1.0) for i in range(90)]
+    assert lengths(split(tokens, 75, {COMMA})) == [75, 15]
+
+
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("cat BREAK cat cat", [1, 2]),
+        ("BREAK cat", [0, 1]),
+        ("cat BREAK", [1]),
+        ("cat BREAK BREAK cat", [1, 0, 1]),
+        ("BREAK", [0]),
+        ("cat " * 80 + "BREAK" + " cat" * 3, [75, 5, 3]),
+        ("cat " * 60 + ", cat BREAK" + " cat" * 30, [62, 30]),
+    ],
+)
+def test_break_starts_a_chunk(tokenizer, prompt, expected):
+    assert lengths(chunks_of(prompt, tokenizer)) == expected
+
+
+def test_layout_token_by_token(tokenizer):
+    tokens, weights = layout(["a (cat:1.5) BREAK [dog]", "cat " * 75], tokenizer)
+    assert tokens.dtype == torch.long
+    assert weights.dtype == torch.float32
+    assert tokens.tolist() == [
+        [[START, 320, CAT, *[END] * 74], [START, 1929, *[END] * 75]],
+        [[START, *[CAT] * 75, END], [START, *[END] * 76]],
+    ]
+    expected = torch.ones(2, 2, 77)
+    expected[0, 0, 2], expected[0, 1, 1] = 1.5, 1 / 1.1
+    assert torch.equal(weights, expected)
+
+
+def test_layout_takes_start_end_padding_and_length_from_the_tokenizer():
+    tokens, weights = layout(["(cat:2) cat cat"], Tokenizer(context_length=5, pad_token_id=0))
+    assert tokens.tolist() == [[[START, CAT, CAT, CAT, END]]]
+    tokens, weights = layout(["(cat:2) cat cat, cat"], Tokenizer(context_length=5, pad_token_id=0))
+    assert tokens.tolist() == [[[START, CAT, CAT, CAT, END], [START, COMMA, CAT, END, 0]]]
+    assert weights.tolist() == [[[1, 2, 1, 1, 1], [1, 1, 1, 1, 1]]]
+
+
+def test_a_chunk_has_room_for_one_token_at_least():
+    with pytest.raises(ValueError, match="context_length should be at least 3, not 2"):
+        layout(["cat"], Tokenizer(context_length=2))
+
+
+def test_layout_of_short_plain_prompts_is_the_tokenizers_own(tokenizer):
+    texts = ["", "A cat, at 10:30!", "cat " * 75, "café ☕ 'quoted'"]
+    tokens, weights = layout(texts, tokenizer)
+    assert torch.equal(tokens[:, 0], tokenizer(texts))
+    assert torch.equal(weights, torch.ones(4, 1, 77))
+
+
+def test_weigh_multiplies_and_restores_the_mean_of_each_chunk():
+    context = torch.rand(3, 77, 8, generator=torch.Generator().manual_seed(0))
+    weights = torch.ones(3, 77)
+    weights[0, 1:4], weights[2, 5] = 1.5, 0.2
+    weighed = weigh(context, weights)
+    for chunk in (0, 2):
+        product = context[chunk] * weights[chunk, :, None]
+        torch.testing.assert_close(weighed[chunk], product * (context[chunk].mean() / product.mean()))
+        torch.testing.assert_close(weighed[chunk].mean(), context[chunk].mean())
+    assert torch.equal(weighed[1], context[1])
+
+
+def test_weigh_by_hand():
+    context = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]])  # mean 2; weighted by 1 and 3: mean 4
+    assert weigh(context, torch.tensor([[1.0, 3.0]])).tolist() == [[[0.5, 1.5], [3.0, 3.0]]]
+
+
+@pytest.mark.parametrize(
+    "means, weights",
+    [
+        ([1, -1], [1, 3]),  # the mean is 0
+        ([3, -1], [1, 3]),  # the weighted mean is 0
+        ([2, -1], [1, 3]),  # s would be negative
+        ([4, -1], [1, 3]),  # s would be 3, the reciprocal of the mean weight is 1/2
+        ([1, 1], [1, -1]),  # the weights cancel out
+    ],
+)
+def test_means_that_cancel_out_cannot_blow_up_the_context(means, weights):
+    context, weights = torch.tensor(means).float().view(1, 2, 1), torch.tensor([weights]).float()
+    expected = (context * weights[..., None] / weights.abs().mean()).flatten()
+    assert torch.equal(weigh(context, weights).flatten(), expected)
+
+
+@pytest.mark.parametrize("weight", [1e30, -1e30, 0.0, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_greatest_and_the_least_weights_stay_finite(dtype, weight):
+    context = torch.randn(1, 77, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = torch.ones(1, 77)
+    weights[0, 1:76] = weight
+    weighed = weigh(context, weights)
+    assert weighed.dtype == dtype
+    assert weighed.isfinite().all()
+    assert 0.1 < weighed.float().std() < 10
+
+
+def test_short_plain_prompts_have_the_plain_encoders_context(models):
+    texts = ["", "A cat, at 10:30", "cat " * 75]
+    expected = models.clip(models.tokenizer(texts))
+    assert torch.equal(pipeline.encode_prompt(models, texts, None), expected)
+    assert torch.equal(pipeline.encode_prompt(models, texts, None, plain=True), expected)
+
+
+def test_weights_change_the_context_of_their_chunk_only(models):
+    context = pipeline.encode_prompt(models, ["a (cat:1.5) BREAK dog", "a cat BREAK dog"], None)
+    assert context.shape == (2, 154, 32)
+    assert torch.equal(context[0, 77:], context[1, 77:])
+    first, second = context[:, :77]
+    ratios = first / second
+    scale = ratios[0, 0]
+    torch.testing.assert_close(ratios[2], 1.5 * scale.expand(32))
+    torch.testing.assert_close(ratios[torch.arange(77) != 2], scale.expand(76, 32))
+
+
+def test_long_prompts_are_encoded_chunk_by_chunk(models):
+    context = pipeline.encode_prompt(models, "dog " * 75 + "cat", None)
+    chunks = models.clip(models.tokenizer(["dog " * 75, "cat"]))
+    assert context.shape == (1, 154, 32)
+    assert torch.equal(context[0], chunks.flatten(0, 1))
+
+
+@pytest.mark.parametrize("prompt, uncond", [("cat " * 160, "dog"), ("cat", "dog " * 160), ("cat", "BREAK BREAK dog")])
+def test_the_shorter_half_is_filled_up_with_the_empty_prompt(models, prompt, uncond):
+    context = pipeline.encode_prompt(models, prompt, uncond)
+    assert context.shape == (2, 231, 32)
+    short = 0 if uncond == "dog" else 1
+    alone = models.clip(models.tokenizer([("dog", "cat")[short], "", ""]))
+    torch.testing.assert_close(context[short], alone.flatten(0, 1), rtol=0, atol=1e-5)
+
+
+def test_plain_switches_it_all_off(models):
+    texts = ["a (cat:1.5) BREAK [dog]", "((a cat"]
+    assert torch.equal(pipeline.encode_prompt(models, texts, None, plain=True), models.clip(models.tokenizer(texts)))
+    with pytest.warns(UserWarning, match="Only 75 of the prompt's 80 tokens fit"):
+        context = pipeline.encode_prompt(models, "cat " * 80, plain=True)
+    assert context.shape == (2, 77, 32)
+
+
+def test_encode_prompt_refuses_what_parse_refuses(models):
+    with pytest.raises(ValueError, match="nothing closes the '\\(' of '\\(cat'"):
+        pipeline.encode_prompt(models, "a cat", "a (cat")
+
+
+def test_generate_obeys_weights_and_takes_long_prompts(models):
+    options = {"models": models, "seed": 1, "n_inference_steps": 2, "height": 32, "width": 32}
+    plain = generate("a cat, a dog", **options)
+    assert (generate("a (cat:3), a dog", **options) != plain).any()
+    assert (generate("a cat, a dog" + ", a dog" * 30, **options) != plain).any()
+    assert (generate(r"a (cat:1.0), [(a dog:1.1)]", **options) == plain).mean() > 0.9
+
+
+@pytest.mark.parametrize("argument, value", [("prompt", "a (cat"), ("uncond_prompt", "a cat]")])
+def test_generate_refuses_unbalanced_brackets_before_any_work(monkeypatch, argument, value):
+    monkeypatch.setattr(pipeline, "load_models", lambda **_: pytest.fail("loaded before checking"))
+    with pytest.raises(ValueError, match=f"^{argument} should have its brackets in pairs: nothing "):
+        generate(**({"prompt": "a cat"} | {argument: value}))
