@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sd.model_loader import Models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.command_line import Parser
 
 TINY_PROMPT = "a red sailboat at sea at sunset, with the sun, with clouds"
 PROMPT = "a photograph of an astronaut riding a horse"
@@ -52,15 +54,8 @@ FLAGS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the whole usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("demo.py", __doc__)
     add = parser.add_argument
     add(
         "prompts",

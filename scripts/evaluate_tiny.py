@@ -1,0 +1,131 @@
+"""Measures how well the tiny model does what it is told -> a table, and evaluation.json.
+
+python scripts/evaluate_tiny.py --out runs/tiny
+python scripts/evaluate_tiny.py --out runs/tiny --prompts 800 --cfg-scales 3 5 7.5 --samplers ddpm
+
+A judge is trained first, once, on fresh renders: a minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.command_line import Parser
+
+JUDGE_SCENES, TEST_SCENES = 6000, 500
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("evaluate_tiny.py", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="FILE", help="what to evaluate (default: the tiny model)")
+    add("--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="for the judge and the result (runs/tiny)")
+    add("--prompts", type=int, default=400, metavar="N", help="seen, and as many held-out (400: intervals under 0.03)")
+    add("--cfg-scales", type=float, nargs="+", default=[5.0], metavar="S", help="guidance scales (5)")
+    add("--samplers", nargs="+", default=["ddpm"], metavar="NAME", help="sampling algorithms (ddpm)")
+    add("--steps", type=int, default=20, metavar="N", help="sampling steps (20)")
+    add("--judge-steps", type=int, default=600, metavar="N", help="how long to train the judge (600)")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        evaluate(options)
+    except KeyboardInterrupt:
+        print("evaluate_tiny.py: interrupted.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"evaluate_tiny.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Trains the judge, judges true renders and their copies, then pictures for prompts, and writes it all down."""
+    import torch
+    from tqdm import tqdm
+
+    from sd import load_models
+    from sd.pipeline import SAMPLERS
+    from sd.training import evaluation
+    from sd.training.data import load_scenes
+    from sd.training.scenes import scene_and_captions
+
+    for name in options.samplers:
+        if name not in SAMPLERS:
+            raise ValueError(f"--samplers should be among {', '.join(SAMPLERS)}, not {name!r}.")
+    models = load_models(options.checkpoint, options.device)
+    judge = train_judge(options)
+
+    first = evaluation.JUDGE_SEED + JUDGE_SCENES
+    renders = load_scenes(options.out, TEST_SCENES, models.config.image_size, first, held_out=None)
+    scenes = [scene_and_captions(first + i, 0, held_out=None)[0] for i in range(TEST_SCENES)]
+    wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
+    images = renders.batch(torch.arange(TEST_SCENES))
+    copies, decibels = evaluation.through_the_vae(models, images)
+    rows = {"renders": evaluation.judge_accuracy(judge, images, wanted)}
+    rows["through the VAE"] = evaluation.judge_accuracy(judge, copies, wanted)
+
+    second = {}
+    runs = [(s, c, h) for s in options.samplers for c in options.cfg_scales for h in (False, True)]
+    for sampler, cfg_scale, held_out in tqdm(runs, "drawing"):
+        scenes, prompts = evaluation.make_prompts(options.prompts, held_out)
+        pictures = evaluation.draw_prompts(models, prompts, sampler, options.steps, cfg_scale)
+        wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
+        name = f"{sampler} {options.steps} steps, scale {cfg_scale:g}, {'held out' if held_out else 'seen'}"
+        rows[name] = evaluation.judge_accuracy(judge, pictures, wanted)
+        text_state = options.out / "text.state"
+        if text_state.exists():
+            second[name] = evaluation.second_opinion(text_state, models.tokenizer, pictures, prompts)
+
+    margin = evaluation.interval(0.95, options.prompts)
+    print(table(rows), f"\nVAE: {decibels:.2f} dB. A share of .95 is known to within {margin:.3f}.")
+    for name, share in second.items():
+        print(f"{name}: {share:.1%} of the pictures find their prompt among {options.prompts}.")
+    result = {"psnr": decibels, "prompts": options.prompts, "interval_at_95": margin, "accuracy": rows}
+    result["retrieval"] = second
+    (options.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def train_judge(options: argparse.Namespace):
+    """The judge in `out`, trained there if it is not yet."""
+    import torch
+    from tqdm import tqdm
+
+    from sd.checkpoint import write_checkpoint
+    from sd.config import TINY
+    from sd.training import evaluation
+    from sd.training.data import load_scenes
+    from sd.training.loop import Training
+    from sd.training.scenes import scene_and_captions
+
+    path = options.out / "judge.safetensors"
+    if not path.exists():
+        pictures = load_scenes(options.out, JUDGE_SCENES, TINY.image_size, evaluation.JUDGE_SEED, held_out=None)
+        seeds = range(evaluation.JUDGE_SEED, evaluation.JUDGE_SEED + JUDGE_SCENES)
+        stage = evaluation.JudgeStage(pictures, [scene_and_captions(seed, 0, held_out=None)[0] for seed in seeds])
+        training = Training(stage, options.out, torch.device("cpu"), minutes=0, steps=options.judge_steps, seed=0)
+        with tqdm(total=training.total, initial=training.step, desc="judge") as bar:
+            training.run(lambda progress: bar.update(), save_every=60, pause=lambda: None)
+        write_checkpoint(path, {name: t.half() for name, t in training.average["judge"].state_dict().items()})
+    return evaluation.load_judge(path)
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Rows of shares under the names of the attributes."""
+    names = list(next(iter(rows.values())))
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{name:>10}" for name in names)]
+    lines += [f"{row:<{width}}" + "".join(f"{shares[name]:>10.3f}" for name in names) for row, shares in rows.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

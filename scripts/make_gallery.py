@@ -1,0 +1,95 @@
+"""Makes the pictures that README shows, all with the tiny model in data/ -> images/*.png.
+
+    python scripts/make_gallery.py [--out images]
+
+Nothing is picked by hand: seeds count up from 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from PIL import Image
+
+from scripts.command_line import Parser
+from sd import generate, load_models, pipeline
+from sd.images import write_png
+from sd.model_loader import Models
+from sd.sheets import contact_sheet
+
+PROMPTS = [
+    "a red house on green hills at noon, on the left",
+    "a blue lighthouse by the sea at night, with the moon",
+    "a yellow balloon over mountains at dawn, in the middle",
+    "a white sailboat at sea at sunset, with the sun",
+    "a purple tent in the snow at night, on the right",
+    "a green cactus in the desert at noon, with the sun, no clouds",
+    "a red tree in the snow at dawn, on the left",
+    "sand dunes at sunset, with clouds",
+]
+SAMPLER_STEPS = (5, 10, 20, 50)
+
+
+def prompts_sheet(models: Models) -> Image.Image:
+    """Eight prompts, four seeds each, all alike in everything else."""
+    seeds = range(4)
+    rows = [list(generate([prompt] * len(seeds), models=models, seed=0)) for prompt in PROMPTS]
+    # The prompt runs over its whole row: it is the label of the first picture.
+    return contact_sheet(rows, [[prompt, "", "", ""] for prompt in PROMPTS])
+
+
+def steps_sheet(models: Models, prompt: str = PROMPTS[1]) -> Image.Image:
+    """One picture coming to be: the latents decoded, and where they seem to be heading, at every fourth step."""
+    generators = pipeline.make_generators(0, 1)
+    sampler = pipeline.SAMPLERS["dpm++2m"](generators, schedule=models.config.schedule)
+    sampler.set_inference_timesteps(20)
+    latents = pipeline.get_latents(models, seed=generators)
+    steps = list(pipeline.denoise(models, latents, pipeline.encode_prompt(models, prompt), sampler))
+    shown = [*steps[:-1:4], steps[-1]]
+    rows = [
+        [pipeline.decode_latents(models, step.latents)[0] for step in shown],
+        [pipeline.decode_latents(models, step.denoised)[0] for step in shown],
+    ]
+    return contact_sheet(rows, [[f"step {s.index + 1}: x_t" for s in shown], ["predicted x_0"] * len(shown)])
+
+
+def changes_sheet(models: Models) -> Image.Image:
+    """A picture made again from itself: with another time of day, without clouds, with a part repainted."""
+    height = width = models.config.image_size
+    noon = generate(PROMPTS[0] + ", with clouds", models=models, seed=0)
+    night = generate("a red house on green hills at night, on the left", "", noon, strength=0.6, models=models, seed=0)
+    clear = generate("a red house on green hills at noon, on the left", "clouds", models=models, seed=0)
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 2, height // 4, width, height))
+    tree = "a yellow tree on green hills at noon, on the right"
+    repainted = generate(tree, "", noon, mask, 1.0, models=models, seed=0)
+    labels = ["from noon ...", "to night, strength 0.6", "negative: clouds", "right half repainted"]
+    return contact_sheet([[noon, night, clear, repainted]], [labels])
+
+
+def samplers_sheet(models: Models, prompt: str = PROMPTS[2]) -> Image.Image:
+    """The same prompt and seed under every sampler, with more and more steps."""
+    rows, labels = [], []
+    for name in pipeline.SAMPLERS:
+        options = {"models": models, "seed": 0, "sampler_name": name}
+        rows.append([generate(prompt, n_inference_steps=steps, **options) for steps in SAMPLER_STEPS])
+        labels.append([f"{name}, {steps} steps" for steps in SAMPLER_STEPS])
+    return contact_sheet(rows, labels)
+
+
+def main() -> None:
+    parser = Parser("make_gallery.py", __doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "images", metavar="DIR")
+    out = parser.parse_args().out
+    models = load_models()
+    sheets = {"prompts": prompts_sheet, "steps": steps_sheet, "changes": changes_sheet, "samplers": samplers_sheet}
+    for name, make in sheets.items():
+        write_png(out / f"{name}.png", make(models), overwrite=True)
+        print(out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

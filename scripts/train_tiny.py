@@ -1,0 +1,75 @@
+"""Trains the tiny model from nothing, on scenes that it draws itself or on your own pictures -> tiny.ckpt.
+
+python scripts/train_tiny.py all --minutes 90 --out runs/tiny
+python scripts/train_tiny.py vae --minutes 20 --out runs/mine --folder my_pictures
+
+Stages are vae, text and diffusion, in this order, and a last polish of the decoder; `all` is the four in a row. A run
+that was stopped goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.command_line import Parser
+
+SHARES = {"vae": 0.25, "text": 0.07, "diffusion": 0.55, "decoder": 0.13}  # of the minutes given to `all`
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("train_tiny.py", __doc__)
+    add = parser.add_argument
+    add("stage", nargs="?", default="all", choices=[*SHARES, "all"], help="what to train (all)")
+    add("--minutes", type=float, default=90, metavar="N", help="how long, drawing and encoding not counted (90)")
+    add("--steps", type=int, metavar="N", help="how many steps of each stage, instead of minutes")
+    add("--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="where everything is written (runs/tiny)")
+    add("--folder", type=Path, metavar="DIR", help="your own pictures, each with its caption in a .txt beside it")
+    add("--scenes", type=int, default=20000, metavar="N", help="how many scenes to draw, without --folder (20000)")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
+    add("--seed", type=int, default=0, metavar="N", help="makes the run repeatable (0)")
+    add("--save-every", type=float, default=3, metavar="MINUTES", help="between checkpoints and sample grids (3)")
+    options = parser.parse_args(arguments)
+    for name in ("minutes", "steps", "scenes", "save_every"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} should be above 0, not {value}.")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    names = list(SHARES) if options.stage == "all" else [options.stage]
+    try:
+        with logging_redirect_tqdm():
+            train(options, names)
+    except KeyboardInterrupt:
+        print("train_tiny.py: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"train_tiny.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(options: argparse.Namespace, names: list[str]) -> None:
+    """The stages in turn; once there is a state of each, everything in one file."""
+    from sd.training.stages import Workshop  # not before: torch takes a second, and a mistyped option should not wait
+
+    workshop = Workshop(options.out, options.folder, options.scenes, options.device, options.seed, options.save_every)
+    for name in names:
+        minutes = options.minutes * (SHARES[name] if options.stage == "all" else 1)
+        workshop.train(name, minutes, options.steps)
+    if workshop.complete:
+        print(workshop.write_checkpoint())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

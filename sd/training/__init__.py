@@ -1,0 +1,1 @@
+"""How the weights come to be: captioned scenes, losses, the three training stages, evaluation."""

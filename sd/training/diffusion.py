@@ -1,0 +1,72 @@
+"""Stage 3: the U-Net, on latents made once by the autoencoder and captions read by the frozen text encoder.
+
+In: the latents' means and deviations, and captions. Out: a U-Net that predicts the noise in latents, given a caption.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sd.clip import CLIP
+from sd.config import ScheduleConfig, UNetConfig
+from sd.diffusion import Diffusion
+from sd.sampler import make_betas
+from sd.training.losses import diffusion_loss, drop_captions
+from sd.training.text import pick_captions
+
+
+class DiffusionStage:
+    """The U-Net. Its average is what makes the better pictures."""
+
+    name = "diffusion"
+    learning_rate = 2e-3
+    divisible = True
+    ema = 0.998
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        schedule: ScheduleConfig,
+        latents: tuple[Tensor, Tensor],
+        tokens: list[Tensor],
+        empty: Tensor,
+        clip: CLIP,
+        batch_size: int = 48,
+    ):
+        """latents: mean and standard deviation, (N, 4, h, w) each; tokens: of each picture's captions; empty: of the
+        empty caption, (1, 77)."""
+        self.config = {"channels": list(config.channels), "heads": config.heads, "groups": config.groups}
+        self.config |= {"predicts": schedule.prediction_type}
+        self.schedule, self.batch_size = schedule, batch_size
+        self.means, self.stds = latents
+        self.tokens, self.clip = tokens, clip.eval().requires_grad_(False)
+        self.empty = empty
+        self.alphas_cumprod = torch.cumprod(1 - make_betas(schedule), 0).to(next(clip.parameters()).device)
+        self.networks = nn.ModuleDict({"diffusion": Diffusion(config)})
+        start_as_identity(self.networks["diffusion"])
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        indices = torch.randint(len(self.means), (self.batch_size,), generator=generator)
+        mean, std = self.means[indices].float(), self.stds[indices].float()
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        tokens = drop_captions(pick_captions(self.tokens, indices, generator).long(), self.empty, 0.1, generator)
+        # Spread evenly over a batch, all equally likely: the loss then wavers less (2107.00630, appendix I.1).
+        spread = (torch.rand(1, generator=generator) + torch.arange(self.batch_size) / self.batch_size) % 1
+        timesteps = (spread * self.schedule.num_training_steps).long()  # (B,)
+        return latents, tokens, timesteps, torch.randn(mean.shape, generator=generator)
+
+    def loss(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        with torch.no_grad():
+            context = self.clip(tokens)  # (B, 77, W)
+        unet, predicts = self.networks["diffusion"], self.schedule.prediction_type
+        return diffusion_loss(unet, latents, context, timesteps, noise, self.alphas_cumprod, predicts, min_snr=5.0)
+
+
+@torch.no_grad()
+def start_as_identity(unet: Diffusion) -> None:
+    """Zeroes the last layer of every branch, so that the network begins as little more than its shortcuts."""
+    for name, module in unet.named_modules():
+        if name.endswith(("conv2", "proj_out")) or name == "conv_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)

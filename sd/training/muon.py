@@ -1,0 +1,52 @@
+"""Muon: momentum whose every update is made orthogonal (Jordan et al. 2024; at scale 2502.16982).
+
+In: gradients of weight matrices, and of convolutions read as matrices. Out: steps that change all directions of a
+matrix alike, however large their gradients are. A small network then learns from far fewer samples than with AdamW,
+and samples are what two CPU cores are short of.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Muon(torch.optim.Optimizer):
+    """For parameters of two dimensions or more. The update has the size that AdamW's would have (2502.16982, eq. 4),
+    so one learning rate suits both."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+        self.map = map  # or that of a pool of threads: every matrix is a job of its own
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            list(self.map(self._update, trained, [group] * len(trained)))
+
+    @torch.no_grad()
+    def _update(self, p: nn.Parameter, group: dict) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)  # Nesterov's look ahead
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        size = 0.2 * max(update.shape) ** 0.5
+        p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * size)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """(m, n) -> about U V^T of its singular value decomposition U S V^T, by Newton and Schulz's iteration.
+
+    x <- a x + b x^3 + c x^5 on every singular value, with coefficients that push all of them to between 0.7 and 1.2.
+    """
+    x = matrix.bfloat16()
+    tall = len(x) > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)  # no singular value above 1
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)

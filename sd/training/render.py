@@ -1,0 +1,200 @@
+"""A scene and a seed -> its picture: sky, sun or moon, clouds, land or sea, and the thing that stands there.
+
+In: a `Scene`; the seed chooses what the scene leaves open (where the sun is, how the ridges run, how large the thing
+is). Out: a PIL image. The same scene, seed and size always give the same picture.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from PIL import Image
+
+from sd.training.canvas import UNITS, Canvas, Colour, Point, mix, tint
+from sd.training.scenes import Scene
+from sd.training.things import DRAW, PAINTS, WHITE, Brush
+
+SKIES: dict[str, list[Colour]] = {
+    "dawn": [(142, 160, 222), (214, 186, 226), (255, 200, 204), (255, 232, 206)],
+    "noon": [(52, 136, 228), (104, 178, 242), (172, 216, 250), (224, 242, 252)],
+    "sunset": [(70, 44, 112), (176, 66, 104), (244, 118, 66), (255, 196, 92)],
+    "night": [(8, 10, 38), (16, 22, 62), (32, 42, 92), (58, 70, 128)],
+}
+# The light that falls on the land, and the milder one that falls on things, whose colour must stay recognisable.
+LAND_LIGHT = {"dawn": (1.0, 0.9, 0.95), "noon": (1, 1, 1), "sunset": (0.92, 0.68, 0.64), "night": (0.36, 0.4, 0.66)}
+THING_LIGHT = {"dawn": (1.0, 0.96, 0.98), "noon": (1, 1, 1), "sunset": (0.97, 0.9, 0.88), "night": (0.86, 0.86, 0.96)}
+SUNS = {"dawn": (255, 250, 226), "noon": (255, 246, 160), "sunset": (255, 240, 170), "night": (250, 246, 224)}
+GLOWS = {"dawn": (255, 244, 214), "noon": (255, 252, 214), "sunset": (255, 214, 120), "night": (150, 164, 220)}
+CLOUDS = {"dawn": (255, 236, 236), "noon": (255, 255, 255), "sunset": (255, 176, 140), "night": (84, 94, 146)}
+SEAS = {"dawn": (130, 160, 200), "noon": (36, 120, 196), "sunset": (120, 70, 116), "night": (22, 34, 86)}
+MIDDLES = {"left": 31, "centre": 64, "right": 97}
+
+HORIZON = 76
+
+
+def render(scene: Scene, seed: int, size: int = 128) -> Image.Image:
+    """The picture of a scene, RGB, (size, size) pixels."""
+    rng = random.Random(f"picture {seed}")
+    canvas = Canvas(size)
+    canvas.gradient(SKIES[scene.time], 0, HORIZON + 8)
+    x = MIDDLES[scene.position] + rng.uniform(-3, 3) if scene.thing != "none" else None
+    sun_x = _sky(canvas, scene, x, rng)
+    _land(canvas, scene, sun_x, rng)
+    if x is not None:
+        _thing(canvas, scene, x, rng)
+    return canvas.finish()
+
+
+def _sky(canvas: Canvas, scene: Scene, x: float | None, rng: random.Random) -> float | None:
+    """Stars, sun or moon, clouds. Gives where the sun stands, for its reflection; None without one."""
+    night = scene.time == "night"
+    if night:
+        for _ in range(18):
+            r = rng.choice((0.5, 0.7, 0.9))
+            canvas.ellipse(rng.uniform(2, 126), rng.uniform(2, 62), r, r, (236, 238, 255))
+    sun_x = None
+    free = [m for m in (20, 42, 64, 86, 108) if x is None or abs(m - x) > 33]  # a thing should not hide it
+    where = rng.choice(free) + rng.uniform(-4, 4)
+    if scene.light:
+        sun_x = where
+        _sun(canvas, scene.time, sun_x, rng)
+    if scene.clouds:
+        hides = scene.light and scene.time in ("noon", "night")  # at dawn and sunset the sun is below the clouds
+        for middle in (rng.uniform(10, 34), rng.uniform(54, 74), rng.uniform(94, 118)):
+            if not (hides and abs(middle - sun_x) < 22):
+                _cloud(canvas, middle, rng.uniform(10, 28), rng.uniform(0.9, 1.2), CLOUDS[scene.time])
+    return sun_x
+
+
+def _sun(canvas: Canvas, time: str, x: float, rng: random.Random) -> None:
+    y = {"dawn": 58, "noon": 24, "sunset": 60, "night": 24}[time] + rng.uniform(-4, 4)
+    radius = {"dawn": 9, "noon": 10, "sunset": 12, "night": 10}[time]
+    canvas.glow(x, y, 3.2 * radius, GLOWS[time], 0.9)
+    canvas.ellipse(x, y, radius, radius, SUNS[time])
+    if time == "night":
+        for dx, dy, r in ((-3, -2, 2.2), (3, 3, 2.6), (2.5, -4, 1.4)):  # craters
+            canvas.ellipse(x + dx, y + dy, r, r, (222, 216, 196))
+
+
+def _cloud(canvas: Canvas, x: float, y: float, s: float, colour: Colour) -> None:
+    below = mix(colour, (70, 70, 110), 0.14)
+    puffs = ((-12, 2, 6.5), (-4, -2, 8), (6, -1, 7.5), (13, 2.5, 5.5))
+    for fill, drop in ((below, 2), (colour, 0)):
+        for dx, dy, r in puffs:
+            canvas.ellipse(x + s * dx, y + s * dy + drop, s * r, s * r * 0.72, fill)
+        canvas.rectangle(x - s * 12, y + drop, x + s * 13, y + s * 6.4 + drop, fill, radius=3 * s)
+
+
+def _ridge(low: float, high: float, waves: float, rng: random.Random) -> list[Point]:
+    """A rolling line across the picture, closed along its bottom edge; y runs between `high` and `low`."""
+    phase, second = rng.uniform(0, 2 * math.pi), rng.uniform(0, 2 * math.pi)
+    points = []
+    for i in range(33):
+        t = 2 * math.pi * i / 32
+        h = 0.5 + 0.36 * math.sin(waves * t + phase) + 0.14 * math.sin(2.3 * waves * t + second)
+        points.append((i * UNITS / 32, low + (high - low) * h))
+    return [*points, (UNITS, UNITS), (0, UNITS)]
+
+
+def _land(canvas: Canvas, scene: Scene, sun_x: float | None, rng: random.Random) -> None:
+    def shade(colour: Colour) -> Colour:
+        return tint(colour, LAND_LIGHT[scene.time])
+
+    haze = SKIES[scene.time][-1]
+    if scene.terrain == "mountains":
+        _mountains(canvas, shade, haze, rng)
+    elif scene.terrain == "hills":
+        for low, high, colour, fog in (
+            (78, 58, (86, 160, 96), 0.35),
+            (90, 72, (84, 170, 70), 0.12),
+            (108, 90, (112, 194, 76), 0),
+        ):
+            canvas.polygon(_ridge(low, high, rng.uniform(0.8, 1.3), rng), mix(shade(colour), haze, fog))
+    elif scene.terrain == "desert":
+        for low, high, colour, fog in (
+            (80, 64, (222, 160, 96), 0.3),
+            (92, 76, (236, 186, 112), 0.1),
+            (110, 92, (246, 206, 134), 0),
+        ):
+            ridge = _ridge(low, high, rng.uniform(0.7, 1.2), rng)
+            canvas.polygon(ridge, mix(shade(colour), haze, fog))
+            canvas.line(ridge[:-2], mix(shade((255, 232, 176)), haze, fog), 1.2)
+    elif scene.terrain == "snow":
+        canvas.polygon(_ridge(80, 62, rng.uniform(0.8, 1.3), rng), mix(shade((190, 212, 238)), haze, 0.2))
+        for _ in range(7):
+            _pine(canvas, rng.uniform(0, 128), rng.uniform(80, 86), rng.uniform(0.8, 1.2), shade)
+        canvas.polygon(_ridge(92, 82, rng.uniform(0.7, 1.1), rng), shade((226, 236, 250)))
+        canvas.polygon(_ridge(114, 98, rng.uniform(0.7, 1.1), rng), shade((246, 250, 255)))
+    else:
+        _sea(canvas, scene.time, sun_x, rng)
+
+
+def _mountains(canvas: Canvas, shade, haze: Colour, rng: random.Random) -> None:
+    """Three snow-capped peaks, lit from the left, behind a dark valley."""
+    peaks = [(rng.uniform(8, 30), 38), (rng.uniform(96, 120), 36), (rng.uniform(50, 78), 28)]
+    for x, top in peaks:
+        top += rng.uniform(-4, 4)
+        half = 46 + rng.uniform(-4, 4)
+        foot = 98
+        rock, dark = mix(shade((128, 128, 150)), haze, 0.12), mix(shade((92, 92, 120)), haze, 0.12)
+        canvas.polygon([(x, top), (x - half, foot), (x + half, foot)], rock)
+        canvas.polygon([(x, top), (x + half, foot), (x + 4, foot), (x - 4, top + 30), (x + 3, top + 16)], dark)
+        cap, slope = 15, half / (foot - top)
+        edge = [(x + slope * cap, top + cap), (x + 6, top + 12), (x, top + 18), (x - 6, top + 12)]
+        canvas.polygon([(x, top), *edge, (x - slope * cap, top + cap)], shade((250, 252, 255)))
+    canvas.polygon(_ridge(90, 80, rng.uniform(0.8, 1.3), rng), shade((64, 116, 92)))
+    canvas.polygon(_ridge(108, 94, rng.uniform(0.8, 1.2), rng), shade((92, 146, 92)))
+
+
+def _pine(canvas: Canvas, x: float, foot: float, s: float, shade) -> None:
+    for low, half in ((0, 5), (5, 4), (10, 3)):
+        triangle = [(x - s * half, foot - s * low), (x + s * half, foot - s * low), (x, foot - s * (low + 8))]
+        canvas.polygon(triangle, shade((60, 104, 96)))
+
+
+def _sea(canvas: Canvas, time: str, sun_x: float | None, rng: random.Random) -> None:
+    near = SEAS[time]
+    far = mix(near, SKIES[time][-1], 0.45)
+    canvas.gradient([far, mix(far, near, 0.6), near, mix(near, (0, 0, 30), 0.15)], HORIZON - 4, UNITS)
+    crest = mix(near, WHITE, 0.22)
+    for row in range(6):
+        y = HORIZON + 4 + row * 8
+        for _ in range(2):
+            x, half = rng.uniform(6, 122), 4 + row
+            canvas.line([(x - half, y), (x - half / 2, y - 1.2), (x + half / 2, y - 1.2), (x + half, y)], crest, 1.2)
+    if sun_x is not None:
+        for row in range(8):
+            half = 9 - 0.5 * row + rng.uniform(-2, 2)
+            y = HORIZON - 1 + row * 4.5
+            canvas.rectangle(sun_x - half, y, sun_x + half, y + 2, mix(GLOWS[time], SUNS[time], 0.5), radius=1)
+
+
+def _thing(canvas: Canvas, scene: Scene, x: float, rng: random.Random) -> None:
+    def shade(colour: Colour) -> Colour:
+        return tint(colour, THING_LIGHT[scene.time])
+
+    y = rng.uniform(111, 117)
+    night = scene.time == "night"
+    if scene.thing == "balloon":
+        y = rng.uniform(80, 90)
+    elif scene.thing == "sailboat":
+        if scene.terrain != "sea":
+            _lake(canvas, scene.time, x, y)
+    elif scene.terrain == "sea":
+        land = tint((214, 190, 140), LAND_LIGHT[scene.time])
+        canvas.ellipse(x, y + 2, 38, 9, mix(SEAS[scene.time], WHITE, 0.5))
+        canvas.ellipse(x, y + 1, 36, 7.5, land)
+    else:
+        ground = canvas.image.getpixel((round(x * canvas.scale), round((y + 3) * canvas.scale)))
+        canvas.ellipse(x, y, 28, 3.2, mix(ground, (20, 20, 50), 0.3))  # the shadow at its foot
+    brush = Brush(canvas, x, y, rng.uniform(0.95, 1.08), shade(PAINTS[scene.colour]), shade, night)
+    DRAW[scene.thing](brush)
+    if scene.thing == "sailboat":
+        canvas.ellipse(x, y + 1, 24, 1.6, mix(SEAS[scene.time], WHITE, 0.35))
+
+
+def _lake(canvas: Canvas, time: str, x: float, y: float) -> None:
+    """A boat on land has a lake to float on."""
+    canvas.ellipse(x, y + 5, 52, 13.5, mix(SEAS[time], WHITE, 0.5))
+    canvas.ellipse(x, y + 5, 50, 12, SEAS[time])

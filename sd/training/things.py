@@ -1,0 +1,170 @@
+"""The silhouettes: one short function for each thing that can stand in a scene.
+
+In: a canvas, where the thing stands (x of its middle, y of its foot), its scale, its colour, and whether it is night.
+Out: the thing, drawn large and with an outline, so that it is told apart even in 128 pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sd.training.canvas import Canvas, Colour, Point, mix
+
+PAINTS: dict[str, Colour] = {
+    "red": (222, 44, 44),
+    "yellow": (252, 210, 40),
+    "green": (40, 168, 70),
+    "blue": (42, 98, 224),
+    "purple": (150, 60, 200),
+    "white": (250, 250, 250),
+}
+BLACK, WHITE, LAMP = (0, 0, 0), (255, 255, 255), (255, 226, 120)
+WOOD, DARK_WOOD = (134, 88, 52), (88, 56, 38)
+
+
+@dataclass
+class Brush:
+    """A canvas moved to the thing's foot and scaled to its size, with the colours that fit the hour."""
+
+    canvas: Canvas
+    x: float
+    y: float
+    scale: float
+    paint: Colour
+    shade: Callable[[Colour], Colour]  # a colour as it looks at this hour
+    night: bool
+
+    @property
+    def dark(self) -> Colour:
+        return mix(self.paint, (30, 25, 60), 0.3)
+
+    @property
+    def ink(self) -> Colour:
+        return mix(self.paint, (25, 20, 45), 0.75)
+
+    def at(self, *points: Point) -> list[Point]:
+        """Points of the thing, y upwards from its foot -> points of the canvas."""
+        return [(self.x + self.scale * x, self.y - self.scale * y) for x, y in points]
+
+    def polygon(self, fill: Colour, *points: Point, outline: bool = True) -> None:
+        self.canvas.polygon(self.at(*points), fill, self.ink if outline else None, 1.2)
+
+    def line(self, fill: Colour, width: float, *points: Point) -> None:
+        self.canvas.line(self.at(*points), fill, width * self.scale)
+
+    def ellipse(self, fill: Colour, x: float, y: float, rx: float, ry: float, outline: bool = True) -> None:
+        (cx, cy), s = self.at((x, y))[0], self.scale
+        self.canvas.ellipse(cx, cy, rx * s, ry * s, fill, self.ink if outline else None, 1.2)
+
+    def box(self, fill: Colour, x0: float, y0: float, x1: float, y1: float, radius: float = 0) -> None:
+        (left, bottom), (right, top) = self.at((x0, y0), (x1, y1))
+        self.canvas.rectangle(left, top, right, bottom, fill, self.ink, radius * self.scale)
+
+
+def house(b: Brush) -> None:
+    roof, pane = b.shade((108, 72, 66)), LAMP if b.night else b.shade((200, 228, 245))
+    b.box(b.shade((150, 130, 125)), 9, 36, 15, 54)  # the chimney
+    b.polygon(b.paint, (-21, 0), (-21, 30), (21, 30), (21, 0))
+    b.polygon(b.dark, (9, 0.6), (9, 29), (20.4, 29), (20.4, 0.6), outline=False)
+    b.polygon(roof, (-26, 29), (-13, 52), (13, 52), (26, 29))
+    b.box(b.shade(DARK_WOOD), -4.5, 0, 4.5, 16)
+    for x in (-13, 13):
+        b.box(pane, x - 4.5, 12, x + 4.5, 22)
+    if b.night:
+        for x in (-13, 13):
+            b.canvas.glow(*b.at((x, 17))[0], 11 * b.scale, LAMP, 0.55)
+
+
+def tree(b: Brush) -> None:
+    b.polygon(b.shade(WOOD), (-5, 0), (-3.5, 26), (3.5, 26), (5, 0))
+    for x, y, r in ((-13, 31, 12), (13, 31, 12), (0, 46, 16)):
+        b.ellipse(b.ink, x, y, r + 1.2, r + 1.2, outline=False)
+    for x, y, r in ((-13, 31, 12), (13, 31, 12), (0, 46, 16), (0, 34, 13)):
+        b.ellipse(b.paint, x, y, r, r, outline=False)
+    light = mix(b.paint, WHITE, 0.3) if b.paint != PAINTS["white"] else WHITE
+    for x, y, r in ((-16, 34, 4.5), (10, 34, 4), (-4, 52, 6.5)):
+        b.ellipse(light, x, y, r, r * 0.8, outline=False)
+
+
+def sailboat(b: Brush) -> None:
+    b.line(b.shade(DARK_WOOD), 2, (0, 8), (0, 64))
+    b.polygon(b.paint, (2, 16), (2, 62), (25, 16))
+    b.polygon(b.dark, (-2, 16), (-2, 54), (-20, 16))
+    b.polygon(b.shade(WOOD), (-26, 12), (26, 12), (18, 0), (-18, 0))
+    b.line(b.shade((235, 220, 195)), 2, (-24, 9.5), (24, 9.5))
+    if b.night:
+        b.ellipse(LAMP, 0, 64, 1.6, 1.6, outline=False)
+        b.canvas.glow(*b.at((0, 64))[0], 10 * b.scale, LAMP, 0.7)
+
+
+def cactus(b: Brush) -> None:
+    arms = [((-20, 40), (-20, 22), (0, 22)), ((20, 50), (20, 30), (0, 30)), ((0, 0), (0, 56))]
+    for fill, extra in ((b.ink, 2.4), (b.paint, 0)):
+        for points, width in zip(arms, (9, 9, 14)):
+            b.line(fill, width + extra, *points)
+            for x, y in points[:-1] if len(points) > 2 else points[1:]:
+                b.ellipse(fill, x, y, (width + extra) / 2, (width + extra) / 2, outline=False)
+    rib = b.dark
+    for x in (-3.2, 3.2):
+        b.line(rib, 1.3, (x, 1), (x, 57))
+    b.line(rib, 1.3, (-20, 25), (-20, 41))
+    b.line(rib, 1.3, (20, 33), (20, 51))
+    b.ellipse(b.shade((250, 130, 170)), 0, 63.5, 4.2, 3, outline=False)  # its flower
+
+
+def balloon(b: Brush) -> None:
+    """Its foot is the bottom of the basket."""
+    for x in (-1, 1):
+        b.line(b.shade(DARK_WOOD), 1.2, (5 * x, 10), (11 * x, 24))
+    b.polygon(b.paint, (-16, 31), (-6, 20), (6, 20), (16, 31))
+    b.ellipse(b.paint, 0, 44, 23, 23)
+    b.polygon(b.paint, (-15, 30), (-6, 21), (6, 21), (15, 30), outline=False)
+    stripe = mix(b.paint, WHITE, 0.35) if b.paint != PAINTS["white"] else b.shade((222, 222, 230))
+    for r in (14.5, 6):
+        curve = [(r * math.sin(a / 8 * math.pi), 44 - 21.5 * math.cos(a / 8 * math.pi)) for a in range(9)]
+        b.line(stripe, 1.5, *curve)
+        b.line(stripe, 1.5, *((-x, y) for x, y in curve))
+    b.box(b.shade(WOOD), -6, 0, 6, 10, 1.5)
+    if b.night:
+        b.canvas.glow(*b.at((0, 26))[0], 15 * b.scale, LAMP, 0.8)
+
+
+def lighthouse(b: Brush) -> None:
+    b.polygon(b.paint, (-12, 0), (-7.5, 52), (7.5, 52), (12, 0))
+    band = b.shade((206, 206, 216)) if b.paint == PAINTS["white"] else b.shade((248, 244, 236))
+    for low in (13, 34):
+        left, right = 12 - 4.5 * low / 52, 12 - 4.5 * (low + 9) / 52
+        b.polygon(band, (-left, low), (-right, low + 9), (right, low + 9), (left, low), outline=False)
+    b.polygon(b.paint, (-11.9, 0), (-7.4, 52), (-7.4, 52), (-11.9, 0))  # the outline again, over the bands
+    b.box(LAMP, -5, 54, 5, 63)
+    b.box(b.shade((60, 60, 74)), -10.5, 51, 10.5, 54.5)
+    b.polygon(b.shade((74, 62, 76)), (-7.5, 63), (0, 71), (7.5, 63))
+    b.box(b.shade(DARK_WOOD), -3.2, 0, 3.2, 9, 1)
+    if b.night:
+        away = -1 if b.x > 64 else 1
+        b.canvas.veil(b.at((5 * away, 58.5), (120 * away, 82), (120 * away, 44)), (255, 244, 190), 0.45)
+        b.canvas.glow(*b.at((0, 58.5))[0], 15 * b.scale, (255, 244, 190), 0.9)
+
+
+def tent(b: Brush) -> None:
+    b.polygon(b.dark, (0, 42), (32, 0), (12, 0))
+    b.polygon(b.paint, (0, 42), (-30, 0), (24, 0))
+    inside = LAMP if b.night else b.shade((70, 52, 48))
+    b.polygon(inside, (-1.5, 31), (-13, 0), (8, 0))
+    b.polygon(mix(b.paint, WHITE, 0.35), (-1.5, 31), (-13, 0), (-18, 0))
+    b.line(b.shade(DARK_WOOD), 1.6, (0, 41), (0, 49))
+    if b.night:
+        b.canvas.glow(*b.at((-2, 8))[0], 20 * b.scale, LAMP, 0.6)
+
+
+DRAW: dict[str, Callable[[Brush], None]] = {
+    "house": house,
+    "tree": tree,
+    "sailboat": sailboat,
+    "cactus": cactus,
+    "balloon": balloon,
+    "lighthouse": lighthouse,
+    "tent": tent,
+}

@@ -1,0 +1,47 @@
+"""What the tiny model can be asked for, in words: for people who meet it first.
+
+In: a prompt. Out: the words in it that the model has never read, and for `--world` a text that lists those it has.
+"""
+
+import re
+
+from sd.training import scenes
+
+WORDINGS: dict[str, dict] = {
+    "time": scenes.TIME_WORDS,
+    "place": scenes.TERRAIN_WORDS,
+    "thing": scenes.THING_WORDS,
+    "where it stands": scenes.POSITION_WORDS,
+    "sun": scenes.SUN_WORDS,
+    "moon (at night)": scenes.MOON_WORDS,
+    "clouds": scenes.CLOUD_WORDS,
+}
+SMALL_WORDS = (
+    "a an and of but big empty landscape lonely over photo picture painting sun moon winter seascape hilly meadow"
+)
+
+
+def known_words() -> frozenset[str]:
+    """Every word of the captions that the tiny model was trained on."""
+    groups = [*WORDINGS.values(), scenes.BARE_TERRAIN_WORDS]
+    phrases = [phrase for group in groups for wordings in group.values() for phrase in wordings]
+    values = [value for values in scenes.ATTRIBUTES.values() for value in values if isinstance(value, str)]
+    return frozenset(" ".join([*phrases, *values, SMALL_WORDS]).split())
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that mean nothing to the tiny model, in order and once each."""
+    words = re.findall(r"[^\W\d_]+", prompt.lower())
+    return list(dict.fromkeys(word for word in words if word not in known_words()))
+
+
+def describe() -> str:
+    """The world in a dozen lines: what there is, how to say it, and an example."""
+    lines = ["The tiny model draws landscapes of 128 x 128 pixels with one thing in them. It knows:", ""]
+    lines.append(f"  {'colour':<16} {', '.join(scenes.COLOURS)}")
+    for name, group in WORDINGS.items():
+        wordings = ", ".join(words[0] for value, words in group.items() if value != "none")
+        lines.append(f"  {name:<16} {wordings}")
+    lines += ["", 'For example: "a red house on green hills at noon, on the left, with clouds".']
+    lines.append("What a prompt leaves open is up to the seed; words that it does not know are passed over.")
+    return "\n".join(lines)

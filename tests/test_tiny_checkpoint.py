@@ -1,0 +1,71 @@
+"""The model that is shipped: it does what it is told, as `tests/judge.safetensors`, a small classifier, sees it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sd
+from sd.config import TINY
+from sd.model_loader import TINY_CHECKPOINT
+from sd.training import evaluation
+from sd.training.render import render
+from sd.training.scenes import Scene
+
+pytestmark = pytest.mark.skipif(not TINY_CHECKPOINT.exists(), reason="data/tiny.ckpt is not there: train it first")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return evaluation.load_judge(Path(__file__).parent / "judge.safetensors")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return sd.load_models(device="cpu", dtype=torch.float32)
+
+
+def accuracy(models, judge, count, held_out):
+    scenes, prompts = evaluation.make_prompts(count, held_out)
+    pictures = evaluation.draw_prompts(models, prompts, "ddpm", 20, 5.0)
+    return evaluation.judge_accuracy(judge, pictures, torch.tensor([evaluation.targets(scene) for scene in scenes]))
+
+
+def test_it_is_small_and_says_what_it_is(models):
+    assert TINY_CHECKPOINT.stat().st_size <= 25e6
+    assert models.config == TINY
+
+
+def test_24_prompts_are_obeyed(models, judge):
+    assert accuracy(models, judge, 24, held_out=False)["mean"] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held_out, mean, everything", [(False, 0.95, 0.75), (True, 0.8, 0.4)])
+def test_200_prompts_are_obeyed(models, judge, held_out, mean, everything):
+    shares = accuracy(models, judge, 200, held_out)
+    assert shares["mean"] > mean
+    assert shares["all"] > everything
+
+
+def test_pictures_come_back_from_latents(models):
+    scene = Scene("noon", "sea", "sailboat", "red", "centre", True, True)
+    images = torch.from_numpy(np.stack([np.asarray(render(scene, seed)) for seed in (1, 2, 3, 4)]))
+    images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert evaluation.through_the_vae(models, images)[1] > 26  # dB
+    latents = models.encoder(images)
+    assert 0.6 < latents.std() < 1.5
+
+
+@pytest.mark.slow
+def test_noon_becomes_night(models, judge):
+    day = Scene("noon", "hills", "house", "red", "left", True, False)
+    night = Scene("night", "hills", "house", "red", "left", True, False)
+    settings = {"strength": 0.6, "n_inference_steps": 50, "cfg_scale": 7.5, "models": models}
+    prompt = "a red house on green hills at night, on the left, with the moon, no clouds"
+    pictures = np.stack([sd.generate(prompt, input_image=render(day, s), seed=s, **settings) for s in range(8)])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    shares = evaluation.judge_accuracy(judge, images, torch.tensor([evaluation.targets(night)] * 8))
+    assert min(shares["thing"], shares["colour"], shares["position"]) >= 0.75
+    assert shares["time"] >= 0.5

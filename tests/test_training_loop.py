@@ -1,0 +1,161 @@
+"""The training loop: it learns, resumes to the same numbers, and loses nothing when it cannot go on."""
+
+import contextlib
+import errno
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sd.training import loop
+from sd.training.loop import StoredAttention, Training, TrainingError
+from sd.training.muon import Muon, orthogonalise
+
+
+class Line:
+    """Learns y = W x."""
+
+    name = "line"
+    learning_rate = 0.4
+    divisible = True
+    ema = 0.9
+    batch_size = 32
+
+    def __init__(self, width=8, scale=1.0):
+        torch.manual_seed(0)
+        self.config = {"width": width}
+        self.networks = nn.ModuleDict({"line": nn.Linear(width, width)})
+        self.truth = scale * torch.randn(width, width)
+
+    def draw(self, generator):
+        return (torch.randn(self.batch_size, len(self.truth), generator=generator),)
+
+    def loss(self, x):
+        return (self.networks["line"](x).float() - x @ self.truth.T).square().mean()
+
+
+def train(folder, stop_after=None, stage=None, steps=40, minutes=1.0, save_every=0.0):
+    """Trains, perhaps interrupted as by a kill after a save, and gives the losses seen."""
+    losses = []
+
+    def report(progress):
+        losses.append(progress.loss)
+
+    def pause():
+        if stop_after is not None and len(losses) >= stop_after:
+            raise KeyboardInterrupt
+
+    training = Training(stage or Line(), folder, torch.device("cpu"), minutes, steps, seed=3)
+    with contextlib.suppress(KeyboardInterrupt):
+        training.run(report, save_every, pause)
+    return losses, training
+
+
+def test_the_loss_falls_and_the_average_follows(tmp_path):
+    losses, training = train(tmp_path, steps=90, save_every=60.0)
+    assert losses[-1] < 0.3 * losses[0]
+    assert training.done
+    x = torch.randn(64, 8)
+    averaged = (training.average["line"](x) - x @ training.stage.truth.T).square().mean()
+    assert averaged < 0.3 * losses[0]
+
+
+def test_an_interrupted_run_resumes_to_the_same_losses(tmp_path):
+    whole, first = train(tmp_path / "whole")
+    begun, _ = train(tmp_path / "halves", stop_after=17)
+    rest, second = train(tmp_path / "halves")
+    assert len(begun) == 17
+    assert begun + rest == whole
+    for a, b in zip(first.average.state_dict().values(), second.average.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    train(tmp_path)
+    assert train(tmp_path)[0] == []
+
+
+def test_the_budget_is_decided_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CALIBRATION", 3)
+    _, training = train(tmp_path, stop_after=10, steps=None, minutes=0.02)
+    _, resumed = train(tmp_path, stop_after=1, steps=None, minutes=60.0)
+    assert resumed.total == training.total > 6
+
+
+def test_another_configuration_does_not_resume(tmp_path):
+    train(tmp_path, stop_after=2)
+    before = (tmp_path / "line.state").read_bytes()
+    with pytest.raises(TrainingError, match=r"line\.state is a run of another configuration: choose another --out"):
+        train(tmp_path, stage=Line(width=16))
+    assert (tmp_path / "line.state").read_bytes() == before
+
+
+def test_a_damaged_state_says_so(tmp_path):
+    (tmp_path / "line.state").write_bytes(b"nonsense")
+    with pytest.raises(TrainingError, match="is damaged, or not a training state"):
+        train(tmp_path)
+
+
+def test_a_missing_state_names_the_stage(tmp_path):
+    with pytest.raises(TrainingError, match="train stage vae first"):
+        loop.load_state(tmp_path / "vae.state")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, error):
+    train(tmp_path, stop_after=2)
+    before = (tmp_path / "line.state").read_bytes()
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"line\.state cannot be written \(.*space left.*\); what was there"):
+        train(tmp_path)
+    assert (tmp_path / "line.state").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["line.state"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(TrainingError, match="The loss of stage line is (inf|nan) at step 0"):
+        train(tmp_path, stage=Line(scale=math.inf))
+    assert not (tmp_path / "line.state").exists()
+
+
+def test_halves_of_a_batch_give_the_gradients_of_the_whole(tmp_path):
+    gradients = []
+    for workers in (1, 2):
+        training = Training(Line(), tmp_path, torch.device("cpu"), 1.0, 5, seed=0)
+        (x,) = training.stage.draw(training.generator)
+        gradients.append(sum(training._gradients((part,))[1][0] for part in x.chunk(workers)))
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
+
+
+def test_stored_attention_is_attention():
+    query, key, value = (torch.randn(2, 4, n, 16) for n in (9, 5, 5))
+    expected = F.scaled_dot_product_attention(query, key, value)
+    with StoredAttention():
+        stored = F.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(stored, expected)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape) @ torch.diag(torch.linspace(0.3, 1, shape[1]))))
+    assert values.min() > 0.4
+    assert values.max() < 1.4
+
+
+def test_muon_steps_are_as_large_for_small_gradients():
+    steps = []
+    for size in (1.0, 1e-3):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.zeros(8, 4, 3, 3))
+        weight.grad = size * torch.randn_like(weight)
+        Muon([weight], lr=0.1).step()
+        steps.append(weight.detach())
+    torch.testing.assert_close(steps[0], steps[1], rtol=0.05, atol=0.01)

@@ -1,0 +1,111 @@
+"""The renderer and the grammar: the same seed, the same picture; every value drawn, said and told apart."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sd.tokenizer import Tokenizer
+from sd.training.render import render
+from sd.training.scenes import ATTRIBUTES, HELD_OUT, Scene, caption, is_held_out, random_scene, scene_and_captions
+
+HOUSE = Scene("noon", "hills", "house", "red", "left", True, False)
+EVERYTHING = frozenset(ATTRIBUTES)
+
+
+def test_a_seed_fixes_picture_and_captions():
+    scene, captions = scene_and_captions(7)
+    assert (scene, captions) == scene_and_captions(7)
+    assert np.array_equal(np.asarray(render(scene, 7)), np.asarray(render(scene, 7)))
+    assert not np.array_equal(np.asarray(render(scene, 7)), np.asarray(render(scene, 8)))
+
+
+def test_pictures_have_the_size_asked_for():
+    assert render(HOUSE, 0).size == (128, 128)
+    assert render(HOUSE, 0, 64).size == (64, 64)
+
+
+def test_every_value_of_every_attribute_occurs():
+    scenes = [scene_and_captions(seed, 0)[0] for seed in range(400)]
+    for name, values in ATTRIBUTES.items():
+        counts = Counter(getattr(scene, name) for scene in scenes)
+        assert set(counts) == set(values)
+        assert min(counts.values()) > 5
+
+
+def test_training_never_shows_a_held_out_pair():
+    scenes = [scene_and_captions(seed, 0)[0] for seed in range(2000)]
+    assert not any(is_held_out(scene) for scene in scenes)
+
+
+def test_held_out_scenes_can_be_asked_for():
+    rng = random.Random(0)
+    assert all(is_held_out(random_scene(rng, held_out=True)) for _ in range(50))
+    assert {is_held_out(random_scene(rng, held_out=None)) for _ in range(200)} == {False, True}
+
+
+@pytest.mark.parametrize("first, x, second, y", HELD_OUT)
+def test_each_held_out_pair_is_one_of_known_values(first, x, second, y):
+    assert x in ATTRIBUTES[first]
+    assert y in ATTRIBUTES[second]
+    assert is_held_out(replace(HOUSE, **{first: x, second: y}))
+
+
+@pytest.mark.parametrize("name", [name for name in ATTRIBUTES if name not in ("light", "clouds")])
+def test_each_value_looks_different(name):
+    pictures = [np.asarray(render(replace(HOUSE, **{name: v}), 3)).astype(float) for v in ATTRIBUTES[name]]
+    for i, picture in enumerate(pictures):
+        for other in pictures[:i]:
+            assert np.abs(picture - other).mean() > 1.5
+
+
+@pytest.mark.parametrize("name", ["light", "clouds"])
+def test_sun_and_clouds_can_be_seen(name):
+    without, with_it = (np.asarray(render(replace(HOUSE, **{name: v}), 3)).astype(float) for v in (False, True))
+    assert np.abs(without - with_it).max() > 60
+
+
+@pytest.mark.parametrize("position, middle", [("left", 31), ("centre", 64), ("right", 97)])
+def test_the_thing_stands_where_it_should(position, middle):
+    scene = replace(HOUSE, position=position, thing="tent")
+    red, green, blue = np.asarray(render(scene, 5)).astype(int).transpose(2, 0, 1)
+    columns = np.nonzero((red > 180) & (green < 90) & (blue < 90))[1]
+    assert abs(columns.mean() - middle) < 9
+
+
+def test_a_full_caption_mentions_every_attribute():
+    rng = random.Random(1)
+    for _ in range(50):
+        text = caption(HOUSE, rng, EVERYTHING)
+        assert "red" in text
+        assert "left" in text
+        assert any(word in text for word in ("house", "cottage"))
+        assert any(word in text for word in ("hill", "meadow"))
+        assert any(word in text for word in ("noon", "day"))
+        assert "sun" in text
+        assert any(word in text for word in ("clear", "clouds"))
+
+
+def test_a_caption_mentions_nothing_else():
+    rng = random.Random(2)
+    for _ in range(50):
+        text = caption(HOUSE, rng, frozenset({"time"}))
+        assert not any(word in text for word in ("red", "left", "house", "cottage", "hill", "sun", "cloud", "sky"))
+
+
+def test_an_empty_scene_has_no_colour_to_mention():
+    rng = random.Random(3)
+    empty = replace(HOUSE, thing="none")
+    texts = [caption(empty, rng, EVERYTHING) for _ in range(50)]
+    assert not any("red" in text or "left" in text for text in texts)
+    assert caption(empty, rng, frozenset({"colour"}))  # never an empty caption
+
+
+def test_captions_vary_and_fit_the_context():
+    texts = [text for seed in range(300) for text in scene_and_captions(seed)[1]]
+    assert len(set(texts)) > 0.8 * len(texts)
+    assert all(texts)
+    ends = (Tokenizer()(texts) == 49407).int().argmax(dim=1)
+    assert ends.max() < 60  # no caption is cut off

@@ -1,0 +1,195 @@
+"""The stages on a model as small as can be: they learn, resume to the same numbers, and end in a checkpoint."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sd
+from scripts import train_tiny
+from sd.clip import CLIP
+from sd.decoder import Decoder
+from sd.encoder import Encoder
+from sd.tokenizer import Tokenizer
+from sd.training import stages
+from sd.training.data import load_scenes
+from sd.training.loop import Training, TrainingError
+from sd.training.stages import Workshop
+from sd.training.text import end_states, pick_captions, retrieval, shrink, silence_unknown_tokens, tokenise
+from sd.training.vae import VAEStage, encode_all, normalise_latents, psnr
+from tests.synthetic import MICRO
+
+CPU = torch.device("cpu")
+SMALL = replace(MICRO, vae=replace(MICRO.vae, scaling_factor=1.0))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return load_scenes(tmp_path_factory.mktemp("scenes"), 32, 64)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which every stage has been trained for three steps."""
+    out = tmp_path_factory.mktemp("trained")
+    workshop = Workshop(out, scenes=40, device="cpu", config=SMALL)
+    for name in train_tiny.SHARES:
+        workshop.train(name, minutes=1, steps=3)
+    workshop.write_checkpoint()
+    return out
+
+
+def train_vae(folder, pictures, stop_after=None):
+    """Fourteen steps of the autoencoder, perhaps interrupted: the losses."""
+    torch.manual_seed(0)
+    stage = VAEStage(SMALL.vae, pictures, batch_size=8, crop=32)
+    training, losses = Training(stage, folder, CPU, 1.0, 14, seed=1), []
+
+    def pause():
+        if len(losses) == stop_after:
+            raise KeyboardInterrupt
+
+    try:
+        training.run(lambda progress: losses.append(progress.loss), 0.0, pause)
+    except KeyboardInterrupt:
+        assert len(losses) == stop_after
+    return losses
+
+
+def test_the_autoencoder_learns_and_resumes_to_the_same_losses(tmp_path, pictures):
+    whole = train_vae(tmp_path / "whole", pictures)
+    assert np.mean(whole[-3:]) < 0.9 * np.mean(whole[:3])
+    halves = train_vae(tmp_path / "halves", pictures, stop_after=6) + train_vae(tmp_path / "halves", pictures)
+    assert halves == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_stages_end_in_a_checkpoint_that_makes_pictures(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"vae.png", "decoder.png", "diffusion.png", "tiny.ckpt"} <= names
+    models = sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32)
+    assert models.config == SMALL
+    assert sd.generate("a red house", models=models, n_inference_steps=2, seed=0).shape == (64, 64, 3)
+
+
+def test_the_checkpoint_is_in_half_precision(trained):
+    state = sd.checkpoint.read_state_dict(trained / "tiny.ckpt")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16, torch.int64}
+    assert "model.diffusion_model.time_embed.0.weight" in state
+
+
+def test_its_latents_have_unit_variance(trained, pictures):
+    models = sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32)
+    latents = encode_all(models.encoder, pictures, CPU)[0].float()
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.2
+    assert latents.std(dim=(0, 2, 3)) == pytest.approx(torch.ones(4), abs=0.2)
+
+
+def test_normalised_latents_decode_to_the_same_picture():
+    torch.manual_seed(0)
+    encoder, decoder, image = Encoder(SMALL.vae), Decoder(SMALL.vae), torch.randn(1, 3, 64, 64)
+    mean, std = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([2.0, 0.5, 3.0, 1.0])
+    with torch.no_grad():
+        before, log_variance = encoder.moments(image)
+        expected = decoder(before)
+        normalise_latents(encoder, decoder, mean, std)
+        after, scaled = encoder.moments(image)
+        torch.testing.assert_close(after, (before - mean[:, None, None]) / std[:, None, None], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scaled, log_variance - 2 * std.log()[:, None, None], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(decoder(after), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_psnr():
+    image = torch.zeros(2, 3, 4, 4)
+    other = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 2.0)])
+    assert psnr(image, other).tolist() == pytest.approx([20.0, 0.0], abs=1e-4)
+
+
+def test_the_end_state_does_not_depend_on_the_padding():
+    torch.manual_seed(0)
+    clip, tokens = CLIP(SMALL.text), Tokenizer()(["a red house", "night"])
+    states = end_states(clip, tokens)
+    assert torch.allclose(states[1], clip(tokens)[1, 2], atol=1e-5)  # start, "night", end
+    longer = tokens.clone()
+    longer[1, 3:] = 320
+    longer[1, 10] = 49407
+    assert torch.allclose(states[1], end_states(clip, longer)[1], atol=1e-5)
+
+
+def test_unknown_words_are_silenced():
+    clip, tokenizer = CLIP(SMALL.text), Tokenizer()
+    silence_unknown_tokens(clip, [tokenizer(["a red house"]).int()])
+    known = tokenizer.encode("red")[0]
+    assert clip.token_embedding.weight[known].abs().sum() > 0
+    assert clip.token_embedding.weight[tokenizer.encode("zebra")[0]].abs().sum() == 0
+
+
+def test_every_caption_of_a_picture_is_picked(pictures):
+    tokens = tokenise(pictures, Tokenizer())
+    indices = torch.zeros(200, dtype=torch.long)
+    picked = pick_captions(tokens, indices, torch.Generator().manual_seed(0))
+    assert len(picked.unique(dim=0)) == len(tokens[0].unique(dim=0))
+
+
+def test_shrunk_pictures(pictures):
+    small = shrink(pictures, side=16)
+    assert small.shape == (32, 3, 16, 16)
+    assert small.float().mean() == pytest.approx(pictures.pixels.mean(), abs=1)
+
+
+def test_retrieval_counts_the_pictures_that_find_their_caption():
+    assert retrieval(torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]) == 0.5
+
+
+def test_a_stage_names_the_one_that_it_needs(tmp_path):
+    with pytest.raises(TrainingError, match="train stage text first"):
+        Workshop(tmp_path, scenes=12, device="cpu", config=SMALL).train("diffusion", 1, 1)
+
+
+def test_training_on_a_folder_of_ones_own(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(10):
+        Image.new("RGB", (80, 60), (25 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"red number {i}", encoding="utf-8")
+    workshop = Workshop(tmp_path / "out", folder, device="cpu", config=SMALL)
+    workshop.train("text", minutes=1, steps=2)
+    assert workshop.clip(Tokenizer()(["red"])).isfinite().all()
+
+
+def test_a_handful_of_pictures_is_too_few(tmp_path):
+    with pytest.raises(TrainingError, match="3 pictures are too few to train on: 8 are the least"):
+        Workshop(tmp_path, scenes=3, device="cpu", config=SMALL)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["vae", "--folder", "{tmp}/nowhere"], "There is no folder"),
+        (["diffusion", "--scenes", "12"], "train stage text first"),
+        (["vae", "--device", "tpu"], "device should be one that torch can use here"),
+        (["vae", "--out", "{tmp}/file", "--scenes", "12"], "cannot be used: a file of that name is in the way"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    assert train_tiny.main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("train_tiny.py: ")
+    assert message in error
+
+
+@pytest.mark.parametrize("arguments", [["unet"], ["vae", "--minutes", "0"], ["vae", "--steps", "-1"]])
+def test_bad_options_exit_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train_tiny.main(arguments)
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_shares_of_the_minutes_are_all_of_them():
+    assert math.isclose(sum(train_tiny.SHARES.values()), 1)
+    assert stages.HELD_BACK > 0

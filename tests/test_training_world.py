@@ -1,0 +1,32 @@
+"""What the tiny model says of itself."""
+
+import pytest
+
+from sd.training.scenes import scene_and_captions
+from sd.training.world import describe, known_words, unknown_words
+
+
+def test_every_training_caption_is_known():
+    captions = [caption for seed in range(300) for caption in scene_and_captions(seed)[1]]
+    assert [words for caption in captions if (words := unknown_words(caption))] == []
+
+
+@pytest.mark.parametrize(
+    "prompt, unknown",
+    [
+        ("A RED house, at noon!", []),
+        ("an astronaut riding an astronaut on the left", ["astronaut", "riding"]),
+        ("", []),
+        ("42 (%$", []),
+        ("ein Haus", ["ein", "haus"]),
+    ],
+)
+def test_unknown_words(prompt, unknown):
+    assert unknown_words(prompt) == unknown
+
+
+def test_the_description_uses_only_words_that_the_model_knows():
+    example = describe().split('"')[1]
+    assert unknown_words(example) == []
+    assert {"house", "purple", "night", "left", "moon"} <= known_words()
+    assert all(word in describe() for word in ("lighthouse", "cactus", "purple", "in the desert", "at dawn"))
