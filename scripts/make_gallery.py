@@ -41,7 +41,7 @@ def prompts_sheet(models: Models) -> Image.Image:
     return contact_sheet(rows, [[prompt, "", "", ""] for prompt in PROMPTS])
 
 
-def steps_sheet(models: Models, prompt: str = PROMPTS[1]) -> Image.Image:
+def steps_sheet(models: Models, prompt: str = PROMPTS[0]) -> Image.Image:
     """One picture coming to be: the latents decoded, and where they seem to be heading, at every fourth step."""
     generators = pipeline.make_generators(0, 1)
     sampler = pipeline.SAMPLERS["dpm++2m"](generators, schedule=models.config.schedule)
@@ -60,13 +60,14 @@ def changes_sheet(models: Models) -> Image.Image:
     """A picture made again from itself: with another time of day, without clouds, with a part repainted."""
     height = width = models.config.image_size
     noon = generate(PROMPTS[0] + ", with clouds", models=models, seed=0)
-    night = generate("a red house on green hills at night, on the left", "", noon, strength=0.6, models=models, seed=0)
+    house = "a red house on green hills at night, on the left"
+    night = generate(house, "at noon, by day", noon, strength=0.7, models=models, seed=0)
     clear = generate("a red house on green hills at noon, on the left", "clouds", models=models, seed=0)
     mask = Image.new("L", (width, height))
     mask.paste(255, (width // 2, height // 4, width, height))
     tree = "a yellow tree on green hills at noon, on the right"
     repainted = generate(tree, "", noon, mask, 1.0, models=models, seed=0)
-    labels = ["from noon ...", "to night, strength 0.6", "negative: clouds", "right half repainted"]
+    labels = ["from noon ...", "to night, strength 0.7", "negative: clouds", "right half repainted"]
     return contact_sheet([[noon, night, clear, repainted]], [labels])
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "images", metavar="DIR")
     out = parser.parse_args().out
     models = load_models()
-    sheets = {"prompts": prompts_sheet, "steps": steps_sheet, "changes": changes_sheet, "samplers": samplers_sheet}
+    sheets = {"steps": steps_sheet, "changes": changes_sheet, "prompts": prompts_sheet, "samplers": samplers_sheet}
     for name, make in sheets.items():
         write_png(out / f"{name}.png", make(models), overwrite=True)
         print(out / f"{name}.png")
