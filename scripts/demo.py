@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command_line import Parser
 
-TINY_PROMPT = "a red sailboat at sea at sunset, with the sun, with clouds"
+TINY_PROMPT = "a red lighthouse by the sea at sunset, with clouds, no sun"
 PROMPT = "a photograph of an astronaut riding a horse"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
