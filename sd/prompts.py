@@ -31,7 +31,7 @@ BREAK = re.compile(r"\s*\bBREAK\b\s*")
 MARK = re.compile(r"""(?xs)                                    # every character of a prompt belongs to one mark
       \\ (?P<literal> .? )                                     # what follows a backslash stands for itself
     | (?P<open> [(\[] )
-    | (?: : (?P<weight> [^\\()\[\]:]* ) )? (?P<close> [)\]] )  # a closing bracket, and perhaps a weight before it
+    | (?: : \s* (?P<weight> [+-]? [.\d]+ ) \s* )? (?P<close> [)\]] )  # a closing bracket, perhaps with a weight
     | (?P<text> : | [^\\()\[\]:]+ )
 """)
 
@@ -45,8 +45,9 @@ def parse(text: str, name: str = "prompt") -> list[list[Piece]]:
         "a (red:1.5) [cat\]] BREAK a dog"  ->  [[("a ", 1.0), ("red", 1.5), (" ", 1.0), ("cat]", 1 / 1.1)],
                                                 [("a dog", 1.0)]]
 
-    Nested brackets multiply. Raises ValueError, which calls the prompt `name` and quotes the place, for brackets that
-    are not in pairs and for a weight that is not a finite number (the web UI lets both pass).
+    Nested brackets multiply, and a colon before anything but a number is text. Raises ValueError, which calls the
+    prompt `name` and quotes the place, for brackets that are not in pairs, for a number that is none, like 1.2.3, and
+    for a weight in square brackets, by which the web UI means something else.
     """
     marks = list(MARK.finditer(text))
     factors = _factors(marks, name)
