@@ -12,10 +12,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command_line import Parser
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sd.model_loader import Models
 
 JUDGE_SCENES, TEST_SCENES = 6000, 500
 
@@ -55,23 +61,13 @@ def evaluate(options: argparse.Namespace) -> None:
     from sd import load_models
     from sd.pipeline import SAMPLERS
     from sd.training import evaluation
-    from sd.training.data import load_scenes
-    from sd.training.scenes import scene_and_captions
 
     for name in options.samplers:
         if name not in SAMPLERS:
             raise ValueError(f"--samplers should be among {', '.join(SAMPLERS)}, not {name!r}.")
     models = load_models(options.checkpoint, options.device)
     judge = train_judge(options)
-
-    first = evaluation.JUDGE_SEED + JUDGE_SCENES
-    renders = load_scenes(options.out, TEST_SCENES, models.config.image_size, first, held_out=None)
-    scenes = [scene_and_captions(first + i, 0, held_out=None)[0] for i in range(TEST_SCENES)]
-    wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
-    images = renders.batch(torch.arange(TEST_SCENES))
-    copies, decibels = evaluation.through_the_vae(models, images)
-    rows = {"renders": evaluation.judge_accuracy(judge, images, wanted)}
-    rows["through the VAE"] = evaluation.judge_accuracy(judge, copies, wanted)
+    rows, decibels = judge_renders(options, models, judge)
 
     second = {}
     runs = [(s, c, h) for s in options.samplers for c in options.cfg_scales for h in (False, True)]
@@ -92,6 +88,25 @@ def evaluate(options: argparse.Namespace) -> None:
     result = {"psnr": decibels, "prompts": options.prompts, "interval_at_95": margin, "accuracy": rows}
     result["retrieval"] = second
     (options.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def judge_renders(options: argparse.Namespace, models: Models, judge: nn.Module) -> tuple[dict[str, dict], float]:
+    """What the judge says of true renders and of their copies through the VAE, and the copies' PSNR in dB."""
+    import torch
+
+    from sd.training import evaluation
+    from sd.training.data import load_scenes
+    from sd.training.scenes import scene_and_captions
+
+    first = evaluation.JUDGE_SEED + JUDGE_SCENES
+    renders = load_scenes(options.out, TEST_SCENES, models.config.image_size, first, held_out=None)
+    scenes = [scene_and_captions(first + i, 0, held_out=None)[0] for i in range(TEST_SCENES)]
+    wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
+    images = renders.batch(torch.arange(TEST_SCENES))
+    copies, decibels = evaluation.through_the_vae(models, images)
+    rows = {"renders": evaluation.judge_accuracy(judge, images, wanted)}
+    rows["through the VAE"] = evaluation.judge_accuracy(judge, copies, wanted)
+    return rows, decibels
 
 
 def train_judge(options: argparse.Namespace):

@@ -47,6 +47,7 @@ class DiffusionStage:
         start_as_identity(self.networks["diffusion"])
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Latents (B, 4, h, w), token ids (B, 77), timesteps (B,) and noise (B, 4, h, w) of a random batch."""
         indices = torch.randint(len(self.means), (self.batch_size,), generator=generator)
         mean, std = self.means[indices].float(), self.stds[indices].float()
         latents = mean + std * torch.randn(mean.shape, generator=generator)

@@ -64,6 +64,7 @@ class Brush:
 
 
 def house(b: Brush) -> None:
+    """Two windows that shine at night, a door, a chimney."""
     roof, pane = b.shade((108, 72, 66)), LAMP if b.night else b.shade((200, 228, 245))
     b.box(b.shade((150, 130, 125)), 9, 36, 15, 54)  # the chimney
     b.polygon(b.paint, (-21, 0), (-21, 30), (21, 30), (21, 0))
@@ -78,6 +79,7 @@ def house(b: Brush) -> None:
 
 
 def tree(b: Brush) -> None:
+    """A round crown of the colour, on a trunk."""
     b.polygon(b.shade(WOOD), (-5, 0), (-3.5, 26), (3.5, 26), (5, 0))
     for x, y, r in ((-13, 31, 12), (13, 31, 12), (0, 46, 16)):
         b.ellipse(b.ink, x, y, r + 1.2, r + 1.2, outline=False)
@@ -89,6 +91,7 @@ def tree(b: Brush) -> None:
 
 
 def sailboat(b: Brush) -> None:
+    """Two sails of the colour over a wooden hull."""
     b.line(b.shade(DARK_WOOD), 2, (0, 8), (0, 64))
     b.polygon(b.paint, (2, 16), (2, 62), (25, 16))
     b.polygon(b.dark, (-2, 16), (-2, 54), (-20, 16))
@@ -100,6 +103,7 @@ def sailboat(b: Brush) -> None:
 
 
 def cactus(b: Brush) -> None:
+    """A stem and two arms, with a flower on top."""
     arms = [((-20, 40), (-20, 22), (0, 22)), ((20, 50), (20, 30), (0, 30)), ((0, 0), (0, 56))]
     for fill, extra in ((b.ink, 2.4), (b.paint, 0)):
         for points, width in zip(arms, (9, 9, 14)):
@@ -132,6 +136,7 @@ def balloon(b: Brush) -> None:
 
 
 def lighthouse(b: Brush) -> None:
+    """A tower with bands; at night its lamp shines."""
     b.polygon(b.paint, (-12, 0), (-7.5, 52), (7.5, 52), (12, 0))
     band = b.shade((206, 206, 216)) if b.paint == PAINTS["white"] else b.shade((248, 244, 236))
     for low in (13, 34):
@@ -149,6 +154,7 @@ def lighthouse(b: Brush) -> None:
 
 
 def tent(b: Brush) -> None:
+    """A ridge tent with an open door."""
     b.polygon(b.dark, (0, 42), (32, 0), (12, 0))
     b.polygon(b.paint, (0, 42), (-30, 0), (24, 0))
     inside = LAMP if b.night else b.shade((70, 52, 48))
