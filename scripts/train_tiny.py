@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command_line import Parser
 
-SHARES = {"vae": 0.25, "text": 0.07, "diffusion": 0.55, "decoder": 0.13}  # of the minutes given to `all`
+SHARES = {"vae": 0.27, "text": 0.06, "diffusion": 0.53, "decoder": 0.14}  # of the minutes given to `all`
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

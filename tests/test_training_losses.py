@@ -35,7 +35,8 @@ def test_vae_loss_adds_squares_magnitudes_and_edges():
     image, decoded = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.5, 0.5], [-0.5, -0.5]]]])
     zero = torch.zeros(1, 4, 1, 1)
     # square 0.25, magnitude 0.5; neighbours in a row are equal, those in a column differ by 1
-    assert vae_loss(image, decoded, zero, zero, edge_weight=0.5).item() == pytest.approx(0.25 + 0.5 + 0.5 * 1.0)
+    loss = vae_loss(image, decoded, zero, zero, square_weight=8, edge_weight=0.5).item()
+    assert loss == pytest.approx(8 * 0.25 + 0.5 + 0.5 * 1.0)
 
 
 def test_the_posterior_sample_passes_gradients_to_both_moments():

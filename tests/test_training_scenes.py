@@ -67,6 +67,25 @@ def test_sun_and_clouds_can_be_seen(name):
     assert np.abs(without - with_it).max() > 60
 
 
+@pytest.mark.parametrize("terrain", ATTRIBUTES["terrain"])
+@pytest.mark.parametrize("time", ATTRIBUTES["time"])
+def test_nothing_hides_the_sun(time, terrain):
+    for seed in range(8):
+        scene = Scene(time, terrain, "balloon", "red", "centre", light=True, clouds=True)
+        with_it, without = (
+            np.asarray(render(replace(scene, light=light), seed)).astype(int) for light in (True, False)
+        )
+        sky = np.abs(with_it - without)[:70].max(axis=2)  # above the reflection on water
+        assert (sky > 25).sum() > 150  # of the 314 pixels of its disc
+
+
+@pytest.mark.parametrize("time", ATTRIBUTES["time"])
+def test_a_white_lighthouse_has_darker_bands_at_every_hour(time):
+    picture = render(replace(HOUSE, thing="lighthouse", colour="white", time=time, position="centre"), 4)
+    tower = np.asarray(picture.convert("L")).astype(int)[70:100, 60:68].mean(axis=1)
+    assert tower.max() - tower.min() > 25
+
+
 @pytest.mark.parametrize("position, middle", [("left", 31), ("centre", 64), ("right", 97)])
 def test_the_thing_stands_where_it_should(position, middle):
     scene = replace(HOUSE, position=position, thing="tent")

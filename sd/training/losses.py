@@ -17,17 +17,19 @@ def vae_loss(
     mean: Tensor | None = None,
     log_variance: Tensor | None = None,
     kl_weight: float = 1e-4,
+    square_weight: float = 8.0,
     edge_weight: float = 0.5,
 ) -> Tensor:
     """The negative evidence lower bound (1312.6114, eq. 10), its two terms weighted against each other.
 
     image, decoded (B, 3, H, W); mean, log_variance (B, 4, H/8, W/8) of q(z | x). The first term says how badly
     `decoded` fits: the squared error is -log p(x | z) for a normal p, the absolute error for a Laplace p, and the
-    absolute error of the differences between neighbouring pixels keeps edges crisp. The second is the divergence; with
+    absolute error of the differences between neighbouring pixels keeps edges crisp. Errors are small, and their squares
+    smaller still, which is why these weigh more. The second is the divergence; with
     the encoder frozen it cannot change, and `mean` is left out.
     """
     error = decoded - image
-    reconstruction = error.square().mean() + error.abs().mean()
+    reconstruction = square_weight * error.square().mean() + error.abs().mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     divergence = 0.0 if mean is None else kl_to_standard_normal(mean, log_variance)
     return reconstruction + edge_weight * edges + kl_weight * divergence

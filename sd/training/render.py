@@ -13,7 +13,7 @@ from PIL import Image
 
 from sd.training.canvas import UNITS, Canvas, Colour, Point, mix, tint
 from sd.training.scenes import Scene
-from sd.training.things import DRAW, PAINTS, WHITE, Brush
+from sd.training.things import DRAW, WHITE, Brush
 
 SKIES: dict[str, list[Colour]] = {
     "dawn": [(142, 160, 222), (214, 186, 226), (255, 200, 204), (255, 232, 206)],
@@ -24,8 +24,8 @@ SKIES: dict[str, list[Colour]] = {
 # The light that falls on the land, and the milder one that falls on things, whose colour must stay recognisable.
 LAND_LIGHT = {"dawn": (1.0, 0.9, 0.95), "noon": (1, 1, 1), "sunset": (0.92, 0.68, 0.64), "night": (0.36, 0.4, 0.66)}
 THING_LIGHT = {"dawn": (1.0, 0.96, 0.98), "noon": (1, 1, 1), "sunset": (0.97, 0.9, 0.88), "night": (0.86, 0.86, 0.96)}
-SUNS = {"dawn": (255, 250, 226), "noon": (255, 246, 160), "sunset": (255, 240, 170), "night": (250, 246, 224)}
-GLOWS = {"dawn": (255, 244, 214), "noon": (255, 252, 214), "sunset": (255, 214, 120), "night": (150, 164, 220)}
+SUNS = {"dawn": (255, 246, 176), "noon": (255, 246, 160), "sunset": (255, 240, 170), "night": (250, 246, 224)}
+GLOWS = {"dawn": (255, 238, 180), "noon": (255, 252, 214), "sunset": (255, 214, 120), "night": (150, 164, 220)}
 CLOUDS = {"dawn": (255, 236, 236), "noon": (255, 255, 255), "sunset": (255, 176, 140), "night": (84, 94, 146)}
 SEAS = {"dawn": (130, 160, 200), "noon": (36, 120, 196), "sunset": (120, 70, 116), "night": (22, 34, 86)}
 MIDDLES = {"left": 31, "centre": 64, "right": 97}
@@ -58,18 +58,19 @@ def _sky(canvas: Canvas, scene: Scene, x: float | None, rng: random.Random) -> f
     where = rng.choice(free) + rng.uniform(-4, 4)
     if scene.light:
         sun_x = where
-        _sun(canvas, scene.time, sun_x, rng)
+        high = scene.time in ("noon", "night") or scene.terrain == "mountains"  # which would hide a low sun
+        _sun(canvas, scene.time, sun_x, 21 if high else 49, rng)
     if scene.clouds:
-        hides = scene.light and scene.time in ("noon", "night")  # at dawn and sunset the sun is below the clouds
+        hides = scene.light and high  # a low sun is below the clouds
         for middle in (rng.uniform(10, 34), rng.uniform(54, 74), rng.uniform(94, 118)):
-            if not (hides and abs(middle - sun_x) < 22):
+            if not (hides and abs(middle - sun_x) < 30):
                 _cloud(canvas, middle, rng.uniform(10, 28), rng.uniform(0.9, 1.2), CLOUDS[scene.time])
     return sun_x
 
 
-def _sun(canvas: Canvas, time: str, x: float, rng: random.Random) -> None:
-    y = {"dawn": 58, "noon": 24, "sunset": 60, "night": 24}[time] + rng.uniform(-4, 4)
-    radius = {"dawn": 9, "noon": 10, "sunset": 12, "night": 10}[time]
+def _sun(canvas: Canvas, time: str, x: float, y: float, rng: random.Random) -> None:
+    y += rng.uniform(-4, 4)
+    radius = 12 if time == "sunset" else 10
     canvas.glow(x, y, 3.2 * radius, GLOWS[time], 0.9)
     canvas.ellipse(x, y, radius, radius, SUNS[time])
     if time == "night":
@@ -188,7 +189,7 @@ def _thing(canvas: Canvas, scene: Scene, x: float, rng: random.Random) -> None:
     else:
         ground = canvas.image.getpixel((round(x * canvas.scale), round((y + 3) * canvas.scale)))
         canvas.ellipse(x, y, 28, 3.2, mix(ground, (20, 20, 50), 0.3))  # the shadow at its foot
-    brush = Brush(canvas, x, y, rng.uniform(0.95, 1.08), shade(PAINTS[scene.colour]), shade, night)
+    brush = Brush(canvas, x, y, rng.uniform(0.95, 1.08), scene.colour, shade, night)
     DRAW[scene.thing](brush)
     if scene.thing == "sailboat":
         canvas.ellipse(x, y + 1, 24, 1.6, mix(SEAS[scene.time], WHITE, 0.35))

@@ -94,7 +94,8 @@ class Workshop:
             return TextStage(self.config.text, self.pictures, self.tokens)
         if name == "decoder":
             encoder, decoder = self._plain_vae()
-            return DecoderStage(VAEStage(self.config.vae, self.pictures), encoder.to(self.device), decoder)
+            whole = VAEStage(self.config.vae, self.pictures, crop=self.config.image_size)
+            return DecoderStage(whole, encoder.to(self.device), decoder)
         clip, empty = self.clip.to(self.device), self.tokenizer([""])
         return DiffusionStage(self.config.unet, self.config.schedule, self._latents(), self.tokens, empty, clip)
 

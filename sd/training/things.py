@@ -32,9 +32,13 @@ class Brush:
     x: float
     y: float
     scale: float
-    paint: Colour
+    colour: str  # a key of PAINTS
     shade: Callable[[Colour], Colour]  # a colour as it looks at this hour
     night: bool
+
+    @property
+    def paint(self) -> Colour:
+        return self.shade(PAINTS[self.colour])
 
     @property
     def dark(self) -> Colour:
@@ -85,7 +89,7 @@ def tree(b: Brush) -> None:
         b.ellipse(b.ink, x, y, r + 1.2, r + 1.2, outline=False)
     for x, y, r in ((-13, 31, 12), (13, 31, 12), (0, 46, 16), (0, 34, 13)):
         b.ellipse(b.paint, x, y, r, r, outline=False)
-    light = mix(b.paint, WHITE, 0.3) if b.paint != PAINTS["white"] else WHITE
+    light = mix(b.paint, WHITE, 0.3) if b.colour != "white" else WHITE
     for x, y, r in ((-16, 34, 4.5), (10, 34, 4), (-4, 52, 6.5)):
         b.ellipse(light, x, y, r, r * 0.8, outline=False)
 
@@ -125,7 +129,7 @@ def balloon(b: Brush) -> None:
     b.polygon(b.paint, (-16, 31), (-6, 20), (6, 20), (16, 31))
     b.ellipse(b.paint, 0, 44, 23, 23)
     b.polygon(b.paint, (-15, 30), (-6, 21), (6, 21), (15, 30), outline=False)
-    stripe = mix(b.paint, WHITE, 0.35) if b.paint != PAINTS["white"] else b.shade((222, 222, 230))
+    stripe = mix(b.paint, WHITE, 0.35) if b.colour != "white" else b.shade((214, 214, 226))
     for r in (14.5, 6):
         curve = [(r * math.sin(a / 8 * math.pi), 44 - 21.5 * math.cos(a / 8 * math.pi)) for a in range(9)]
         b.line(stripe, 1.5, *curve)
@@ -138,7 +142,7 @@ def balloon(b: Brush) -> None:
 def lighthouse(b: Brush) -> None:
     """A tower with bands; at night its lamp shines."""
     b.polygon(b.paint, (-12, 0), (-7.5, 52), (7.5, 52), (12, 0))
-    band = b.shade((206, 206, 216)) if b.paint == PAINTS["white"] else b.shade((248, 244, 236))
+    band = b.shade((206, 206, 216)) if b.colour == "white" else b.shade((248, 244, 236))
     for low in (13, 34):
         left, right = 12 - 4.5 * low / 52, 12 - 4.5 * (low + 9) / 52
         b.polygon(band, (-left, low), (-right, low + 9), (right, low + 9), (left, low), outline=False)

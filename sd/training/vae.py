@@ -54,8 +54,8 @@ class VAEStage:
 
 
 class DecoderStage:
-    """The decoder alone, some more. The encoder stays as it is, and with it all that the U-Net has learned about
-    latents; so this comes last, and makes pictures crisper for as long as there is time."""
+    """The decoder alone, some more, on whole pictures. The encoder stays as it is, and with it all that the U-Net has
+    learned about latents; so this comes last, and makes pictures crisper for as long as there is time."""
 
     name = "decoder"
     learning_rate = 2e-3
