@@ -23,19 +23,20 @@ import codecs
 import json
 import mmap
 import os
-import secrets
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from sd.archive import CheckpointError
+from sd.files import whole_file
 from sd.formats import (
     MAX_CONFIG_CHARACTERS,
     SAFETENSORS_DTYPES,
     Checkpoint,
-    CheckpointError,
     read_legacy,
     read_safetensors,
     read_zip,
@@ -95,12 +96,14 @@ def _read(file: BinaryIO) -> Checkpoint:
     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     head = data[:512]
     if head[8:9] == b"{" and head[5:8] == bytes(3):  # first, as the length before the brace can look like any of them
-        return read_safetensors(data)
-    if head.startswith(b"PK"):
-        return read_zip(file, data)
-    if head.startswith(b"\x80"):
-        return read_legacy(data)
-    raise CheckpointError(f"is {_describe(head)}")
+        checkpoint = read_safetensors(data)
+    elif head.startswith(b"PK"):
+        checkpoint = read_zip(file, data)
+    elif head.startswith(b"\x80"):
+        checkpoint = read_legacy(data)
+    else:
+        raise CheckpointError(f"is {_describe(head)}")
+    return replace(checkpoint, mapping=data)
 
 
 def _describe(head: bytes) -> str:
@@ -133,7 +136,8 @@ def write_checkpoint(path: str | os.PathLike, state: dict[str, Tensor], config: 
     """Write tensors by name, and a config that JSON can express, as `.safetensors` or torch's `.ckpt`, `.pt`, `.pth`.
 
     The file appears complete or not at all: an older one of that name stays until the new one is safely on disk.
-    Raises CheckpointError for another suffix, or for a state or a config that cannot be written; OSError.
+    Raises CheckpointError for another suffix, or for a state or a config that cannot be written; OSError for a disk
+    that is full or a folder that is missing or may not be written to.
     """
     path = Path(path)
     if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
@@ -141,19 +145,15 @@ def write_checkpoint(path: str | os.PathLike, state: dict[str, Tensor], config: 
     _check_state(state)
     text = _config_text(config)
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with whole_file(path, overwrite=True) as file:
             if path.suffix == ".safetensors":
                 _write_safetensors(file, tensors, {"format": "pt"} | ({} if config is None else {"config": text}))
             else:
                 torch.save({"state_dict": tensors, "config": json.loads(text)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except (OSError, RuntimeError) as error:  # a RuntimeError is torch's word for a disk that is full
+        reason = getattr(error, "strerror", None) or "is there space left on the disk?"
+        raise OSError(f"{path} cannot be written ({reason}); what was there before is kept.") from error
 
 
 def _check_state(state: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ this repository is written here and nowhere else. A checkpoint of ours carries i
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 
 
@@ -89,13 +90,39 @@ class ModelConfig:
         """
         return _build(cls, values, "config")
 
+    def check(self) -> None:
+        """Raises ValueError for a configuration of which nothing can be built: one out of a damaged or hostile file."""
+        text, vae, unet, schedule = self.text, self.vae, self.unet, self.schedule
+        largest = max(text.width, text.vocab_size, text.context_length, *vae.channels, *unet.channels)
+        rules = {
+            "widths of at most a million": max(largest, unet.in_channels, vae.latent_channels) <= 1 << 20,
+            "at most 50 layers of text encoder": text.layers <= 50,
+            "at most 6 levels of 4 blocks": max(len(vae.channels), len(unet.channels)) <= 6
+            and max(vae.blocks_per_level, unet.blocks_per_level) <= 4,
+            "as many of unet.attention as of unet.channels": len(unet.attention) == len(unet.channels),
+            "a text.width that text.heads divides": text.width % text.heads == 0,
+            "unet.channels that unet.heads divides": not any(width % unet.heads for width in unet.channels),
+            "unet.channels that unet.groups divides": not any(width % unet.groups for width in unet.channels),
+            "vae.channels that vae.groups divides": not any(width % vae.groups for width in vae.channels),
+            "unet.context_width equal to text.width": unet.context_width == text.width,
+            "unet.out_channels equal to vae.latent_channels": unet.out_channels == vae.latent_channels,
+            "no fewer unet.in_channels than unet.out_channels": unet.in_channels >= unet.out_channels,
+            "an image_size of at most 8192": self.image_size <= 8192,
+            "at most 100,000 training steps": schedule.num_training_steps <= 100_000,
+            "betas that rise, below 1": schedule.beta_start <= schedule.beta_end < 1,
+            "a schedule that is known": schedule.beta_schedule in ("scaled_linear", "linear")
+            and schedule.prediction_type in ("epsilon", "v_prediction"),
+        }
+        if broken := [rule for rule, kept in rules.items() if not kept]:
+            raise ValueError(f"The configuration of a model should have {', and '.join(broken)}.")
+
 
 def _build(cls, values: object, where: str):
     if not isinstance(values, dict):
-        raise ValueError(f"{where} should be a dict of {cls.__name__} fields, not {values!r}.")
+        raise ValueError(f"{where} should be a dict of {cls.__name__} fields, not {values!r:.80}.")
     known = {f.name: f for f in fields(cls)}
     if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"{where} has unknown fields {unknown}; {cls.__name__} has {list(known)}.")
+        raise ValueError(f"{where} has unknown fields {unknown!s:.200}; {cls.__name__} has {list(known)}.")
     default = cls()
     return cls(**{name: _convert(getattr(default, name), value, f"{where}.{name}") for name, value in values.items()})
 
@@ -105,11 +132,14 @@ def _convert(default: object, value: object, where: str):
     if hasattr(default, "__dataclass_fields__"):
         return _build(type(default), value, where)
     if isinstance(default, tuple):
-        if isinstance(value, (list, tuple)) and value and all(type(v) is type(default[0]) for v in value):
-            return tuple(value)
-    elif type(value) is type(default) or (type(default) is float and type(value) is int):
+        if isinstance(value, (list, tuple)) and value:
+            return tuple(_convert(default[0], v, where) for v in value)
+    elif isinstance(default, (str, bool)):
+        if type(value) is type(default):
+            return value
+    elif type(value) in (int, type(default)) and 0 < value < math.inf:
         return value
-    raise ValueError(f"{where} should be like {default!r}, not {value!r}.")
+    raise ValueError(f"{where} should be like {default!r}, not {value!r:.80}.")
 
 
 SD15 = ModelConfig()

@@ -7,11 +7,9 @@ there whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +18,11 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from sd.files import write_whole
+
+# Not all that Pillow knows: to read EPS files it starts another program, Ghostscript, and each more is a door more.
+FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]
+FORMATS += ["PPM", "TGA", "ICO", "PCX", "SGI", "QOI"]
 ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
 
 Picture = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
@@ -32,8 +35,8 @@ def read_image(source: Picture) -> Image.Image:
     (H, W, 3). Of an animation it is the first frame. Integers beyond 8 bits are scaled from 0..65535, floats from 0..1,
     0..255 or 0..65535, the smallest of these that holds them.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not a whole picture, TypeError for any other
-    kind of source.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not a whole picture of one of the FORMATS, or
+    too large, TypeError for any other kind of source.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -43,19 +46,10 @@ def read_image(source: Picture) -> Image.Image:
         raise TypeError(f"A picture is a path, an open file, a PIL image or an array, not {type(source).__name__}.")
     name = str(getattr(source, "name", "the open file") if hasattr(source, "read") else source)
     try:
-        image = Image.open(source)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no file {name}: check the path of the picture.") from None
-    except IsADirectoryError:
-        raise ValueError(f"{name} is a folder: give the path of one picture in it.") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture that can be read: give a PNG, JPEG or WebP file.") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large to be opened safely: make it smaller first ({error}).") from None
-    except Exception as error:  # readers of damaged files raise whatever the damage leads them to
-        raise ValueError(f"{name} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-    with image:
-        return _load(image, name)
+        with _open(source, name) as image:
+            return _load(image, name)
+    except MemoryError:
+        raise ValueError(f"{name} is too large for the memory of this computer: make it smaller first.") from None
 
 
 def image_to_tensor(image: Picture, height: int, width: int) -> Tensor:
@@ -105,7 +99,7 @@ def write_png(
     if parameters is not None:
         # A prompt from the command line can hold half characters (lone surrogates), which no encoding takes.
         text.add_text("parameters", parameters.encode("utf-8", "replace").decode("utf-8"))
-    _write(Path(path), lambda file: image.save(file, format="PNG", pnginfo=text), overwrite)
+    write_whole(Path(path), lambda file: image.save(file, format="PNG", pnginfo=text), overwrite)
 
 
 def write_animation(
@@ -131,48 +125,7 @@ def write_animation(
     options = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
     if kind == "WEBP":
         options["quality"] = 90
-    _write(path, lambda file: first.save(file, format=kind, **options), overwrite)
-
-
-def _write(path: Path, save: Callable[[BinaryIO], None], overwrite: bool) -> None:
-    """Have a file written under another name, and give it its own when it is complete."""
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
-    try:
-        if os.path.lexists(path) and not overwrite:
-            raise FileExistsError
-        if path.parent.exists() and not path.parent.is_dir():
-            raise NotADirectoryError(f"{path.parent} is not a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        _give_name(temporary, path, overwrite)
-    except FileExistsError:
-        raise FileExistsError(f"{path} exists already and is left as it is: choose another name.") from None
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror or error}).") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _give_name(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Make the finished file appear as `path`, at once; without `overwrite`, only if the name is free."""
-    if not overwrite:
-        try:
-            os.link(temporary, path)  # unlike a renaming, fails if the name is taken
-            return
-        except FileExistsError:
-            raise
-        except OSError:  # the filesystem has no hard links: take the name with an empty file
-            open(path, "xb").close()
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        if not overwrite:
-            path.unlink()  # the empty file is ours
-        raise
+    write_whole(path, lambda file: first.save(file, format=kind, **options), overwrite)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -194,12 +147,39 @@ def _centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, 
     return left, top, left + width, top + height
 
 
+def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
+    """Find out what kind of picture a file holds. `name` is what an error calls it."""
+    if not hasattr(source, "read") and os.path.exists(source) and not os.path.isfile(source):
+        kind = "folder: give the path of one picture in it" if os.path.isdir(source) else "device or a pipe, not a file"
+        raise ValueError(f"{name} is a {kind}.")
+    try:
+        Image.init()
+        return Image.open(source, formats=[known for known in FORMATS if known in Image.OPEN])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {name}: check the path of the picture.") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not a picture that can be read: give a PNG, JPEG or WebP file.") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large to be opened safely: make it smaller first ({error}).") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # readers of damaged files raise whatever the damage leads them to
+        raise ValueError(f"{name} cannot be read ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
 def _load(image: Image.Image, name: str) -> Image.Image:
     """Decode a picture and bring it to RGB. `name` is what an error calls it."""
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:
-        raise ValueError(f"{name} is damaged or cut short ({error}): get it again.") from error
+        raise ValueError(f"{name} is damaged or cut short ({_reason(error)}): get it again.") from error
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels: its size is {image.width} x {image.height}.")
     try:
@@ -225,13 +205,15 @@ def _load(image: Image.Image, name: str) -> Image.Image:
 
 def _to_8_bit(image: Image.Image, name: str) -> Image.Image:
     """Scale modes I, I;16 and F to L, or to LA if one value stands for transparent. Pillow itself would clip them."""
-    pixels = np.asarray(image).astype(np.float64)  # (H, W)
+    pixels = np.asarray(image)  # (H, W)
     ranges = (1, 255, 65535) if image.mode == "F" else (65535,)
-    brightest = pixels.max()  # NaN if there is one, which no range holds
+    darkest, brightest = float(pixels.min()), float(pixels.max())  # NaN if there is one, which no range holds
     white = next((white for white in ranges if brightest < white + 1), None)
-    if white is None or pixels.min() <= -1:
-        raise ValueError(f"{name} has pixels from {pixels.min():g} to {brightest:g}: save it with 8 or 16 bits.")
-    levels = (pixels * 255 / white).round().clip(0, 255).astype(np.uint8)
+    if white is None or darkest <= -1:
+        raise ValueError(f"{name} has pixels from {darkest:g} to {brightest:g}: save it with 8 or 16 bits.")
+    levels = np.empty(pixels.shape, np.uint8)
+    for rows, exact in zip(levels, pixels):  # row by row, as float64 takes eight times the memory
+        rows[:] = (exact.astype(np.float64) * 255 / white).round().clip(0, 255)
     scaled = Image.fromarray(levels)
     transparent = image.info.get("transparency")
     if transparent is not None:

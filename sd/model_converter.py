@@ -146,10 +146,12 @@ def from_compvis(
     """
     config = config or recognise(state)
     state = standard_layout(state, ema)
-    _check(state, compvis_shapes(config))
+    shapes = compvis_shapes(config)
+    _check(state, shapes)
     ours = {}
     for key, tensor in state.items():
         if key != POSITION_IDS:
+            tensor = tensor.reshape(shapes[key])  # with or without the ones of a 1x1 kernel
             ours[to_our_name(key)] = tensor.flatten(1) if CONVOLUTIONS_1X1.search(key) else tensor
     networks = {name: {} for name in RULES}
     for key, tensor in _fuse(ours).items():

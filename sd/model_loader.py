@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd import dialects
-from sd.checkpoint import CheckpointError, read_checkpoint
+from sd import dialects, tuning
+from sd.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from sd.clip import CLIP
 from sd.config import ModelConfig
 from sd.decoder import Decoder
@@ -29,6 +29,8 @@ from sd.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 TINY_CHECKPOINT = DATA / "tiny.ckpt"
+
+RELEASE_AFTER = 256 << 20  # bytes of the file, copied
 
 Device = torch.device | str | None
 
@@ -52,12 +54,15 @@ def load_models(
     dtype: torch.dtype | None = None,
     ema: bool = False,
     vae: str | Path | None = None,
+    tuned: bool = True,
+    compiled: bool = False,
 ) -> Models:
     """The networks of a checkpoint, in evaluation mode and without gradients.
 
     `path` defaults to the tiny model in `data/`; `device` to CUDA, MPS or the CPU, the first that there is; `dtype` to
     what is fastest there without a visible loss. `ema` takes the averaged U-Net weights that training checkpoints
-    carry. `vae` is a second file whose VAE replaces the checkpoint's own.
+    carry. `vae` is a second file whose VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see
+    `sd.tuning`; compilation makes the first picture wait for minutes, and changes pixels by rounding.
 
     Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x checkpoint, and ValueError
     for a device or dtype that cannot be had. The file must stay unchanged while the models are in use.
@@ -72,12 +77,34 @@ def load_models(
     if vae is not None:
         state, config = _with_vae(state, config, Path(vae))
     with _naming(path):
+        config.check()
         weights = from_compvis(state, config, ema)
     networks = empty_networks(config)
     for name, network in networks.items():
-        network.load_state_dict(weights.pop(name), assign=True)
-        network.eval().requires_grad_(False).to(device, dtype)
+        network.load_state_dict(_placed(weights.pop(name), checkpoint, device, dtype, tuned), assign=True)
+        network.eval().requires_grad_(False)
+    if tuned and device.type == "cpu":
+        tuning.keep_freed_memory()
+        if dtype == torch.bfloat16:
+            tuning.pack_weights(networks["diffusion"])
+    if compiled:
+        tuning.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)
     return Models(**networks, tokenizer=Tokenizer(), config=config, device=device)
+
+
+def _placed(
+    weights: dict[str, Tensor], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, tuned: bool
+) -> dict[str, Tensor]:
+    """Weights on `device` in `dtype`. Where that takes copies, the file leaves memory as they grow."""
+    placed, copied = {}, 0
+    for name, tensor in weights.items():
+        order = tuning.memory_format(tensor, device, dtype) if tuned else torch.preserve_format
+        placed[name] = tensor.to(device, dtype, memory_format=order)
+        copied += tensor.nbytes if placed[name] is not tensor else 0
+        if copied > RELEASE_AFTER:
+            checkpoint.release()
+            copied = 0
+    return placed
 
 
 def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device = None) -> Models:

@@ -16,20 +16,17 @@ section 2.4. The ids are those of OpenAI's own tokenizer.
 from __future__ import annotations
 
 import heapq
-import html
 import json
-import unicodedata
 import warnings
-from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from numbers import Integral
 from pathlib import Path
 
-import ftfy
 import regex
 import torch
+
+from sd.cleaning import clean
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"  # part of the last symbol of a word: "cat</w>" is the word, "cat" the beginning of "catalog"
@@ -44,9 +41,6 @@ WORD = regex.compile(r"""(?ix)                  # ignoring case, and the blanks 
     | \p{N}                                     # digits, one by one
     | [^\s\p{L}\p{N}]+                          # everything else: punctuation, symbols, emoji
 """)
-PLAIN = regex.compile(r"[\t\n -%'-~]*")  # ASCII without "&" and control characters
-DEEP_ENTITY = regex.compile(r"&(?:(?:amp|AMP|#0{0,20}38|#[xX]0{0,20}26);){17,}")
-LONG_MARKS = regex.compile(r"\p{M}{100,}")
 
 
 def byte_symbols() -> dict[int, str]:
@@ -62,50 +56,6 @@ def byte_symbols() -> dict[int, str]:
 
 BYTE_TO_SYMBOL = byte_symbols()
 SYMBOL_TO_BYTE = {symbol: byte for byte, symbol in BYTE_TO_SYMBOL.items()}
-
-
-def clean(text: str) -> str:
-    """A prompt in lower case, single-spaced, its broken encodings and HTML entities repaired.
-
-    Raises TypeError if `text` is not a string, ValueError if it holds half a character (a lone surrogate).
-    """
-    if not isinstance(text, str):
-        raise TypeError(f"A prompt must be a string, not {type(text).__name__}.")
-    if not PLAIN.fullmatch(text):  # what the repairs would leave alone: nearly every prompt
-        text = repair(text)
-    return " ".join(text.split()).lower()
-
-
-def repair(text: str) -> str:
-    """Undo what copying does to text: wrong encodings ('cafÃ©'), curly quotes, wide letters, '&eacute;', and so on."""
-    try:
-        text.encode("utf-16", "surrogatepass").decode("utf-16")
-    except UnicodeDecodeError:
-        raise ValueError(f"A prompt must be valid Unicode; {text[:80]!a} has a lone surrogate in it.") from None
-    text = ftfy.fix_text(untangle(text))
-    try:
-        return html.unescape(html.unescape(text))
-    except ValueError:
-        raise ValueError("The prompt has an HTML entity with more digits than any character's number.") from None
-
-
-def untangle(text: str) -> str:
-    """What is the same text to ftfy, without two hostile contents that would keep it busy for minutes or hours.
-
-    It unescapes '&amp;amp;amp;...' one level a pass, down to the last: 16 levels do as well as a million. (From the
-    first line with a "<" on, it unescapes nothing.) And it has the accents on a letter put in order by insertion sort.
-    """
-    tag = text.find("<")
-    entities_end = len(text) if tag < 0 else text.rfind("\n", 0, tag) + 1
-    text = DEEP_ENTITY.sub("&" + "amp;" * 16, text[:entities_end]) + text[entities_end:]
-    return LONG_MARKS.sub(sort_marks, text)
-
-
-def sort_marks(run: regex.Match) -> str:
-    """Combining marks in Unicode's canonical order: a stable sort by class of each group that has classes above 0."""
-    marks = "".join(unicodedata.normalize("NFD", mark) for mark in run[0])
-    groups = groupby(marks, key=lambda mark: unicodedata.combining(mark) > 0)
-    return "".join("".join(sorted(group, key=unicodedata.combining)) for _, group in groups)
 
 
 def split(text: str) -> list[str]:
@@ -267,9 +217,13 @@ class Tokenizer:
         """
         end = len(symbols)
         symbols.append("")  # no merge contains it: the neighbour of the last symbol and, as index -1, of the first
-        before, after = array("q", range(-1, end)), array("q", [*range(1, end + 1), end])
+        before, after = [*range(-1, end)], [*range(1, end + 1), end]
         places = defaultdict(list)  # rank -> where its pair stands
-        ranks: list[int] = []  # the keys of `places`, as a heap
+        for place, pair in enumerate(zip(symbols, symbols[1:])):
+            if pair in self.ranks:
+                places[self.ranks[pair]].append(place)
+        ranks = list(places)
+        heapq.heapify(ranks)
 
         def note(place: int) -> None:
             rank = self.ranks.get((symbols[place], symbols[after[place]]))
@@ -278,15 +232,14 @@ class Tokenizer:
                     heapq.heappush(ranks, rank)
                 places[rank].append(place)
 
-        for place in range(end):
-            note(place)
         while ranks:
             rank = heapq.heappop(ranks)
             left, right = self.merges[rank]
+            joined = left + right
             for place in sorted(places.pop(rank)):
                 neighbour = after[place]
                 if symbols[place] == left and symbols[neighbour] == right:  # no merge has used either up meanwhile
-                    symbols[place], symbols[neighbour] = left + right, ""
+                    symbols[place], symbols[neighbour] = joined, ""
                     after[place] = after[neighbour]
                     before[after[place]] = place
                     note(before[place])

@@ -11,8 +11,9 @@ pushes `Call(that, arguments)`, a note that nobody acts on; BUILD drops its stat
 torch.save describes tensors become a `TensorNote`, an OrderedDict becomes a dict: checkpoint.py goes on from there.
 
 It knows the instructions that Python 3 writes in pickle protocols 2 to 5 and refuses the others. Of a dictionary it
-keeps the entries whose keys are text: a state dict has no others, and hashing foreign keys (a tuple nested a million
-deep, a million numbers of equal hash) can crash or stall the reader.
+keeps the entries whose keys are text of a sensible length: a state dict has no others, and looking up foreign keys (a
+tuple nested a million deep, a million numbers of equal hash, the same ten million letters again and again) can crash or
+stall the reader.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from typing import Any
 
 import torch
 
-MAX_INSTRUCTIONS = 1_000_000  # Stable Diffusion 1.5 takes 36,000, and four times as many with its optimizer's state
+# Honest files stay far below these limits; without them a small file can keep the reader busy for hours.
+MAX_INSTRUCTIONS = 500_000  # Stable Diffusion 1.5 takes 36,000, and four times as many with its optimizer's state
+MAX_NAME = 1000  # characters of a tensor's name; the longest of Stable Diffusion has 100
+MAX_NUMBER = 1 << 48  # of bytes, elements, or along one dimension
 
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -63,7 +67,7 @@ class Call:
 
 @dataclass(frozen=True)
 class StorageNote:
-    """A reference out of the pickle, to the `count` numbers that the checkpoint keeps under `key`."""
+    """A reference out of the pickle, to the `count` numbers, 0 to MAX_NUMBER, that the checkpoint keeps under `key`."""
 
     key: str
     dtype: torch.dtype
@@ -156,7 +160,7 @@ class Unpickler:
         """Add entries, given as key, value, key, value, to the dictionary on top of the stack."""
         if type(self.stack[-1]) is dict:
             entries = zip(items[::2], items[1::2])
-            self.stack[-1].update((key, value) for key, value in entries if type(key) is str)
+            self.stack[-1].update((key, value) for key, value in entries if _is_name(key))
 
     def remember(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
@@ -193,13 +197,19 @@ class Unpickler:
     def push_reference(self) -> None:
         """BINPERSID: a reference out of the pickle, by which torch means the storage of a tensor."""
         match reference := self.pop():
-            case ("storage", Global("torch", name), str(key), _, int(count), *_) if name in STORAGE_DTYPES:
+            case ("storage", Global("torch", name), key, _, count, *_) if (
+                name in STORAGE_DTYPES and _is_name(key) and type(count) is int and 0 <= count < MAX_NUMBER
+            ):
                 note = StorageNote(key, STORAGE_DTYPES[name], count)
                 if self.storages.setdefault(key, note) != note:
                     raise UnpicklingError("the pickle describes one storage in two ways")
                 self.push(note)
             case _:
                 self.push(Call(Global("pickle", "persistent_load"), reference))
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and len(value) <= MAX_NAME
 
 
 Instruction = Callable[[Unpickler], None]

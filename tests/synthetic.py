@@ -1,14 +1,13 @@
 """Random weights that keep activations at unit scale, and small configurations, for tests that need a whole model."""
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
+from scripts.synthetic_checkpoint import random_state
 from sd.config import SD15, ModelConfig, TextConfig, UNetConfig, VAEConfig
-from sd.model_converter import POSITION_IDS, compvis_shapes, empty_networks, from_compvis
+from sd.model_converter import empty_networks, from_compvis
 from sd.model_loader import Models
 from sd.tokenizer import Tokenizer
 
@@ -26,28 +25,6 @@ FULL_TEXT = replace(MICRO, text=SD15.text)
 FULL_VAE = replace(MICRO, vae=SD15.vae)
 HALF_UNET = replace(MICRO, unet=replace(SD15.unet, channels=(160, 320, 640, 640)))
 FULL_UNET = replace(MICRO, unet=SD15.unet)
-
-
-def random_weight(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """One weight, scaled by its role so that a deep network neither dies nor explodes."""
-    noise = torch.randn(shape, generator=generator)
-    if key.endswith("_embedding.weight"):
-        return 0.5 * noise
-    if key.endswith(".bias"):
-        return 0.02 * noise
-    if len(shape) == 1:
-        return 1 + 0.1 * noise
-    return noise / math.sqrt(math.prod(shape[1:]))
-
-
-def random_state(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """A checkpoint in the CompVis layout."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = compvis_shapes(config)
-    positions = torch.arange(config.text.context_length)[None]
-    return {
-        key: positions if key == POSITION_IDS else random_weight(key, shape, generator) for key, shape in shapes.items()
-    }
 
 
 def random_networks(config: ModelConfig, seed: int = 0) -> SimpleNamespace:

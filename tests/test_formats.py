@@ -4,13 +4,10 @@ import io
 import json
 import os
 import pickle
-import random
 import tarfile
 import zipfile
 
 import pytest
-import torch
-from safetensors.torch import save
 
 from sd.checkpoint import CheckpointError, read_checkpoint
 from tests.malicious_pickles import (
@@ -87,7 +84,7 @@ BAD_FILES = {
     "no JSON": (safetensors("{oops"), "is damaged"),
     "no UTF-8": (b"\x03" + bytes(7) + b'{"\xff', "is damaged"),
     "no entries": (safetensors({"__metadata__": {}}, b""), "a safetensors file without tensors"),
-    "metadata of text": (safetensors({"__metadata__": "x", "a": entry()}), "is damaged"),
+    "metadata of text": (safetensors({"__metadata__": "x", "a": entry()}), "its __metadata__ is not from text to text"),
     "twice": (safetensors(f'{{"a":{ONE},"a":{ONE}}}'), "a name twice"),
     "overlap": (safetensors({"a": entry(), "b": entry(begin=4, end=12)}, bytes(12)), "begins at byte 4 instead of 8"),
     "gap": (safetensors({"a": entry(begin=4, end=12)}, bytes(12)), "begins at byte 4 instead of 0"),
@@ -105,6 +102,11 @@ BAD_FILES = {
     "a hundred thousand dimensions": (safetensors({"a": entry(shape=(2**47,) * 100_000)}), "impossible shape or place"),
     "entry of text": (safetensors({"a": "F32"}), "header lacks dtype, shape or data_offsets of 'a'"),
     "entry in part": (safetensors({"a": {"dtype": "F32"}}), "header lacks dtype, shape or data_offsets of 'a'"),
+    "many entries": (
+        safetensors({f"{i}": entry(shape=(0,), end=0) for i in range(20_001)}, b""),
+        "has more than 20,000 entries",
+    ),
+    "a name without end": (safetensors({"a" * 1001: entry()}), "a tensor with a name of 1,001 characters"),
     "deep header": (safetensors('{"a":' * 100_000), "is damaged"),
 }
 
@@ -174,17 +176,42 @@ def test_encrypted_records_are_refused(tmp_path):
     honest = in_zip(state_dict())
     flags = honest.rindex(b"archive/data/0") - 46 + 8
     (tmp_path / "a.ckpt").write_bytes(honest[:flags] + b"\1\0" + honest[flags + 2 :])
-    with pytest.raises(CheckpointError, match="encrypted"):
+    with pytest.raises(CheckpointError, match="is an encrypted zip archive; unpack it first"):
         read_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_zip_claims_are_checked(tmp_path):
     path = tmp_path / "evil.ckpt"
     honest = in_zip(state_dict())
-    for record, message in [("data/0", "more than fits into a file"), ("data.pkl", "its pickle claims 2,147,483,647")]:
+    for record in ("data/0", "data.pkl"):
         entry = honest.rindex(f"archive/{record}".encode()) - 46  # in the directory at the end
         path.write_bytes(honest[: entry + 20] + b"\xff\xff\xff\x7f" * 2 + honest[entry + 28 :])
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match="more than fits into a file"):
+            read_checkpoint(path)
+    path.write_bytes(in_zip(bytes(9 << 20), {"noise": os.urandom(1 << 20)}, zipfile.ZIP_DEFLATED))
+    with pytest.raises(CheckpointError, match="'archive/data.pkl' in its zip archive claims 9,437,184 bytes"):
+        read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zip_names_and_places_are_checked(tmp_path):
+    path = tmp_path / "evil.ckpt"
+    honest = in_zip(state_dict())
+    first, last = honest.index(b"archive/data/0"), honest.rindex(b"archive/data/0")
+    elsewhere = last - 46 + 42  # where the directory says that the record begins
+    buffer = io.BytesIO(honest)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("archive/data/0", bytes(16))
+    files = {
+        "has a name twice": buffer.getvalue(),
+        "lacks 'archive/data/0' in the place": honest[:first] + b"archive/data/1" + honest[first + 14 :],
+        "lacks 'archive/data/0' in the place ": honest[:elsewhere] + b"\1" + honest[elsewhere + 1 :],
+        "'archive/data.pkl' .* has not the size or checksum": honest.replace(b"honest", b"hornet"),
+        "table of contents .* is absurdly long": in_zip(state_dict(), {f"{i:0200}": b"" for i in range(9000)}),
+    }
+    for message, content in files.items():
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message.strip()):
             read_checkpoint(path)
 
 
@@ -232,50 +259,3 @@ def test_impossible_tensors_are_refused(tmp_path, evil_tensor, wrap):
     path.write_bytes(wrap(b"\x80\x04" + mapping(evil=EVIL_TENSORS[evil_tensor]) + b"."))
     with pytest.raises(CheckpointError, match=r"is damaged|cannot be read"):
         read_checkpoint(path)
-
-
-def seeds() -> dict[str, bytes]:
-    """Small honest files of each format."""
-    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half(), "c": torch.arange(3)}
-    files = {"safetensors": save(state, {"config": "{}"})}
-    for kind, new in [("zip", True), ("legacy", False)]:
-        buffer = io.BytesIO()
-        value = {"state_dict": state, "config": {"a": [1]}, "epoch": 3}
-        torch.save(value, buffer, _use_new_zipfile_serialization=new)
-        files[kind] = buffer.getvalue()
-    return files | {"protocol 4": in_zip(state_dict()), "deflated": in_zip(state_dict(), {}, zipfile.ZIP_DEFLATED)}
-
-
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Flip, overwrite, insert, repeat, remove or cut off bytes at random places, once or a few times."""
-    for _ in range(rng.choice([1, 1, 2, 8])):
-        at, length = rng.randrange(len(data)), rng.choice([1, 1, 2, 4, 8, 64])
-        new = rng.choice([rng.randbytes(length), b"\xff" * length, bytes(length), data[:length], b"\x7f" + bytes(3)])
-        start = rng.randrange(len(data))
-        data = rng.choice(
-            [
-                data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :],
-                data[:at] + new + data[at + len(new) :],
-                data[:at] + new + data[at:],
-                data[:at] + data[start : start + length] + data[at:],
-                data[:at] + data[at + length :] or data,
-                data[: max(at, 1)],
-            ]
-        )
-    return data
-
-
-@pytest.mark.parametrize("kind", seeds())
-def test_random_damage_ends_in_an_error_or_not_at_all(tmp_path, kind):
-    rng = random.Random(0)
-    honest = seeds()[kind]
-    path = tmp_path / "a.ckpt"
-    damaged = 0
-    for _ in range(300):
-        path.write_bytes(mutate(honest, rng))
-        try:
-            for tensor in read_checkpoint(path).state.values():
-                tensor.double().sum()
-        except CheckpointError:
-            damaged += 1
-    assert 30 < damaged < 300

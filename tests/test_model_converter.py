@@ -95,6 +95,19 @@ def test_matrices_in_the_place_of_1x1_convolutions():
         assert all(torch.equal(weights[k], t) for k, t in from_compvis(state, MICRO)[name].items())
 
 
+def test_any_matrix_may_be_a_1x1_convolution_and_the_other_way_round():
+    state = random_state(MICRO)
+    kernels = {
+        k: t[..., None, None] if t.ndim == 2 else t.flatten(1) if t.shape[2:] == (1, 1) else t for k, t in state.items()
+    }
+    changed = [k for k in state if kernels[k].shape != state[k].shape and k != POSITION_IDS]
+    assert any("quant_conv" in k for k in changed)
+    assert any("to_q" in k for k in changed)
+    for name, weights in from_compvis(kernels, MICRO).items():
+        expected = from_compvis(state, MICRO)[name]
+        assert all(t.shape == expected[k].shape and torch.equal(t, expected[k]) for k, t in weights.items())
+
+
 def test_every_problem_is_listed_at_once():
     state = random_state(MICRO)
     del state[LAST]

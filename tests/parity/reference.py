@@ -1,74 +1,8 @@
-"""diffusers' and transformers' networks with our weights: the references that ours must agree with.
-
-The weights travel as a CompVis state dict through diffusers' own converter, so that the key rules are tested too.
-"""
+"""The reference networks that ours must agree with; tests are skipped where their libraries are not installed."""
 
 import pytest
-from torch import Tensor, nn
 
-from sd.config import ModelConfig
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
 
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
-
-from diffusers.loaders import single_file_utils  # noqa: E402
-
-
-def unet(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
-    """diffusers' U-Net."""
-    c = config.unet
-    model = diffusers.UNet2DConditionModel(
-        in_channels=c.in_channels,
-        out_channels=c.out_channels,
-        block_out_channels=c.channels,
-        down_block_types=["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in c.attention],
-        up_block_types=["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(c.attention)],
-        layers_per_block=c.blocks_per_level,
-        attention_head_dim=c.heads,  # diffusers' name for the number of heads
-        norm_num_groups=c.groups,
-        cross_attention_dim=c.context_width,
-        sample_size=64,  # only a default that we never use, but its pipelines want one
-    )
-    return _load(model, single_file_utils.convert_ldm_unet_checkpoint(state, dict(model.config)))
-
-
-def vae(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
-    """diffusers' autoencoder."""
-    c = config.vae
-    model = diffusers.AutoencoderKL(
-        block_out_channels=c.channels,
-        down_block_types=["DownEncoderBlock2D"] * len(c.channels),
-        up_block_types=["UpDecoderBlock2D"] * len(c.channels),
-        layers_per_block=c.blocks_per_level,
-        latent_channels=c.latent_channels,
-        norm_num_groups=c.groups,
-        scaling_factor=c.scaling_factor,
-        sample_size=config.image_size,
-    )
-    return _load(model, single_file_utils.convert_ldm_vae_checkpoint(state, dict(model.config)))
-
-
-def text_encoder(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
-    """transformers' CLIP text encoder."""
-    c = config.text
-    model = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.width,
-            intermediate_size=4 * c.width,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            max_position_embeddings=c.context_length,
-            hidden_act="quick_gelu",
-        )
-    )
-    prefix = "cond_stage_model.transformer.text_model."
-    weights = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    wanted = model.state_dict()
-    # transformers 4 keeps "text_model." in its keys, and 5 does not.
-    return _load(model, {key: weights[key.removeprefix("text_model.")] for key in wanted})
-
-
-def _load(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    model.load_state_dict({key: tensor.clone() for key, tensor in state.items()})
-    return model.eval().requires_grad_(False)
+from scripts.reference_networks import text_encoder, unet, vae  # noqa: E402, F401

@@ -1,0 +1,273 @@
+"""Measures this project and, where it is installed, diffusers: equal weights, alternating runs -> a table, and JSON.
+
+    python scripts/benchmark.py --quick                 # two minutes: what matters most, in the default precision
+    python scripts/benchmark.py                         # everything; on two cores half an hour
+    python scripts/benchmark.py --only step decode      # one or two things
+    python scripts/benchmark.py --device cuda --compiled
+
+Weights are random, of the real size, and made once in --cache (8.5 GB), unless --checkpoint names a file. Each library
+runs in a process of its own; they take turns, so that a machine that slows down slows down all of them. A figure is the
+median of its runs, and a ratio compares medians of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.command_line import Parser
+
+MEASURES = {
+    "import": "import, beyond torch, s",
+    "tokenizer": "tokenizer, prompts a second",
+    "tiny": "tiny model, cold process to picture, s",
+    "load": "load, s",
+    "first": "cold process to the end of the first step, s",
+    "step": "U-Net step, batch of 2 at 64x64, s",
+    "decode": "VAE decode, 512x512, s",
+    "encode": "VAE encode, 512x512, s",
+    "picture": "512x512 picture, dpm++2m, 20 steps, s",
+    "memory": "peak resident memory, GB",
+}
+QUICK = ["import", "tokenizer", "tiny", "load", "step", "decode", "memory"]
+TERAFLOPS = {"step": 1.607, "decode": 2.515, "encode": 1.117}  # operations, a multiplication and an addition being two
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("benchmark.py", __doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help=f"only {', '.join(QUICK)}, in the default precision, fewer runs")
+    add("--only", nargs="+", choices=MEASURES, metavar="WHAT", help=f"some of {', '.join(MEASURES)}")
+    add("--dtypes", nargs="+", choices=["fp32", "fp16", "bf16"], help="precisions (default: fp32 and the 16-bit one)")
+    add("--alone", action="store_true", help="this project only, even where diffusers is installed")
+    add("--compiled", action="store_true", help="also both under torch.compile, whose first step takes minutes")
+    add("--runs", type=int, metavar="N", help="of everything but pictures (5; with --quick 3)")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
+    add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.5 weights (default: random ones)")
+    add("--cache", type=Path, default=ROOT / "runs/benchmark", metavar="DIR", help="for weights (runs/benchmark)")
+    add("--json", type=Path, metavar="FILE", help="every single figure")
+    options = parser.parse_args(arguments)
+    if options.runs is not None and options.runs < 1:
+        parser.error(f"--runs should be at least 1, not {options.runs}.")
+    options.runs = options.runs or (3 if options.quick else 5)
+    options.only = options.only or (QUICK if options.quick else list(MEASURES))
+    return options
+
+
+class Worker:
+    """A contestant in its process: `ask` sends a command and waits for the answer."""
+
+    def __init__(self, library: str, dtype: str, device: str, path: Path, compiled: bool = False):
+        self.name = " ".join([library, dtype, *(["compiled"] if compiled else [])])
+        command = [sys.executable, ROOT / "scripts/benchmark_worker.py", library, dtype, device, path]
+        command += ["compiled"] if compiled else []
+        self.started = time.perf_counter()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, *command: object) -> dict[str, float]:
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise ChildProcessError(f"{self.name} ended while it was to {command[0]}: see above.")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def workers(contestants: list[tuple]) -> Iterator[list[Worker]]:
+    """All of them at once: who waits for its turn costs memory only."""
+    started = [Worker(*contestant) for contestant in contestants]
+    try:
+        yield started
+    finally:
+        for worker in started:
+            worker.close()
+
+
+class Results:
+    """measure -> contestant -> figures."""
+
+    def __init__(self):
+        self.figures: dict[str, dict[str, list[float]]] = {}
+
+    def add(self, measure: str, contestant: str, figure: float) -> None:
+        self.figures.setdefault(measure, {}).setdefault(contestant, []).append(figure)
+        print(f"{measure:10} {contestant:24} {figure:10.3f}", file=sys.stderr)
+
+    def table(self) -> str:
+        """A row a measure; each figure with its ratio to the reference in the same precision, and to its fp32."""
+        lines = ["| what | who | median | / diffusers, same | / diffusers fp32 |", "|---|---|---:|---:|---:|"]
+        for measure, row in self.figures.items():
+            for who, figures in row.items():
+                value = median(figures)
+                same = row.get(who.replace("sd ", "diffusers ", 1)) if who.startswith("sd ") else None
+                plain = row.get("diffusers fp32") if who != "diffusers fp32" else None
+                ratios = " | ".join(f"{value / median(other):.2f}" if other else "" for other in (same, plain))
+                lines.append(f"| {MEASURES.get(measure, measure)} | {who} | {value:.3g} | {ratios} |")
+        return "\n".join(lines)
+
+
+def small_things(options: argparse.Namespace, results: Results) -> None:
+    """What needs no full-size weights."""
+    for _ in range(options.runs):
+        if "import" in options.only:
+            code = "import torch, time; t = time.perf_counter(); import sd; print(time.perf_counter() - t)"
+            results.add("import", "sd", float(run(sys.executable, "-c", code)))
+        if "tokenizer" in options.only:
+            code = (
+                "import time; from sd.tokenizer import Tokenizer; t = Tokenizer(); s = time.perf_counter();"
+                "[t.encode(f'a photograph of {i} red houses on the hill, oil on canvas') for i in range(5000)];"
+                "print(5000 / (time.perf_counter() - s))"
+            )
+            results.add("tokenizer", "sd", float(run(sys.executable, "-c", code)))
+        if "tiny" in options.only:
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                run(sys.executable, "scripts/demo.py", "--seed", "0", "--out", folder)
+                results.add("tiny", "sd", time.perf_counter() - started)
+
+
+def run(*command: str | Path) -> str:
+    """The output of a command. Raises ChildProcessError if it fails."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ChildProcessError(f"{' '.join(map(str, command[:3]))} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def cold_starts(options: argparse.Namespace, contestants: list[tuple], results: Results) -> None:
+    """Loading, and the way to the first step, each in a fresh process. The files are in the system's cache."""
+    for _ in range(min(3, options.runs)):
+        for contestant in contestants:
+            with workers([contestant]) as (worker,):
+                seconds = worker.ask("load")["seconds"]
+                if "load" in options.only:
+                    results.add("load", worker.name, seconds)
+                if "first" in options.only:
+                    worker.ask("step")
+                    results.add("first", worker.name, time.perf_counter() - worker.started)
+
+
+def large_things(options: argparse.Namespace, contestants: list[tuple], results: Results) -> None:
+    """The networks of full size, turn by turn."""
+    with workers(contestants) as started:
+        rates = {}
+        for worker in started:
+            rates[worker.name] = worker.ask("gemm")["rate"]
+            worker.ask("load")
+            memory = worker.ask("step")  # the first one prepares kernels, and does not count
+            if "memory" in options.only:
+                note_memory(results, "after a step", worker.name, memory)
+        if "picture" in options.only:
+            for worker in started:
+                answer = worker.ask("picture", 20)
+                results.add("picture", worker.name, answer["seconds"])
+                if "memory" in options.only:
+                    note_memory(results, "after a picture", worker.name, answer)
+        for measure in ("step", "decode", "encode"):
+            if measure not in options.only:
+                continue
+            for number in range(options.runs + 1):
+                for worker in started:
+                    seconds = worker.ask(measure)["seconds"]
+                    if number:  # as above
+                        results.add(measure, worker.name, seconds)
+            for worker in started:
+                rate = TERAFLOPS[measure] * 1e12 / median(results.figures[measure][worker.name])
+                results.add(f"{measure}, share of the GEMM rate", worker.name, rate / rates[worker.name])
+        for name, rate in rates.items():
+            results.add("GEMM rate, TFLOP/s", name, rate / 1e12)
+
+
+def note_memory(results: Results, when: str, name: str, answer: dict[str, float]) -> None:
+    for kind in ("resident", "device"):
+        if kind in answer:
+            results.add(f"peak {kind} memory {when}, GB", name, answer[kind])
+
+
+def make_weights(options: argparse.Namespace, reference: bool) -> tuple[Path, Path]:
+    """The checkpoint, and a folder with the same weights as diffusers keeps them; made if they are not there."""
+    checkpoint = options.checkpoint or options.cache / "sd15.safetensors"
+    if not checkpoint.exists():
+        run(sys.executable, "scripts/synthetic_checkpoint.py", checkpoint)
+    folder = options.cache / f"diffusers-{checkpoint.stem}"
+    if reference and not folder.exists():
+        run(sys.executable, "scripts/reference_networks.py", checkpoint, folder)
+    for file in (checkpoint, *folder.rglob("*.safetensors")):
+        with open(file, "rb") as opened:  # into the system's cache
+            while opened.read(1 << 24):
+                pass
+    return checkpoint, folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        results = benchmark(options)
+    except (OSError, ValueError) as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2
+    machine = describe_machine()
+    print(f"{machine}\n\n{results.table()}")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "figures": results.figures}, indent=2) + "\n")
+    return 0
+
+
+def benchmark(options: argparse.Namespace) -> Results:
+    from sd.model_loader import best_device, best_dtype
+
+    results = Results()
+    device = best_device(options.device)
+    fast = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(best_dtype(device))]
+    dtypes = options.dtypes or ([fast] if options.quick else sorted({"fp32", fast}, reverse=True))
+    small_things(options, results)
+    if {"load", "first", "step", "decode", "encode", "picture"} & set(options.only):
+        reference = not options.alone and find_spec("diffusers") is not None and find_spec("transformers") is not None
+        checkpoint, folder = make_weights(options, reference)
+        libraries = [("sd", checkpoint)] + ([("diffusers", folder)] if reference else [])
+        contestants = [(library, dtype, str(device), path) for dtype in dtypes for library, path in libraries]
+        if {"load", "first"} & set(options.only):
+            cold_starts(options, contestants, results)
+        if options.compiled:
+            contestants += [(library, fast, str(device), path, True) for library, path in libraries]
+        if {"step", "decode", "encode", "picture"} & set(options.only):
+            large_things(options, contestants, results)
+    return results
+
+
+def describe_machine() -> str:
+    """What it ran on, and when."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{time.strftime('%Y-%m-%d')}, {processor}, {cores} cores{device}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

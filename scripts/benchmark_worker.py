@@ -1,0 +1,160 @@
+"""One contestant of the benchmark, in a process of its own, so that its memory is its own too.
+
+In: commands, one JSON list a line, such as ["step"] or ["picture", 20]. Out: a line of JSON for each, with the seconds
+that it took and the memory that the process needed at most so far.
+
+    python scripts/benchmark_worker.py sd bf16 cpu runs/benchmark/sd15.safetensors
+    python scripts/benchmark_worker.py diffusers fp32 cuda runs/benchmark/diffusers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PROMPT = "a photograph of an astronaut riding a horse"
+SIZE = 512  # pixels; latents of 64x64
+
+
+class Contestant:
+    """What both libraries are asked to do, on equal inputs."""
+
+    def __init__(self, path: str, device: str, dtype: torch.dtype, compiled: bool):
+        self.path, self.device, self.dtype, self.compiled = path, torch.device(device), dtype, compiled
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+
+
+class Ours(Contestant):
+    """This project."""
+
+    def load(self) -> None:
+        from sd import load_models
+
+        self.models = load_models(self.path, self.device, self.dtype, compiled=self.compiled)
+
+    def step(self) -> None:
+        self.models.diffusion(
+            self.random(2, 4, 64, 64), self.random(2, 77, 768), torch.tensor([500, 500]).to(self.device)
+        )
+
+    def encode(self) -> None:
+        self.models.encoder(self.random(1, 3, SIZE, SIZE))
+
+    def decode(self) -> None:
+        self.models.decoder(self.random(1, 4, 64, 64))
+
+    def picture(self, steps: int, count: int = 1) -> None:
+        from sd import generate
+
+        generate([PROMPT] * count, models=self.models, n_inference_steps=steps, sampler_name="dpm++2m", seed=0)
+
+
+class Diffusers(Contestant):
+    """diffusers, as its documentation recommends it: in 16 bits with the networks in channels-last order."""
+
+    def load(self) -> None:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        parts = {"text": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}
+        for name, kind in parts.items():
+            network = kind.from_pretrained(f"{self.path}/{name}", torch_dtype=self.dtype).to(self.device).eval()
+            if self.dtype != torch.float32 and name != "text":
+                network = network.to(memory_format=torch.channels_last)
+            setattr(self, name, network.requires_grad_(False))
+        if self.compiled:
+            mode = "max-autotune" if self.device.type == "cuda" else None
+            self.unet = torch.compile(self.unet, mode=mode, options=None if mode else {"freezing": True})
+            self.vae.decode = torch.compile(self.vae.decode, mode=mode)
+
+    def step(self) -> None:
+        timesteps = torch.tensor([500, 500], device=self.device)
+        self.unet(self.random(2, 4, 64, 64), timesteps, self.random(2, 77, 768))
+
+    def encode(self) -> None:
+        self.vae.encode(self.random(1, 3, SIZE, SIZE))
+
+    def decode(self) -> None:
+        self.vae.decode(self.random(1, 4, 64, 64))
+
+    def picture(self, steps: int, count: int = 1) -> None:
+        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+        from sd.tokenizer import Tokenizer
+
+        schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+        networks = {"vae": self.vae, "text_encoder": self.text, "unet": self.unet}
+        unused = {"tokenizer": None, "safety_checker": None, "feature_extractor": None}
+        scheduler = DPMSolverMultistepScheduler(**schedule)
+        pipeline = StableDiffusionPipeline(**networks, **unused, scheduler=scheduler, requires_safety_checker=False)
+        tokens = Tokenizer()(["", PROMPT]).to(self.device)
+        negative, positive = self.text(tokens)[0].split(1)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline(
+            prompt_embeds=positive.expand(count, -1, -1),
+            negative_prompt_embeds=negative.expand(count, -1, -1),
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            height=SIZE,
+            width=SIZE,
+        )
+
+
+def gemm(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
+    """How many operations a second this machine reaches in a product of large matrices: the limit of any network."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = min(timed(device, lambda: a @ b) for _ in range(4))
+    return 2 * side**3 / best
+
+
+def timed(device: torch.device, function) -> float:
+    """Seconds until the work is truly done."""
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that this process has had so far, in GB: resident, and on the device."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return peak
+
+
+def main() -> None:
+    library, dtype, device, path = sys.argv[1:5]
+    contestant = {"sd": Ours, "diffusers": Diffusers}[library](path, device, DTYPES[dtype], "compiled" in sys.argv)
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever a library prints is not an answer
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        with torch.no_grad():
+            if command == "gemm":
+                answer = {"rate": gemm(contestant.device, contestant.dtype)}
+            else:
+                job = partial(getattr(contestant, command), *arguments)
+                answer = {"seconds": timed(contestant.device, job)}
+        print(json.dumps(answer | peak_memory(contestant.device)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

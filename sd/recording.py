@@ -1,0 +1,138 @@
+"""A prompt -> a picture, as `generate` makes it, and a record of how it came to be.
+
+In: what `generate` takes, for one picture. Out: a `Recording`: the picture, what the U-Net saw and predicted on the
+way, and what each of the four parts of the work cost. Films and reports are made of it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sd import pipeline
+from sd.arguments import check_request
+from sd.inpainting import Known
+from sd.model_loader import Models, load_models
+from sd.sampler import Sampler
+
+MOST_MOMENTS = 60
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # of Linux: the memory of this process
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of the denoising. All tensors are float32 (1, 4, h, w), on the CPU."""
+
+    index: int
+    timestep: int | float
+    latents: Tensor  # x_t: what the U-Net saw, before the step
+    denoised: Tensor  # x_0 as predicted at this step
+    noise_uncond: Tensor | None  # for the negative prompt; None without guidance
+    noise_cond: Tensor  # for the prompt
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a part of the work took."""
+
+    seconds: float
+    peak: int | None  # bytes: see `peak_memory`
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How one picture came to be."""
+
+    prompt: str
+    uncond_prompt: str
+    cfg_scale: float
+    models: Models
+    picture: np.ndarray  # uint8 (H, W, 3)
+    moments: list[Moment]  # 60 at most, evenly spaced, the first and the last step among them
+    sampler: Sampler  # its timesteps are those of all steps
+    known: Known | None  # what inpainting kept
+    costs: dict[str, Cost]  # of "encode_prompt", "begin", "denoise" and "decode_latents"
+
+
+def record(
+    prompt: str,
+    uncond_prompt: str = "",
+    models: Models | None = None,
+    sampler_name: str = "dpm++2m",
+    do_cfg: bool = True,
+    cfg_scale: float = 7.5,
+    cfg_rescale: float = 0,
+    **start: object,
+) -> Recording:
+    """Makes the picture that `generate` makes of the same arguments; `start` are those that `pipeline.begin` takes.
+
+    Raises ValueError as `generate` does.
+    """
+    guidance = {"cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale}
+    check_request(prompt, uncond_prompt, sampler_name=sampler_name, **guidance, **start)
+    models = models or load_models()
+    costs: dict[str, Cost] = {}
+    with _measured(costs, "encode_prompt", models):
+        context = pipeline.encode_prompt(models, prompt, uncond_prompt if do_cfg else None)
+    with _measured(costs, "begin", models):
+        sampler, latents, known = pipeline.begin(models, 1, sampler_name, **start)
+    with _measured(costs, "denoise", models):
+        steps = pipeline.denoise(models, latents, context, sampler, known=known, **guidance)
+        moments, latents = _watch(steps, latents, len(sampler.timesteps))
+    with _measured(costs, "decode_latents", models):
+        images = pipeline.decode_latents(models, latents)  # (1, H, W, 3)
+    picture = (images if known is None else known.paste(images))[0]
+    return Recording(prompt, uncond_prompt, cfg_scale, models, picture, moments, sampler, known, costs)
+
+
+def _watch(steps: Iterator[pipeline.Step], latents: Tensor, total: int) -> tuple[list[Moment], Tensor]:
+    """Runs all `total` steps from `latents` -> the moments to keep, and the latents at the end."""
+    kept = set(np.linspace(0, total - 1, min(total, MOST_MOMENTS)).round().astype(int).tolist())
+    moments = []
+    for step in tqdm(steps, total=total):
+        if step.index in kept:
+            tensors = (latents, step.denoised, step.noise_uncond, step.noise_cond)
+            moments.append(Moment(step.index, step.timestep, *(x if x is None else x.cpu() for x in tensors)))
+        latents = step.latents
+    return moments, latents
+
+
+@contextmanager
+def _measured(costs: dict[str, Cost], name: str, models: Models) -> Iterator[None]:
+    """Writes down what the block costs."""
+    device = models.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            CLEAR.write_text("5")  # the peak starts again from what is in memory now
+    started = time.perf_counter()
+    yield
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    costs[name] = Cost(time.perf_counter() - started, peak_memory(device))
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that a GPU of CUDA, or else this process, has had in use. None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        if kibibytes := re.search(r"VmHWM:\s*(\d+)", STATUS.read_text()):
+            return int(kibibytes[1]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

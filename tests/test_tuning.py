@@ -1,0 +1,91 @@
+"""Tuned networks compute what plain ones do, give back their weights, and can be had without."""
+
+import pytest
+import torch
+
+from sd import generate, load_models
+from sd.checkpoint import write_checkpoint
+from sd.diffusion import Diffusion
+from sd.model_converter import to_compvis
+from sd.tuning import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, pack_weights
+from tests.synthetic import MICRO, random_networks, random_state
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tuning") / "micro.safetensors"
+    write_checkpoint(path, random_state(MICRO), MICRO.to_dict())
+    return path
+
+
+def inputs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    latents, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 32, generator=generator)
+    return latents.to(dtype), context.to(dtype), torch.tensor([500, 500])
+
+
+def packed(unet: Diffusion) -> int:
+    return sum(isinstance(module, (PackedConvolution, PackedGEGLU)) for module in unet.modules())
+
+
+@pytest.mark.parametrize(
+    "device, dtype, format",
+    [
+        (CPU, torch.bfloat16, torch.channels_last),
+        (CUDA, torch.float16, torch.channels_last),
+        (CPU, torch.float32, torch.preserve_format),
+        (MPS, torch.float16, torch.preserve_format),
+    ],
+)
+def test_memory_format(device, dtype, format):
+    assert memory_format(torch.zeros(4, 4, 3, 3), device, dtype) == format
+    assert memory_format(torch.zeros(4, 4), device, dtype) == torch.preserve_format
+
+
+def test_keeping_freed_memory_can_be_asked_for_twice():
+    keep_freed_memory()
+    keep_freed_memory()
+
+
+@torch.no_grad()
+def test_packed_weights_compute_the_same():
+    unet = random_networks(MICRO).diffusion.bfloat16()
+    expected = unet(*inputs(torch.bfloat16)).float()
+    reference = random_networks(MICRO).diffusion(*inputs(torch.float32))
+    pack_weights(unet)
+    assert packed(unet) > 40
+    actual = unet(*inputs(torch.bfloat16)).float()
+    error = (actual - reference).norm() / reference.norm()
+    assert error < 0.03
+    assert error < 1.3 * (expected - reference).norm() / reference.norm()  # no worse than plain bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_come_out_as_they_went_in(checkpoint, dtype):
+    tuned, plain = (to_compvis(load_models(checkpoint, "cpu", dtype, tuned=tuned)) for tuned in (True, False))
+    assert tuned.keys() == plain.keys()
+    assert all(torch.equal(tuned[key], plain[key]) for key in plain)
+
+
+def test_tuning_can_be_switched_off(checkpoint):
+    plain = load_models(checkpoint, "cpu", torch.bfloat16, tuned=False)
+    assert packed(plain.diffusion) == 0
+    assert plain.diffusion.down[0][0].weight.is_contiguous()
+    tuned = load_models(checkpoint, "cpu", torch.bfloat16)
+    assert packed(tuned.diffusion) > 40
+
+
+def test_float32_keeps_the_files_own_memory(checkpoint):
+    models = load_models(checkpoint, "cpu", torch.float32)
+    assert packed(models.diffusion) == 0
+    assert models.diffusion.down[0][0].weight.is_contiguous()
+
+
+def test_a_tuned_picture_is_the_plain_one_but_for_rounding(checkpoint):
+    pictures = [
+        generate("a cat", models=load_models(checkpoint, "cpu", torch.bfloat16, tuned=tuned), seed=0).astype(int)
+        for tuned in (True, False)
+    ]
+    assert abs(pictures[0] - pictures[1]).mean() < 3
