@@ -80,25 +80,27 @@ def load_models(
         config.check()
         weights = from_compvis(state, config, ema)
     networks = empty_networks(config)
+    packs = tuned and tuning.packs(device, dtype)
     for name, network in networks.items():
-        network.load_state_dict(_placed(weights.pop(name), checkpoint, device, dtype, tuned), assign=True)
+        ordered = tuned and not (packs and name == "diffusion")  # packing starts from the plain order
+        network.load_state_dict(_placed(weights.pop(name), checkpoint, device, dtype, ordered), assign=True)
         network.eval().requires_grad_(False)
+    if packs:
+        tuning.pack_weights(networks["diffusion"])
     if tuned and device.type == "cpu":
         tuning.keep_freed_memory()
-        if dtype == torch.bfloat16:
-            tuning.pack_weights(networks["diffusion"])
     if compiled:
         tuning.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)
     return Models(**networks, tokenizer=Tokenizer(), config=config, device=device)
 
 
 def _placed(
-    weights: dict[str, Tensor], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, tuned: bool
+    weights: dict[str, Tensor], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, ordered: bool
 ) -> dict[str, Tensor]:
     """Weights on `device` in `dtype`. Where that takes copies, the file leaves memory as they grow."""
     placed, copied = {}, 0
     for name, tensor in weights.items():
-        order = tuning.memory_format(tensor, device, dtype) if tuned else torch.preserve_format
+        order = tuning.memory_format(tensor, device, dtype) if ordered else torch.preserve_format
         placed[name] = tensor.to(device, dtype, memory_format=order)
         copied += tensor.nbytes if placed[name] is not tensor else 0
         if copied > RELEASE_AFTER:

@@ -24,7 +24,7 @@ LARGEST_KEPT = 32 << 20  # bytes: it accepts no more
 
 
 def memory_format(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """How the weight of a convolution should lie in memory.
+    """How a weight should lie in memory: that of a convolution in channels-last order, where it helps.
 
     In 16 bits the fast kernels of CUDA and of the CPU read all channels of a pixel together; given another order they
     turn every feature map round, twice a layer. In float32 that gains nothing, and weights can stay where the file has
@@ -48,18 +48,23 @@ def keep_freed_memory() -> None:
         mallopt(option, size)
 
 
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `pack_weights` helps here: on a CPU, in bfloat16, where torch has oneDNN."""
+    here = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return here and dtype == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def pack_weights(unet: Diffusion) -> None:
     """Turns the weights of convolutions and of GEGLU, once, into the order that oneDNN's bfloat16 kernels read; they
-    would do it at every call. Only where there are such kernels, and for prediction only: nothing here has a gradient.
+    would do it at every call. For prediction only: packed layers have no gradient.
 
     The kernels are torch's own, those that its compiler chooses (torch._inductor.mkldnn_ir), called by name.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return
-    for parent in list(unet.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.Conv2d, GEGLU)):
-                setattr(parent, name, PackedConvolution(child) if isinstance(child, nn.Conv2d) else PackedGEGLU(child))
+    for path in [path for path, module in unet.named_modules() if isinstance(module, (nn.Conv2d, GEGLU))]:
+        parent, _, name = path.rpartition(".")
+        module = unet.get_submodule(path)
+        packed = PackedConvolution(module) if isinstance(module, nn.Conv2d) else PackedGEGLU(module)
+        setattr(unet.get_submodule(parent), name, packed)  # and the plain weight is freed
 
 
 class PackedConvolution(nn.Module):

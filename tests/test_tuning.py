@@ -75,6 +75,7 @@ def test_tuning_can_be_switched_off(checkpoint):
     assert plain.diffusion.down[0][0].weight.is_contiguous()
     tuned = load_models(checkpoint, "cpu", torch.bfloat16)
     assert packed(tuned.diffusion) > 40
+    assert tuned.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_float32_keeps_the_files_own_memory(checkpoint):
