@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.command_line import Parser
 
-SHARES = {"vae": 0.27, "text": 0.06, "diffusion": 0.53, "decoder": 0.14}  # of the minutes given to `all`
+SHARES = {"vae": 0.27, "text": 0.085, "diffusion": 0.52, "decoder": 0.125}  # of the minutes given to `all`
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
