@@ -5,7 +5,7 @@
     python scripts/demo.py "a watercolour" --image photo.jpg --strength 0.6 --out watercolour.png
     python scripts/demo.py "a red hat" --image photo.jpg --mask mask.png --feather 8
     python scripts/demo.py "a {red|blue} house" "a white tent" --n 3 --grid
-    python scripts/demo.py "a yellow balloon" --film balloon.webp
+    python scripts/demo.py "a yellow balloon" --film balloon.webp --report balloon.html
 
 Every prompt is drawn with every seed, and {red|blue} in a prompt makes it two prompts. Every picture carries its
 prompt and settings; an existing file is never overwritten unless --overwrite says so.
@@ -14,29 +14,27 @@ prompt and settings; an existing file is never overwritten unless --overwrite sa
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
 
     from sd.model_loader import Models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.captions import DTYPES, command, details, grid, parameters
 from scripts.command_line import Parser
+from scripts.output_files import candidates, check_free, first_path, save
 
 TINY_PROMPT = "a red lighthouse by the sea at sunset, with clouds, no sun"
 PROMPT = "a photograph of an astronaut riding a horse"
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 # What `generate` calls its arguments, and what they are called here.
 FLAGS = {
@@ -76,13 +74,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--n", type=int, default=1, metavar="N", help="how many pictures of each prompt (1)")
     add("--grid", action="store_true", help="also one sheet of all the pictures, with labels")
     add("--film", type=Path, metavar="FILE", help="also a .webp or .gif file for each picture, of how it comes to be")
+    add("--report", type=Path, metavar="FILE", help="also a .html page for each picture, of how it came to be")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
     add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
     add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.x weights (default: the tiny model)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
     add("--out", type=Path, metavar="PATH", help="a .png file or a folder (default: picture.png or the next free name)")
-    add("--overwrite", action="store_true", help="let --out and --film replace a file that is there")
+    add("--overwrite", action="store_true", help="let --out, --film and --report replace a file that is there")
     options = parser.parse_intermixed_args(arguments)  # prompts may stand between the flags
     options.prompts = options.prompts or [PROMPT if options.checkpoint else TINY_PROMPT]
     return options
@@ -101,7 +100,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("demo.py: interrupted; the pictures printed above are complete.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"demo.py: {with_flag(str(error))}", file=sys.stderr)
         return 2
     return 0
@@ -111,29 +110,27 @@ def make_pictures(options: argparse.Namespace) -> None:
     """Checks everything, loads the weights, and writes one picture after the other."""
     first = first_path(options.out, options.overwrite)
     check_files(options)
-    from sd import images, pipeline  # not before: torch takes a second, and bad input should not have to wait
-    from sd.film import generate_film
+    from sd import images  # not before: torch takes a second, and bad input should not have to wait
     from sd.prompt_matrix import expand
+    from sd.report import write_report
 
     prompts = [prompt for text in options.prompts for prompt in expand(text)]
     seed = random.randrange(2**32) if options.seed is None else options.seed
     settings = checked_settings(options, prompts, seed)
     settings["models"] = load(options, prompts)
-    names, films = candidates(first), candidates(options.film or first)
+    names, films, reports = (candidates(path or first) for path in (first, options.film, options.report))
     pictures, texts = [], []  # of the grid
     for prompt, i in itertools.product(prompts, range(options.n)):
         started = time.perf_counter()
-        frames = []
-        if options.film:
-            picture, frames = generate_film(prompt, **settings, seed=seed + i)
-        else:
-            picture = pipeline.generate(prompt, **settings, seed=seed + i)
+        picture, frames, page = draw(options, prompt, settings, seed + i)
         text = parameters(options, prompt, settings, seed + i, picture.shape)
         path = save(images.write_png, names, options.overwrite, picture, text)
         seconds = time.perf_counter() - started
         print(f"{path}  seed {seed + i}  {seconds:.1f} s" + (f"  {prompt}" if len(prompts) > 1 else ""))
-        if frames:
+        if options.film:
             print(f"{save(images.write_animation, films, options.overwrite, frames)}  {len(frames)} frames")
+        if options.report:
+            print(f"{save(write_report, reports, options.overwrite, page)}  {len(page) / 1e6:.1f} MB")
         if options.grid:
             pictures.append(picture)
             texts.append(text)
@@ -141,6 +138,28 @@ def make_pictures(options: argparse.Namespace) -> None:
         sheet = grid(prompts, range(seed, seed + options.n), pictures)
         names = candidates(first.with_stem(f"{first.stem}-grid"))
         print(f"{save(images.write_png, names, options.overwrite, sheet, texts[0])}  {len(pictures)} pictures")
+
+
+def draw(
+    options: argparse.Namespace, prompt: str, settings: dict, seed: int
+) -> tuple[np.ndarray, list[np.ndarray], str]:
+    """The picture, the frames of its film and the page of its report; the last two are empty if nobody wants them."""
+    from sd import pipeline
+
+    if not (options.film or options.report):
+        return pipeline.generate(prompt, **settings, seed=seed), [], ""
+    from sd import film
+    from sd.recording import record
+    from sd.report import report
+    from sd.tracer import Tracer
+
+    with Tracer(settings["models"], attention=bool(options.report)) as trace:
+        recording = record(prompt, **settings, seed=seed)
+    frames = film.frames(recording)
+    if not options.report:
+        return recording.picture, frames, ""
+    about = (options, prompt, settings, seed, recording.picture.shape)
+    return recording.picture, frames, report(recording, frames, trace, details(*about), command(*about))
 
 
 def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int) -> dict:
@@ -179,22 +198,6 @@ def load(options: argparse.Namespace, prompts: list[str]) -> Models:
     return models
 
 
-def grid(prompts: list[str], seeds: range, pictures: list[np.ndarray]) -> Image.Image:
-    """All pictures on one sheet, each under what sets it apart: a row a prompt, a column a seed, if there are both."""
-    from sd.sheets import contact_sheet, square_sheet
-
-    labels = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
-    if len(prompts) == 1:
-        labels = [f"seed {seed}" for seed in seeds]
-    elif len(seeds) == 1:
-        labels = prompts
-    if len(prompts) == 1 or len(seeds) == 1:
-        return square_sheet(pictures, labels)
-    starts = range(0, len(pictures), len(seeds))
-    rows, texts = ([cells[i : i + len(seeds)] for i in starts] for cells in (pictures, labels))
-    return contact_sheet(rows, texts)
-
-
 def hint(prompt: str) -> None:
     """One line for those who ask the tiny model for what it has never seen."""
     from sd.training.world import unknown_words
@@ -202,22 +205,6 @@ def hint(prompt: str) -> None:
     if words := unknown_words(prompt):
         unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
         print(f"demo.py: the tiny model does not know {unknown}: see --world for what it does.", file=sys.stderr)
-
-
-def first_path(out: Path | None, overwrite: bool) -> Path:
-    """The file that --out means. Raises ValueError for one that may not be written."""
-    if out is None or out.is_dir() or not out.suffix:
-        return (out or Path()) / "picture.png"
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out should be a .png file or a folder, not {out}.")
-    check_free("--out", out, overwrite)
-    return out
-
-
-def check_free(flag: str, path: Path, overwrite: bool) -> None:
-    """Raises ValueError if there is a file that may not be replaced."""
-    if path.exists() and not overwrite:
-        raise ValueError(f"{flag} {path} is there already: choose another name, or add --overwrite to replace it.")
 
 
 def check_files(options: argparse.Namespace) -> None:
@@ -233,41 +220,12 @@ def check_files(options: argparse.Namespace) -> None:
         if options.film.suffix.lower() not in (".webp", ".gif"):
             raise ValueError(f"--film should be a .webp or .gif file, not {options.film}.")
         check_free("--film", options.film, options.overwrite)
-
-
-def candidates(first: Path) -> Iterator[Path]:
-    """picture.png, picture-2.png, picture-3.png, ..."""
-    yield first
-    for number in itertools.count(2):
-        yield first.with_stem(f"{first.stem}-{number}")
-
-
-def save(write: Callable[..., None], names: Iterator[Path], overwrite: bool, *contents: object) -> Path:
-    """Writes a file under the first of the names that is free (or the first, to overwrite), and returns it."""
-    while True:
-        path = next(names)
-        with contextlib.suppress(FileExistsError):
-            write(path, *contents, overwrite=overwrite)
-            return path
-
-
-def parameters(options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
-    """The prompt and settings, in the form in which Stable Diffusion tools write and read them."""
-    lines = [prompt]
-    if options.negative:
-        lines.append(f"Negative prompt: {options.negative}")
-    pairs = {
-        "Steps": settings["n_inference_steps"],
-        "Sampler": settings["sampler_name"].upper(),
-        "CFG scale": f"{settings['cfg_scale']:g}",
-        "Seed": seed,
-        "Size": f"{shape[1]}x{shape[0]}",
-        "Model": options.checkpoint.stem if options.checkpoint else "tiny",
-    }
-    if options.image:
-        pairs["Denoising strength"] = f"{settings['strength']:g}"
-    lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items()))
-    return "\n".join(lines)
+    if options.report:
+        if options.report.suffix.lower() != ".html":
+            raise ValueError(f"--report should be a .html file, not {options.report}.")
+        if not options.report.parent.is_dir():
+            raise ValueError(f"--report should be in a folder that is there: there is no {options.report.parent}.")
+        check_free("--report", options.report, options.overwrite)
 
 
 def with_flag(message: str) -> str:

@@ -20,9 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.arguments import check_request, check_size
+from sd.finite import check_finite, run_half
 from sd.guidance import ImageLoss, by_loss, classifier_free
 from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
 from sd.inpainting import Known, read_mask, without_masked
+from sd.memory import advice
 from sd.model_loader import Device, Models, awake, best_device, load_models, place
 from sd.prompts import layout, weigh
 from sd.sampler import Sampler, draw_noise
@@ -43,6 +45,7 @@ class Step:
     noise_cond: Tensor  # for the prompt
 
 
+@advice()
 def generate(
     prompt: str | list[str],
     uncond_prompt: str | list[str] = "",
@@ -65,17 +68,19 @@ def generate(
 ) -> np.ndarray:
     """A picture for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
-    A prompt may weigh its words, as in "a (red:1.3) house", and be of any length: see `sd.prompts`. `uncond_prompt`
+    A prompt may weigh its words, as in "a (red:1.3) house", and be very long: see `sd.prompts`. `uncond_prompt`
     says what the picture should not show, and `cfg_scale` how much more it should follow the prompt than that; without
     `do_cfg` neither counts. `cfg_rescale`, from 0 to 1, softens what a large scale overdoes. `input_image` is the
     picture to start from, cropped to the size asked for; `strength`, in (0, 1], is how much of it may change, and
     `mask_image` where: white is repainted, black stays to the byte, and the edges of the white are softened over
-    `feather` pixels. `seed` makes the picture repeatable: picture i of a list is the one that `seed + i` would give
-    alone. `height` and `width` are multiples of 8, by default the size that the model was trained on. `device` is where
-    to compute, and `idle_device` where networks wait for their turn. `models` defaults to the tiny model, `tokenizer`
-    to the models' own, `n_inference_steps` to the sampler's own.
+    `feather` pixels. `seed` makes the picture repeatable: to the byte on one machine with one number of threads and one
+    torch, to a level or two elsewhere; picture i of a list is the one that `seed + i` would give alone. `height` and
+    `width` are multiples of 8, by default the size that the model was trained on. `device` is where to compute, and
+    `idle_device` where networks wait for their turn. `models` defaults to the tiny model, `tokenizer` to the models'
+    own, `n_inference_steps` to the sampler's own.
 
-    Raises ValueError, before any work, for an argument that cannot be, and what `read_image` and `load_models` raise.
+    Raises ValueError, before any work, for an argument that cannot be, and what `read_image` and `load_models` raise;
+    OutOfMemory, with advice, where memory runs out; NotFiniteError if a network gives NaN or infinity.
     """
     check_request(**locals())  # every argument, under its own name
     input_image, mask_image = (image if image is None else read_image(image) for image in (input_image, mask_image))
@@ -109,22 +114,22 @@ def encode_prompt(
     obeyed, and k is the number of chunks that the longest prompt takes: see `sd.prompts`. With `plain` they are words
     like any other, a prompt that is longer than 75 tokens is truncated, with a warning, and k is 1.
 
-    Raises ValueError for brackets that are not in pairs and for a weight that is not a number.
+    Raises ValueError as `prompts.layout` does, and NotFiniteError if the text encoder gives NaN or infinity.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    if uncond_prompt is None:
-        unconds = []
-    elif isinstance(uncond_prompt, str):
-        unconds = [uncond_prompt] * len(prompts)
-    else:
-        unconds = uncond_prompt
-    texts, device = [*unconds, *prompts], place(models.clip)[0]
+    unconds = [] if uncond_prompt is None else uncond_prompt
+    unconds = [unconds] * len(prompts) if isinstance(unconds, str) else unconds
+    texts = [*unconds, *prompts]
     if plain:
-        return models.clip(models.tokenizer(texts).to(device))  # (2B, 77, W)
+        return _read(models, models.tokenizer(texts))  # (2B, 77, W)
     tokens, weights = layout(texts, models.tokenizer)  # (2B, k, 77) both
-    context = models.clip(tokens.flatten(0, 1).to(device))  # (2B k, 77, W)
-    context = weigh(context, weights.flatten(0, 1))
+    context = weigh(_read(models, tokens.flatten(0, 1)), weights.flatten(0, 1))  # (2B k, 77, W)
     return context.unflatten(0, tokens.shape[:2]).flatten(1, 2)  # (2B, 77 k, W)
+
+
+def _read(models: Models, tokens: Tensor) -> Tensor:
+    """Token ids (N, 77) -> their context (N, 77, W)."""
+    return check_finite(models.clip(tokens.to(place(models.clip)[0])), models.clip, "text encoder")
 
 
 def begin(
@@ -147,7 +152,7 @@ def begin(
     strength = 1 if input_image is None else strength
     generators = make_generators(seed, batch_size)
     sampler = SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
-    sampler.set_inference_timesteps(n_inference_steps or sampler.default_steps)
+    sampler.set_inference_timesteps(int(n_inference_steps or sampler.default_steps))
     sampler.set_strength(strength)
     start = (models, batch_size, height, width, generators, input_image)
     if mask_image is None and not models.config.unet.inpaints:
@@ -202,7 +207,7 @@ def get_known(
     if input_image is not None:
         picture = image_to_tensor(input_image, height, width)
     if mask_image is not None:
-        mask = read_mask(mask_image, height, width, feather)
+        mask = read_mask(mask_image, height, width, float(feather))
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
     shape = _latent_shape(models, batch_size, height, width)
     latents = _encode(models, picture, draw_noise(shape, generators))
@@ -217,8 +222,7 @@ def get_known(
 
 def _encode(models: Models, picture: Tensor, noise: Tensor) -> Tensor:
     """picture (1, 3, H, W), noise (B, 4, H/8, W/8) -> B samples of its latents, float32 (B, 4, H/8, W/8)."""
-    device, dtype = place(models.encoder)
-    return models.encoder(picture.to(device, dtype), noise.to(device, dtype)).float()
+    return run_half(models.encoder, "VAE encoder", picture, noise)
 
 
 @torch.no_grad()
@@ -240,7 +244,8 @@ def denoise(
     outside of it, as with a context of B rows, the prompt alone counts. `guidance` is a loss on pictures to follow
     besides (`guidance.by_loss`), and `known` what inpainting must keep.
 
-    Raises ValueError for a context of any other number of rows, and for an inpainting U-Net without `known`.
+    Raises ValueError for a context of any other number of rows, and for an inpainting U-Net without `known`;
+    NotFiniteError, which names the step, if the U-Net gives NaN or infinity.
     """
     if len(context) not in (len(latents), 2 * len(latents)):
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
@@ -255,9 +260,10 @@ def denoise(
         inputs = latents if known is None else known.beside(latents)  # (B, 4 or 9, h, w)
         inputs = inputs.to(dtype).repeat(len(rows) // len(inputs), 1, 1, 1)  # (2B, 4 or 9, h, w)
         noise = models.diffusion(inputs, rows, timestep.to(device).expand(len(rows))).float()  # (2B, 4, h, w)
+        check_finite(noise, models.diffusion, "U-Net", inputs, f" at step {index + 1} of {len(sampler.timesteps)}")
         noise_uncond, noise_cond = noise.chunk(2) if guided else (None, noise)
         if guided:
-            noise = classifier_free(noise_uncond, noise_cond, cfg_scale, cfg_rescale)  # (B, 4, h, w)
+            noise = classifier_free(noise_uncond, noise_cond, float(cfg_scale), float(cfg_rescale))  # (B, 4, h, w)
         if guidance is not None:
             latents = by_loss(models.decoder, sampler, timestep, latents, noise, guidance)
         denoised, _ = sampler.predict(timestep, latents, noise)
@@ -269,16 +275,15 @@ def denoise(
 
 @torch.no_grad()
 def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
-    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3)."""
-    device, dtype = place(models.decoder)
+    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_half` does."""
     # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
-    images = [models.decoder(one.to(device, dtype)).cpu() for one in latents.split(1)]
+    images = [run_half(models.decoder, "VAE decoder", one).cpu() for one in latents.split(1)]
     return tensor_to_array(torch.cat(images))
 
 
 def _size(models: Models, height: int | None, width: int | None) -> tuple[int, int]:
     check_size(height, width, models.config.vae.downscale)
-    return height or models.config.image_size, width or models.config.image_size
+    return int(height or models.config.image_size), int(width or models.config.image_size)
 
 
 def _latent_shape(models: Models, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -290,4 +295,4 @@ def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
     """One random generator per image, seeded with seed, seed + 1, ...; unforeseeably without a seed."""
     if seed is None:
         seed = torch.Generator().seed() % 2**32
-    return [torch.Generator().manual_seed(seed + i) for i in range(batch_size)]
+    return [torch.Generator().manual_seed(int(seed) + i) for i in range(batch_size)]

@@ -26,8 +26,9 @@ FACTORS = {"()": 1.1, "[]": 1 / 1.1}  # of brackets without a number
 MAX_WEIGHT = 1e30  # beyond it, products with the context would not be finite in float32
 BACKTRACK = 20  # so many tokens after a comma may move to the next chunk, to stay with the rest of their phrase
 QUOTED = 40  # characters of a prompt that an error quotes
+MOST_CHARACTERS, MOST_CHUNKS = 30_000, 100  # of a prompt: far beyond any use, and still quick to read and to attend to
 
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 MARK = re.compile(r"""(?xs)                                    # every character of a prompt belongs to one mark
       \\ (?P<literal> .? )                                     # what follows a backslash stands for itself
     | (?P<open> [(\[] )
@@ -47,8 +48,10 @@ def parse(text: str, name: str = "prompt") -> list[list[Piece]]:
 
     Nested brackets multiply, and a colon before anything but a number is text. Raises ValueError, which calls the
     prompt `name` and quotes the place, for brackets that are not in pairs, for a number that is none, like 1.2.3, and
-    for a weight in square brackets, by which the web UI means something else.
+    for a weight in square brackets, by which the web UI means something else, and for more than 30,000 characters.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{name} should be at most {MOST_CHARACTERS} characters long, not {len(text)}.")
     marks = list(MARK.finditer(text))
     factors = _factors(marks, name)
     parts: list[list[Piece]] = [[]]
@@ -61,10 +64,18 @@ def parse(text: str, name: str = "prompt") -> list[list[Piece]]:
         elif mark["close"]:
             weights.pop()
         else:
-            texts = BREAK.split(mark["text"]) if mark["text"] else [mark["literal"]]
+            texts = _at_breaks(mark["text"]) if mark["text"] else [mark["literal"]]
             parts[-1].append((texts[0], weights[-1]))
             parts += [[(part, weights[-1])] for part in texts[1:]]
     return [_merge(part) for part in parts]
+
+
+def _at_breaks(text: str) -> list[str]:
+    """A text, cut at every BREAK, without the blanks around it."""
+    texts = BREAK.split(text)
+    texts[1:] = [text.lstrip() for text in texts[1:]]
+    texts[:-1] = [text.rstrip() for text in texts[:-1]]
+    return texts
 
 
 def _factors(marks: list[re.Match], name: str) -> dict[int, float]:
@@ -121,19 +132,22 @@ def split(tokens: Sequence[Token], room: int, commas: set[int]) -> list[Sequence
 
     If one of the last 20 tokens of a full chunk is a comma, the chunk ends there, unless a comma follows anyway.
     """
-    chunks = []
-    while len(tokens) > room:
-        end = room
-        if tokens[room][0] not in commas:
-            late = range(max(room - BACKTRACK, 0), room)
-            end = max((i + 1 for i in late if tokens[i][0] in commas), default=room)
-        chunks.append(tokens[:end])
-        tokens = tokens[end:]
-    return [*chunks, tokens]
+    chunks, start = [], 0
+    while len(tokens) - start > room:
+        end = start + room
+        if tokens[end][0] not in commas:
+            late = range(max(end - BACKTRACK, start), end)
+            end = max((i + 1 for i in late if tokens[i][0] in commas), default=end)
+        chunks.append(tokens[start:end])
+        start = end
+    return [*chunks, tokens[start:]]
 
 
 def chunks_of(text: str, tokenizer: Tokenizer) -> list[Sequence[Token]]:
-    """A prompt -> its chunks, one at least, each of at most 75 tokens. Raises as `parse` and the tokenizer do."""
+    """A prompt -> its chunks, one at least, each of at most 75 tokens.
+
+    Raises ValueError for more than 100 chunks, and as `parse` and the tokenizer do.
+    """
     room, commas = tokenizer.context_length - 2, set(tokenizer.encode(","))
     if room < 1:
         raise ValueError(f"The tokenizer's context_length should be at least 3, not {tokenizer.context_length}.")
@@ -141,13 +155,15 @@ def chunks_of(text: str, tokenizer: Tokenizer) -> list[Sequence[Token]]:
     for part in parse(text):
         tokens = [(token, weight) for piece, weight in part for token in tokenizer.encode(piece)]
         chunks += split(tokens, room, commas)
+    if len(chunks) > MOST_CHUNKS:
+        raise ValueError(f"prompt should be at most {MOST_CHUNKS} chunks of {room} tokens long, not {len(chunks)}.")
     return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]  # nothing follows the last BREAK
 
 
 def layout(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """B prompts -> ids (LongTensor) and weights (float32), both (B, k, 77), with k the chunks of the longest prompt.
 
-    The others are filled up with chunks of the empty prompt. Raises as `parse` and the tokenizer do.
+    The others are filled up with chunks of the empty prompt. Raises as `chunks_of` does.
     """
     length, start, end = tokenizer.context_length, (tokenizer.start_token_id, 1.0), (tokenizer.end_token_id, 1.0)
     prompts = [chunks_of(text, tokenizer) for text in texts]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sd import pipeline
 from sd.arguments import check_request
 from sd.inpainting import Known
+from sd.memory import advice
 from sd.model_loader import Models, load_models
 from sd.sampler import Sampler
 
@@ -64,6 +65,7 @@ class Recording:
     costs: dict[str, Cost]  # of "encode_prompt", "begin", "denoise" and "decode_latents"
 
 
+@advice()
 def record(
     prompt: str,
     uncond_prompt: str = "",
@@ -76,10 +78,10 @@ def record(
 ) -> Recording:
     """Makes the picture that `generate` makes of the same arguments; `start` are those that `pipeline.begin` takes.
 
-    Raises ValueError as `generate` does.
+    Raises ValueError and OutOfMemory as `generate` does.
     """
     guidance = {"cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale}
-    check_request(prompt, uncond_prompt, sampler_name=sampler_name, **guidance, **start)
+    check_request(prompt, uncond_prompt, models=models, sampler_name=sampler_name, do_cfg=do_cfg, **guidance, **start)
     models = models or load_models()
     costs: dict[str, Cost] = {}
     with _measured(costs, "encode_prompt", models):

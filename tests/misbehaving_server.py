@@ -1,15 +1,25 @@
 """A web server on this machine that serves one file, and misbehaves on demand."""
 
+import hashlib
 import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from scripts.download import Weights, download
 
 BODY = bytes(range(256)) * 800  # 204,800 bytes
 WRONG = BODY[::-1]
+
+
+def weights(size: int | None = len(BODY)) -> Weights:
+    """What the server should serve."""
+    return Weights("https://example.invalid/model.ckpt", hashlib.sha256(BODY).hexdigest(), size)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -37,6 +47,18 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif behaviour == "without length":
             self.answer(200, {}, BODY[: len(BODY) // 2], length=None)
+        elif behaviour == "unknown size":
+            self.answer(200, {}, BODY, length=None)
+        elif behaviour == "stall":
+            self.answer(200, {}, BODY[:50_000], len(BODY))
+            server.stopped.wait(10)
+        elif behaviour == "endless":
+            self.answer(200, {}, BODY, length=None)
+            while not server.stopped.wait(0):
+                self.wfile.write(BODY)
+        elif behaviour == "no HTTP":
+            self.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")
+            self.close_connection = True
         elif behaviour == "shifted range":
             self.answer(206, {"Content-Range": f"bytes 5-{len(BODY) - 1}/{len(BODY)}"}, BODY[5:])
         else:
@@ -50,7 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        for start in range(0, len(body), 2000):
+            time.sleep(self.server.pause)
+            self.wfile.write(body[start : start + 2000])
 
     def log_message(self, *_):
         pass
@@ -58,14 +82,28 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running() -> Iterator[ThreadingHTTPServer]:
-    """Serve on a free port; `script` is what to do with the next requests, `ranges` what they asked for."""
+    """Serve on a free port; `script` is what to do with the next requests, `ranges` what they asked for, `pause` how
+    many seconds pass between every 2,000 bytes."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.script, server.ranges = [], []
+    server.script, server.ranges, server.pause, server.stopped = [], [], 0, threading.Event()
+    server.handle_error = lambda *_: None  # a client that hangs up is no news
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield server
     finally:
+        server.stopped.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def run(server: ThreadingHTTPServer, folder: Path, size: int | None = len(BODY)) -> tuple[str, list[float]]:
+    """Download; what it says, and how long it slept before each new attempt."""
+    slept: list[float] = []
+    said = download(weights(size), folder, f"http://127.0.0.1:{server.server_port}/model.ckpt", slept.append)
+    return said, slept
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

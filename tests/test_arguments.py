@@ -35,6 +35,21 @@ from sd import generate, pipeline
         ("height", 0, "a multiple of 8"),
         ("width", -8, "a multiple of 8"),
         ("width", 64.0, "a multiple of 8"),
+        ("height", 8200, "at most 8192 pixels"),
+        ("width", 8 * 10**30, "at most 8192 pixels"),
+        ("feather", 1e300, "at most 1000 pixels"),
+        ("cfg_scale", 1e30, "from -1000 to 1000"),
+        ("strength", True, "above 0 and at most 1"),
+        ("seed", True, "a whole number from 0"),
+        ("do_cfg", "no", "True or False"),
+        ("do_cfg", 1, "True or False"),
+        ("models", "tiny.ckpt", "what load_models gives"),
+        ("tokenizer", "cat", "a Tokenizer"),
+        ("device", "gpu", "one that torch can use here"),
+        ("device", 1.5, "one that torch can use here"),
+        ("idle_device", "disk", "one that torch can use here"),
+        ("input_image", 3, "a path, an open file, a PIL image or an array"),
+        ("mask_image", [1], "a path, an open file, a PIL image or an array"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(monkeypatch, name, value, allowed):
@@ -46,9 +61,39 @@ def test_bad_arguments_are_named_before_any_work(monkeypatch, name, value, allow
 
 
 def test_check_request_knows_the_arguments_of_generate():
-    checked = dict(inspect.signature(pipeline.check_request).parameters)
-    del checked["_"]
-    arguments = inspect.signature(generate).parameters
+    checked, arguments = (inspect.signature(function).parameters for function in (pipeline.check_request, generate))
+    assert list(checked) == list(arguments)
     assert all(arguments[name].default == parameter.default for name, parameter in checked.items())
-    unchecked = {"do_cfg", "models", "device", "idle_device", "tokenizer"}
-    assert arguments.keys() - checked.keys() == unchecked
+
+
+@pytest.mark.parametrize("name", ["prompt", "uncond_prompt"])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("x" * 30_001, "at most 30000 characters long, not 30001."),
+        ("a \ud83d", r"a prompt must be valid Unicode; 'a \ud83d' has a lone surrogate in it."),
+        ("&#" + "9" * 5000 + ";", "an HTML entity with more digits"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused_before_any_work(monkeypatch, name, text, reason):
+    monkeypatch.setattr(pipeline, "load_models", lambda **_: pytest.fail("loaded before checking"))
+    with pytest.raises(ValueError, match=f"^{name} should be ") as error:
+        generate(**({"prompt": "a cat"} | {name: text}))
+    assert reason in str(error.value)
+
+
+def test_a_value_is_quoted_on_one_line_and_not_all_of_it():
+    class Strange:
+        def __repr__(self):
+            raise RuntimeError
+
+    for value, quote in (
+        (Strange(), "this Strange"),
+        ("x\ny" * 1000, r"'x\nyx\nyx"),
+        (10**400, "1000000"),
+        (10**5000, "this int"),
+    ):
+        with pytest.raises(ValueError, match="^strength should be") as error:
+            generate("a cat", strength=value)
+        assert quote in str(error.value)
+        assert len(str(error.value)) < 300

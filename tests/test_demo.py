@@ -1,5 +1,9 @@
 """The demo script, as a person runs it."""
 
+import base64
+import html
+import io
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +178,33 @@ def test_films_overwrite_only_when_told(run):
     assert Image.open("cat.gif").size == (32, 40)
 
 
+def test_reports(run):
+    code, out, _ = run("a {red|blue} cat", "--seed", 5, "--report", "cat.html", "--film", "cat.gif")
+    assert code == 0
+    assert names() == sorted(["cat.html", "cat-2.html", "cat.gif", "cat-2.gif", "picture.png", "picture-2.png"])
+    assert out.splitlines()[2] == "cat.html  0.1 MB"
+    page = Path("cat-2.html").read_text(encoding="utf-8")
+    assert "<bdi>a blue cat</bdi>" in page
+    (line,) = (line for line in page.splitlines() if "<code>" in line)
+    command = html.unescape(line.partition("<code>")[2].partition("</code>")[0])
+    assert run(*shlex.split(command)[2:], "--out", "again.png")[0] == 0
+    run("a {red|blue} cat", "--seed", 5, "--out", "without.png")
+    for one in ("picture-2.png", "again.png", "without-2.png"):
+        with Image.open(one) as picture:
+            uri = base64.b64decode(page.partition("data:image/png;base64,")[2].partition('"')[0])
+            assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(uri))))
+
+
+def test_reports_overwrite_only_when_told(run, monkeypatch):
+    Path("cat.html").write_text("precious")
+    code, _, err = run("a cat", "--report", "cat.html")
+    assert code == 2
+    assert "--report cat.html is there already" in err
+    assert names() == ["cat.html"]
+    assert run("a cat", "--report", "cat.html", "--overwrite")[0] == 0
+    assert Path("cat.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -195,6 +226,9 @@ def test_films_overwrite_only_when_told(run):
         (["--checkpoint", "page.ckpt"], "web page (HTML)"),
         (["--out", "picture.jpg"], "--out should be a .png file or a folder, not picture.jpg."),
         (["--film", "cat.mp4"], "--film should be a .webp or .gif file, not cat.mp4."),
+        (["--report", "cat.pdf"], "--report should be a .html file, not cat.pdf."),
+        (["--report", "none/cat.html"], "--report should be in a folder that is there: there is no none."),
+        (["--report", "text.png/cat.html"], "--report should be in a folder that is there: there is no text.png."),
         (["--film", "folder"], "--film should be a .webp or .gif file, not folder."),
         (
             ["a {red|blue cat"],

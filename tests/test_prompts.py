@@ -1,7 +1,9 @@
 """Attention weights: what is parsed, and what is refused."""
 
+import contextlib
 import math
 import re
+import time
 from itertools import chain
 
 import pytest
@@ -127,3 +129,22 @@ def test_parse_gives_texts_and_finite_weights_or_a_value_error(prompt):
 def test_an_escaped_text_is_itself(text):
     escaped = re.sub(r"([\\()\[\]])", r"\\\1", text)
     assert parse(escaped) == [[(text, 1.0)] if text else []]
+
+
+HOSTILE = ["(" * 15_000 + ")" * 15_000, "()" * 15_000, "[(" * 15_000, "(a:" * 10_000, ":" * 30_000, "\\" * 30_000]
+HOSTILE += [" " * 30_000 + "x", " BREAK" * 5_000, ":" + " " * 29_999, "(a:" + "1" * 29_000 + ")", "(a:1 " * 6_000]
+
+
+@pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_prompts_are_parsed_in_linear_time(prompt):
+    started = time.process_time()
+    with contextlib.suppress(ValueError):
+        parse(prompt)
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("prompt", ["x" * 30_001, "(" * 1_000_000, "&amp;" * 200_000])
+def test_a_prompt_may_have_30000_characters(prompt):
+    with pytest.raises(ValueError, match=f"^negative should be at most 30000 characters long, not {len(prompt)}\\.$"):
+        parse(prompt, "negative")
+    assert parse("x" * 30_000) == [[("x" * 30_000, 1.0)]]

@@ -115,6 +115,13 @@ def test_layout_of_short_plain_prompts_is_the_tokenizers_own(tokenizer):
     assert torch.equal(weights, torch.ones(4, 1, 77))
 
 
+def test_a_prompt_may_have_100_chunks(tokenizer):
+    assert layout(["cat " * 7500], tokenizer)[0].shape == (1, 100, 77)
+    for text in ("a " * 7501, "a BREAK " * 101 + "a"):
+        with pytest.raises(ValueError, match=r"^prompt should be at most 100 chunks of 75 tokens long, not 10[12]\.$"):
+            layout([text], tokenizer)
+
+
 def test_weigh_multiplies_and_restores_the_mean_of_each_chunk():
     context = torch.rand(3, 77, 8, generator=torch.Generator().manual_seed(0))
     weights = torch.ones(3, 77)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sd.files import whole_file
 from sd.training.muon import Muon
 
 WARMUP = 100  # steps over which the learning rate rises
@@ -202,19 +203,13 @@ def make_optimizers(networks: nn.Module) -> list[torch.optim.Optimizer]:
 
 def save_atomically(state: dict, path: Path) -> None:
     """torch.save under a name that appears only when the file is complete and on disk."""
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with whole_file(path, overwrite=True) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a RuntimeError is torch's word for a disk that is full
         reason = getattr(error, "strerror", None) or "is there space left on the disk?"
         raise OSError(f"{path} cannot be written ({reason}); what was there before is kept.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_state(path: Path) -> dict:

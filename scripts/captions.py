@@ -1,0 +1,111 @@
+"""What is written into pictures and beside them: settings, labels of a sheet, and the command that makes one again.
+
+In: the options of demo.py, and what came of them. Out: texts, and a labelled sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from sd.model_loader import Models
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # what --dtype calls them
+
+
+def parameters(options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
+    """The prompt and settings, in the form in which Stable Diffusion tools write and read them."""
+    lines = [prompt]
+    if options.negative:
+        lines.append(f"Negative prompt: {options.negative}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in _settings(options, settings, seed, shape).items()))
+    return "\n".join(lines)
+
+
+def details(
+    options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]
+) -> dict[str, str]:
+    """The prompt, all settings, and what they met: the machine, and the versions of what computed."""
+    import torch
+
+    device, dtype = _place(settings["models"])
+    pairs = {"Prompt": prompt, "Negative prompt": options.negative, **_settings(options, settings, seed, shape)}
+    pairs |= {"Image": options.image, "Mask": options.mask, "Feather": options.feather if options.mask else ""}
+    pairs |= {"Device": device, "Precision": DTYPES[dtype], "Machine": platform.machine()}
+    pairs |= {"Threads": torch.get_num_threads()}
+    pairs |= {"Python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "pillow")}
+    return {key: str(value) for key, value in pairs.items() if value not in ("", None)}
+
+
+def command(options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
+    """What to type to get this one picture again, quoted for a POSIX shell."""
+    device, dtype = _place(settings["models"])
+    # A prompt must not look like a flag; an empty pair of braces stands for nothing.
+    arguments = ["python", "scripts/demo.py", "{}" + prompt if prompt.startswith("-") else prompt]
+    flags = {
+        "--negative": options.negative or None,
+        "--image": options.image,
+        "--mask": options.mask,
+        "--feather": options.feather if options.mask else None,
+        "--strength": options.strength if options.image else None,
+        "--steps": settings["n_inference_steps"],
+        "--cfg-scale": options.cfg_scale,
+        "--sampler": options.sampler,
+        "--seed": seed,
+        "--width": shape[1],
+        "--height": shape[0],
+        "--checkpoint": options.checkpoint,
+        "--device": device,
+        "--dtype": dtype,
+    }
+    for flag, value in flags.items():
+        if value is not None:
+            text = str(value)
+            arguments += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return shlex.join(arguments)
+
+
+def grid(prompts: list[str], seeds: range, pictures: list[np.ndarray]) -> Image.Image:
+    """All pictures on one sheet, each under what sets it apart: a row a prompt, a column a seed, if there are both."""
+    from sd.sheets import contact_sheet, square_sheet
+
+    labels = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
+    if len(prompts) == 1:
+        labels = [f"seed {seed}" for seed in seeds]
+    elif len(seeds) == 1:
+        labels = prompts
+    if len(prompts) == 1 or len(seeds) == 1:
+        return square_sheet(pictures, labels)
+    starts = range(0, len(pictures), len(seeds))
+    rows, texts = ([cells[i : i + len(seeds)] for i in starts] for cells in (pictures, labels))
+    return contact_sheet(rows, texts)
+
+
+def _settings(options: argparse.Namespace, settings: dict, seed: int, shape: tuple[int, ...]) -> dict[str, object]:
+    """What made the picture, under the names that Stable Diffusion tools have for it."""
+    pairs = {
+        "Steps": settings["n_inference_steps"],
+        "Sampler": settings["sampler_name"].upper(),
+        "CFG scale": f"{settings['cfg_scale']:g}",
+        "Seed": seed,
+        "Size": f"{shape[1]}x{shape[0]}",
+        "Model": options.checkpoint.stem if options.checkpoint else "tiny",
+    }
+    if options.image:
+        pairs["Denoising strength"] = f"{settings['strength']:g}"
+    return pairs
+
+
+def _place(models: Models) -> tuple[str, str]:
+    """Where the models compute, and in what, as --device and --dtype call them."""
+    from sd.model_loader import place
+
+    device, dtype = place(models.diffusion)
+    return str(device), next(short for short, name in DTYPES.items() if f"torch.{name}" == str(dtype))

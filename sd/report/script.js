@@ -1,0 +1,68 @@
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const at = (id) => document.getElementById(id);
+
+// Tokens: the one that is pointed at or has the focus, or else the one that was chosen, lights up where it was looked at.
+const tokens = [...document.querySelectorAll(".token")];
+const stage = document.querySelector(".stage");
+const lit = new Image();  // the picture in its colours, above the grey one
+let chosen = null;
+lit.id = "lit";
+lit.alt = "";
+lit.hidden = true;
+lit.src = at("picture").src;
+stage.append(lit);
+
+function look(token) {
+  stage.classList.toggle("looking", token !== null);
+  lit.hidden = token === null;
+  for (const other of tokens) other.classList.toggle("on", other === token);
+  at("look").textContent = token ? token.dataset.says : "";
+  if (!token) return;
+  const map = `url("${data.maps[tokens.indexOf(token)]}")`;
+  lit.style.webkitMaskImage = map;
+  lit.style.maskImage = map;
+}
+
+function choose(token) {
+  chosen = token;
+  for (const other of tokens) other.setAttribute("aria-pressed", String(other === chosen));
+  look(chosen);
+}
+
+for (const token of tokens) {
+  token.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") look(token); });
+  token.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") look(chosen); });
+  token.addEventListener("focus", () => { if (token.matches(":focus-visible")) look(token); });
+  token.addEventListener("blur", () => look(chosen));
+  token.addEventListener("click", () => choose(chosen === token ? null : token));
+}
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") choose(null); });
+
+// The slider: everything that belongs to one step.
+function show(index) {
+  const step = data.steps[index];
+  for (const image of document.querySelectorAll(".panels img")) image.src = step[image.id];
+  at("now").textContent = step.title;
+  at("step").setAttribute("aria-valuetext", step.title);
+  at("mixture").textContent = step.mixture;
+  at("mark").style.left = at("signal-dot").style.left = at("noise-dot").style.left = `${step.x}%`;
+  at("signal-dot").style.top = `${100 - 100 * step.signal}%`;
+  at("noise-dot").style.top = `${100 - 100 * step.noise}%`;
+}
+
+at("step").addEventListener("input", (event) => show(Number(event.target.value)));
+show(Number(at("step").value));
+
+if (navigator.clipboard) {
+  at("copy").hidden = false;
+  at("copy").addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(at("command").textContent);
+      at("copy").textContent = "Copied";
+    } catch {
+      at("copy").textContent = "Select it and copy it by hand";
+    }
+  });
+}

@@ -1,0 +1,67 @@
+"""A prompt and a Tracer -> its tokens, and where the U-Net looked at each.
+
+In: what the text encoder read, and a `Tracer` that recorded the attention. Out: a list of `Token`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sd.model_loader import Models
+from sd.prompts import chunks_of
+from sd.tokenizer import SYMBOL_TO_BYTE, WORD_END, Tokenizer
+from sd.tracer import Tracer
+
+MOST_TOKENS = 300
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the prompt, or one of the two groups beside them: all start tokens, all that follows the prompt."""
+
+    text: str
+    id: int | None  # None for the groups
+    weight: float  # as in (word:1.3)
+    joined: bool  # whether it goes on with the word of the token before
+    share: float  # of all attention, in [0, 1]
+    map: Tensor  # float32 (h, w), in [0, 1]: where it got most and least of that
+
+
+def tokens_of(models: Models, prompt: str, trace: Tracer) -> list[Token]:
+    """All starts, the prompt's tokens, 300 at most, and the ends with what fills up the context after them."""
+    length = models.tokenizer.context_length
+    chunks = chunks_of(prompt, models.tokenizer)
+    places = {c * length + 1 + i: token for c, chunk in enumerate(chunks) for i, token in enumerate(chunk)}
+    total = next(iter(trace.attention.values())).shape[-1]  # as many as the longer of prompt and negative prompt has
+    starts = list(range(0, total, length))
+    ends = [i for i in range(total) if i not in places and i not in starts]
+    tokens = [Token("start", None, 1, False, *_looked_at(models, trace, starts))]
+    joined = False
+    for place, (token, weight) in list(places.items())[:MOST_TOKENS]:
+        text, ends_word = token_text(models.tokenizer, token)
+        tokens.append(Token(text, token, weight, joined, *_looked_at(models, trace, [place])))
+        joined = not ends_word
+    return [*tokens, Token("end", None, 1, False, *_looked_at(models, trace, ends))]
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bool]:
+    """What a token stands for, and whether a word ends with it. Bytes that are no text by themselves are in hex."""
+    symbol = tokenizer.symbols[token]
+    if token in (tokenizer.start_token_id, tokenizer.end_token_id):
+        return symbol, True
+    spelled = bytes(SYMBOL_TO_BYTE[character] for character in symbol.removesuffix(WORD_END))
+    try:
+        return spelled.decode("utf-8"), symbol.endswith(WORD_END)
+    except UnicodeDecodeError:
+        return spelled.hex(" ").upper(), symbol.endswith(WORD_END)
+
+
+def _looked_at(models: Models, trace: Tracer, positions: list[int]) -> tuple[float, Tensor]:
+    """The share of the attention that some positions got, and the map of where, float32 (h, w) in [0, 1]."""
+    large = trace.token_map(positions)  # (H, W)
+    small = F.avg_pool2d(large[None], models.config.vae.downscale)[0].cpu()  # (h, w): there is no more detail in it
+    low, high = small.aminmax()
+    return small.mean().item(), (small - low) / (high - low).clamp_min(1e-12)

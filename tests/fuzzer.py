@@ -1,0 +1,131 @@
+"""Gives many hostile files one after the other to the code that reads them, and reports what happened, as JSON.
+
+    python -m tests.fuzzer FOLDER FIRST files=1000 models=30 pictures=200
+
+`files` are those of `mutations.case` for the checkpoint reader, `models` those of `model_mutations.model_case` for
+`load_models`, `pictures` those of `picture_mutations.case`, read as pictures and as masks. A process of its own,
+because a crash, a hang or a gigabyte of memory must not be the end of the tests that look for them.
+"""
+
+import collections
+import contextlib
+import faulthandler
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sd.checkpoint import read_state_dict
+from sd.images import read_image
+from sd.inpainting import read_mask
+from sd.model_loader import DATA, load_models
+from tests import model_mutations, mutations, picture_mutations
+from tests.auditing import watching
+
+ADDRESS_SPACE = 8 << 30  # bytes: so that a bug found here does not bring down the machine
+HANG = 60  # seconds of a case after which the process ends with a traceback
+EXPECTED = [("open", str(DATA / "merges.txt")), ("ctypes.dlopen", None)]  # of the tokenizer; Python itself
+
+
+def read(path: Path) -> None:
+    """Read a checkpoint, and look at the first and the last number of every tensor."""
+    for tensor in read_state_dict(path).values():
+        size, stride = tensor.size(), tensor.stride()
+        end = tensor.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(size, stride))
+        if tensor.numel():
+            assert end * tensor.element_size() <= tensor.untyped_storage().nbytes(), "a tensor beyond its storage"
+            tensor[(0,) * tensor.ndim].item(), tensor[(-1,) * tensor.ndim].item()
+
+
+def load(path: Path) -> None:
+    models = load_models(path, "cpu", torch.float32)
+    assert not any(p.is_meta for p in models.diffusion.parameters()), "a weight that was never loaded"
+
+
+def look(path: Path) -> None:
+    image, mask = read_image(path), read_mask(path, 24, 16)
+    assert image.mode == "RGB"
+    assert mask.shape == (1, 1, 24, 16)
+    assert 0 <= mask.min() <= mask.max() <= 1
+
+
+KINDS = {
+    "files": (mutations.case, read),
+    "models": (model_mutations.model_case, load),
+    "pictures": (picture_mutations.case, look),
+}
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def attempt(action: Callable[[Path], None], path: Path) -> tuple[str, float]:
+    """ "loaded", "refused" or what went wrong; and the seconds that it took of this processor."""
+    faulthandler.dump_traceback_later(HANG, exit=True)
+    start = time.process_time()
+    with watching() as events:
+        try:
+            action(path)
+            outcome = "loaded"
+        except ValueError as error:
+            message = str(error)
+            clear = message.startswith(str(path)) and (message.count("\n") == 0 or "problems:" in message)
+            outcome = "refused" if clear else f"an unclear {type(error).__name__}: {message:.300}"
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error!s:.300}"
+    seconds = time.process_time() - start
+    faulthandler.cancel_dump_traceback_later()
+    events = [event for event in events if event not in (*EXPECTED, ("open", str(path)))]
+    return (f"it did {events!s:.300}" if events else outcome), seconds
+
+
+def warm_up(path: Path) -> None:
+    """Everything is imported that will be."""
+    Image.init()
+    assert b"ok".decode("cp437") == b"ok".decode("utf-8-sig")  # names in archives; texts
+    honest = [*mutations.seeds().values(), *picture_mutations.seeds().values(), model_mutations.model_case(0)[1]]
+    for content, action in [(content, action) for content in honest for action in (read, load, look)]:
+        path.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            action(path)
+
+
+def cases(first: int, counts: dict[str, int]) -> Iterator[tuple[str, bytes, Callable[[Path], None]]]:
+    """The name of every case, its bytes, and what is to be done with them."""
+    for what, count in counts.items():
+        make, action = KINDS[what]
+        for number in range(first, first + count):
+            kind, content = make(number)
+            yield f"{kind} {number}", content, action
+
+
+def main(folder: Path, first: int, counts: dict[str, int]) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    warnings.simplefilter("ignore")  # of Pillow, and of zipfile, which makes hostile archives here
+    path = folder / "case.ckpt"
+    warm_up(path)
+    before, outcomes, wrong, slowest = peak_memory(), collections.Counter(), {}, (0.0, "")
+    for name, content, action in cases(first, counts):
+        path.write_bytes(content)
+        outcome, seconds = attempt(action, path)
+        slowest = max(slowest, (seconds, name))
+        if outcome in ("loaded", "refused"):
+            outcomes[f"{name.split()[0]} {outcome}"] += 1
+        else:
+            wrong[name] = outcome
+    grown = peak_memory() - before
+    json.dump({"outcomes": outcomes, "wrong": wrong, "slowest": slowest, "memory": grown}, sys.stdout)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pairs = (argument.split("=") for argument in sys.argv[3:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), {what: int(count) for what, count in pairs})

@@ -1,0 +1,67 @@
+"""The command that makes a picture again says just what the options were, whatever the prompt is."""
+
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.captions import command, details
+from scripts.demo import parse
+from sd.prompt_matrix import expand
+
+
+def made_with(arguments: list[str]):
+    """Options, and the rest of what `command` and `details` take, for models in bfloat16."""
+    diffusion = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    more = {"n_inference_steps": 20, "sampler_name": "dpm++2m", "cfg_scale": 7.5, "strength": 0.8}
+    models = SimpleNamespace(diffusion=diffusion)
+    return parse(arguments), {"models": models, **more}
+
+
+def again(prompt: str, arguments: list[str]):
+    options, more = made_with([*arguments, "x"])
+    python, script, *rest = shlex.split(command(options, prompt, more, 7, (512, 768, 3)))
+    assert (python, script) == ("python", "scripts/demo.py")
+    return parse(rest)
+
+
+@settings(max_examples=200)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}\0")))
+@pytest.mark.parametrize("first", ["", "-", "--seed", "#", "'", "$(x)`y`\\"])
+def test_any_prompt(first, text):
+    prompt = first + text
+    (typed,) = again(prompt, []).prompts
+    (meant,) = expand(typed)
+    assert meant == (" ".join(prompt.split()) if prompt.startswith("-") else prompt)
+
+
+def test_defaults_are_spelled_out():
+    options, more = made_with(["a cat"])
+    assert command(options, "a cat", more, 7, (512, 768, 3)) == (
+        "python scripts/demo.py 'a cat' --steps 20 --cfg-scale 7.5 --sampler dpm++2m --seed 7 --width 768 --height 512 "
+        "--device cpu --dtype bf16"
+    )
+
+
+def test_every_setting_that_matters_is_there():
+    given = ["--image", "a b.png", "--mask=-m.png", "--feather", "3", "--strength", "0.65", "--checkpoint", "x.ckpt"]
+    found = again("a cat", [*given, "--negative=--n 'quoted'", "--cfg-scale", "-1.5"])
+    assert (found.image, found.mask, found.checkpoint) == (Path("a b.png"), Path("-m.png"), Path("x.ckpt"))
+    assert (found.feather, found.strength, found.negative, found.cfg_scale) == (3, 0.65, "--n 'quoted'", -1.5)
+    assert (found.seed, found.width, found.height, found.steps) == (7, 768, 512, 20)
+    assert (found.device, found.dtype, found.sampler, found.n) == ("cpu", "bf16", "dpm++2m", 1)
+
+
+def test_details_are_texts_and_none_is_empty():
+    options, more = made_with(["a cat"])
+    pairs = details(options, "a cat", more, 7, (512, 768, 3))
+    assert all(isinstance(value, str) and value for value in pairs.values())
+    assert pairs["Prompt"] == "a cat"
+    assert pairs["Size"] == "768x512"
+    assert pairs["Precision"] == "bfloat16"
+    assert not pairs.keys() & {"Image", "Mask", "Negative prompt", "Feather"}
+    assert {"Python", "torch", "numpy", "pillow", "Machine"} <= pairs.keys()

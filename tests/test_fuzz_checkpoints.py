@@ -1,0 +1,80 @@
+"""Thousands of damaged and hostile checkpoints: each loads as the file says, or is refused in one clear sentence.
+
+`--slow` reads 20,000 of them and loads 1,000 damaged models; `FUZZ_FIRST=20000` goes on with others.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+
+from sd.checkpoint import CheckpointError, read_state_dict
+from tests import mutations
+from tests.fuzzing import fuzz
+
+FIRST = int(os.environ.get("FUZZ_FIRST", 0))
+
+
+@pytest.mark.parametrize("files, models", [(1000, 30), pytest.param(20_000, 1000, marks=pytest.mark.slow)])
+def test_hostile_files_load_or_are_refused(tmp_path, files, models):
+    report = fuzz(tmp_path, FIRST, files=files, models=models)
+    kinds = {make.__name__ for make in mutations.KINDS} - {"program"}  # whose chances are slim
+    assert {f"{kind} {end}" for kind in (*kinds, "model") for end in ("loaded", "refused")} <= set(report["outcomes"])
+
+
+def ours(path: Path) -> dict[str, torch.Tensor] | None:
+    try:
+        return read_state_dict(path)
+    except CheckpointError:
+        return None
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """To the bit: damaged numbers can be NaN."""
+
+    def content(tensor: torch.Tensor) -> bytes:
+        return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+    kind = [{name: (t.dtype, t.shape, content(t)) for name, t in state.items()} for state in (a, b)]
+    return kind[0] == kind[1]
+
+
+def safetensors_cases(count: int):
+    rng = random.Random(FIRST)
+    honest = mutations.seeds()["safetensors"]
+    for _ in range(count):
+        yield rng.choice([mutations.mutate(honest, rng), mutations.header(rng)])
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_nothing_is_read_that_safetensors_refuses_or_reads_otherwise(tmp_path, count):
+    path, agreed = tmp_path / "a.safetensors", 0
+    for content in safetensors_cases(count):
+        path.write_bytes(content)
+        state = ours(path)
+        if state is not None:
+            assert same(state, safetensors.torch.load(content))
+            agreed += 1
+    assert agreed > count / 100
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_nothing_is_read_otherwise_than_torch_reads_it(tmp_path, kind, count):
+    rng, path, agreed = random.Random(FIRST), tmp_path / "a.ckpt", 0
+    for _ in range(count):
+        path.write_bytes(mutations.mutate(mutations.seeds()[kind], rng))
+        state = ours(path)
+        if state is None:
+            continue
+        try:
+            theirs = torch.load(path, weights_only=True)
+        except Exception:  # of the checksums in an archive, for one, we look at the pickle's alone
+            continue
+        theirs = theirs["state_dict"] if isinstance(theirs.get("state_dict"), dict) else theirs
+        assert same(state, {name: t for name, t in theirs.items() if isinstance(t, torch.Tensor)})
+        agreed += 1
+    assert agreed > count / 100

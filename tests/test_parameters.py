@@ -1,0 +1,228 @@
+"""Every argument of `generate` and every flag of the demo: a picture of the right size, or one sentence, never a third.
+
+The long runs of the same tests are slow ones.
+"""
+
+import sys
+import tempfile
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from scripts import demo
+from scripts.synthetic_checkpoint import random_state
+from sd import generate, pipeline
+from sd.checkpoint import write_checkpoint
+from sd.samplers import SAMPLERS
+from sd.tokenizer import Tokenizer
+from tests.synthetic import MICRO, random_models
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+MASK = Image.new("L", (40, 24), 200)
+TOKENIZER = Tokenizer()
+
+plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="()[]\\:&"), max_size=20)
+prompts = plain | st.sampled_from(["a (red:1.3) house", "[a] BREAK (b)", r"\(c\)", "cat, " * 90, ""])
+sizes = st.sampled_from([8, 16, 24, 40]) | st.sampled_from([np.int64(16), np.uint8(24)])
+unit = st.floats(0, 1)
+VALID = {
+    "strength": st.floats(0, 1, exclude_min=True) | st.sampled_from([1, np.float32(0.5), Fraction(1, 3)]),
+    "do_cfg": st.sampled_from([True, False, np.True_]),
+    "cfg_scale": st.floats(-20, 20) | st.sampled_from([0, 1, np.float64(7.5), np.float16(3), Fraction(15, 2)]),
+    "sampler_name": st.sampled_from(list(SAMPLERS)),
+    "n_inference_steps": st.sampled_from([1, 2, 3, np.int64(2), np.uint8(1)]),
+    "seed": st.none() | st.integers(0, 2**63 - 1) | st.sampled_from([np.uint8(255), np.int64(2**63 - 1)]),
+    "device": st.sampled_from([None, "cpu", torch.device("cpu")]),
+    "idle_device": st.sampled_from([None, "cpu"]),
+    "tokenizer": st.sampled_from([None, TOKENIZER]),
+    "feather": st.floats(0, 20) | st.sampled_from([1000, np.float32(2), Fraction(1, 2)]),
+    "cfg_rescale": unit | st.sampled_from([np.float64(0.7), Fraction(1, 2)]),
+}
+no_number = st.sampled_from(["7", "", None, float("nan"), float("inf"), -float("inf"), True, 1j, [1], 10**400, b"1"])
+no_count = no_number.filter(lambda value: value is not None) | st.sampled_from([0, -1, 2.0, 1.5, 2**70, np.float32(8)])
+nothing = st.sampled_from([3, 2.5, object(), [1], {}])
+INVALID = {
+    "prompt": st.sampled_from(
+        [None, 3, b"a cat", [], [None], ["a", 1], "(a", "a]", "\ud83d", "x" * 30_001, "(a:1.2.3)"]
+    ),
+    "uncond_prompt": st.sampled_from([None, 3, [], ["a", "b"], [1], "((a)", "\udc80 b", "[" * 30_001]),
+    "input_image": nothing,
+    "mask_image": nothing | st.just(PICTURE),
+    "strength": no_number | st.floats(max_value=0) | st.floats(min_value=1, exclude_min=True),
+    "do_cfg": st.sampled_from([0, 1, "yes", None, 2.0]),
+    "cfg_scale": no_number | st.floats(min_value=1001) | st.integers(max_value=-1001),
+    "sampler_name": st.sampled_from(["", "DDPM", "magic", None, 3, ["ddpm"], {}]),
+    "n_inference_steps": no_count | st.integers(min_value=1001) | st.integers(max_value=0),
+    "models": nothing,
+    "seed": no_count.filter(lambda value: type(value) is not int or not 0 <= value < 2**63)
+    | st.integers(min_value=2**63),
+    "device": st.sampled_from(["gpu", "", 1.5, [], 10**30, "cpu:x"]),
+    "idle_device": st.sampled_from(["gpu", "", 1.5, [], 10**30]),
+    "tokenizer": nothing,
+    "height": no_count
+    | st.integers(1, 10**6).map(lambda n: 8 * n + 3)
+    | st.integers(min_value=1025).map(lambda n: 8 * n),
+    "width": no_count | st.integers(max_value=0) | st.integers(min_value=1025).map(lambda n: 8 * n),
+    "feather": no_number | st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1001),
+    "cfg_rescale": no_number | st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1, exclude_min=True),
+}
+
+
+@cache
+def models():
+    return random_models(MICRO)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "micro.ckpt"
+    write_checkpoint(path, random_state(MICRO), MICRO.to_dict())
+    return str(path)
+
+
+def check_valid(data):
+    arguments = data.draw(st.fixed_dictionaries({"height": sizes, "width": sizes}, optional=VALID))
+    arguments.setdefault("n_inference_steps", 2)
+    texts = data.draw(prompts | st.lists(prompts, min_size=1, max_size=2))
+    if data.draw(st.booleans()):
+        arguments["uncond_prompt"] = (
+            data.draw(prompts) if isinstance(texts, str) else [data.draw(prompts) for _ in texts]
+        )
+    if data.draw(st.booleans()):
+        arguments["input_image"] = data.draw(st.sampled_from([PICTURE, Image.fromarray(PICTURE)]))
+        arguments["mask_image"] = data.draw(st.sampled_from([None, MASK]))
+    image = generate(texts, models=models(), **arguments)
+    size = (int(arguments["height"]), int(arguments["width"]), 3)
+    assert image.shape == (size if isinstance(texts, str) else (len(texts), *size))
+    assert image.dtype == np.uint8
+
+
+def check_invalid(name, value):
+    """One sentence that begins with the name, and nothing has been loaded."""
+    asked = "input_image" if value is PICTURE else name  # a mask needs a picture
+    with (
+        mock.patch.object(pipeline, "load_models", side_effect=AssertionError("loaded before checking")),
+        pytest.raises(ValueError, match=f"^{asked} should ") as error,
+    ):
+        generate(**({"prompt": "a cat"} | {name: value}))
+    message = str(error.value)
+    assert message.endswith(".") or "character itself" in message
+    assert "\n" not in message
+    assert len(message) < 600
+
+
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_valid_arguments_give_a_picture_of_the_right_size(data):
+    check_valid(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_thousand_valid_requests(data):
+    check_valid(data)
+
+
+@pytest.mark.parametrize("name", INVALID)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_invalid_arguments_give_one_sentence(name, data):
+    check_invalid(name, data.draw(INVALID[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INVALID)
+@settings(max_examples=500)
+@given(data=st.data())
+def test_thousands_of_invalid_requests(name, data):
+    check_invalid(name, data.draw(INVALID[name]))
+
+
+def test_every_argument_is_tried():
+    assert set(INVALID) == set(pipeline.check_request.__annotations__) - {"return"}
+    others = {"prompt", "uncond_prompt", "input_image", "mask_image", "models", "height", "width"}
+    assert set(INVALID) == set(VALID) | others
+
+
+# Flag -> values of which each is valid or not, whatever the others are.
+FLAGS = {
+    "--negative": ["", "a dog", "-7", "(a:1.2)", "(a", "\udcff", "x" * 30_001],
+    "--feather": ["0", "3.5", "-1", "nan", "inf", "1e9", "wide", ""],
+    "--strength": ["1", "0.01", "1e-9", "0", "1.5", "-inf", "nan", "half"],
+    "--steps": ["1", "3", " 2", "٢", "0", "-1", "1001", "2.5", "9" * 30, "9" * 5000, "x"],
+    "--cfg-scale": ["7.5", "-3", "0", "1e3", "1e4", "nan", "-inf", "1e999", "big"],
+    "--sampler": [*SAMPLERS, "DDPM", "", "magic"],
+    "--seed": ["0", "1_000", str(2**63 - 1), str(2**63), "-1", "1.0", "9" * 5000, "x"],
+    "--n": ["1", "2", "0", "-3", "1.5", "x"],
+    "--width": ["8", "40", "12", "0", "-8", "8.0", "80000", "9" * 30, "x"],
+    "--height": ["16", "24", "17", "-16", "8e1", "16384", "x"],
+    "--device": ["cpu", "gpu", "", "cuda:99", "cpu:x"],
+    "--dtype": ["fp32", "bf16", "fp8", ""],
+    "--out": ["new.png", "folder", "a.jpg", "taken.png", "file.txt/a.png"],
+    "--film": ["f.webp", "f.gif", "f.mp4", ""],
+    "--image": ["picture.png", "none.png", "file.txt", "."],
+    "--mask": ["picture.png", "none.png", "file.txt"],
+}
+TEXTS = ["a cat", "a {red|blue} cat", "a {red", "((a", "", "\udc80", "x" * 30_001, "&amp;" * 5000 + "é"]
+
+
+def run_demo(arguments):
+    """-> exit code, the files that are new, what was said, and whether weights were loaded."""
+    said = []
+    loads = mock.Mock(side_effect=pipeline.load_models)
+    before = {path.name for path in Path().iterdir()}
+    with (
+        mock.patch.object(sys, "argv", ["demo.py", *arguments]),
+        mock.patch.object(pipeline, "load_models", loads),
+        mock.patch.object(sys, "stderr", mock.Mock(write=said.append)),
+        mock.patch.object(sys, "stdout", mock.Mock()),
+    ):
+        try:
+            code = demo.main()
+        except SystemExit as stop:
+            code = stop.code
+    new = {path.name for path in Path().rglob("*.png")} - before
+    return code, new, [line for line in "".join(said).split("\n") if line.startswith("demo.py: ")], loads.called
+
+
+def check_flags(checkpoint, monkeypatch, data):
+    arguments = {"--width": "8", "--height": "8", "--steps": "2", "--device": "cpu", "--dtype": "fp32"}
+    for flag in data.draw(st.lists(st.sampled_from(list(FLAGS)), max_size=4, unique=True)):
+        arguments[flag] = data.draw(st.sampled_from(FLAGS[flag]))
+    words = [f"{flag}={value}" for flag, value in arguments.items()]
+    with tempfile.TemporaryDirectory() as folder, monkeypatch.context() as patch:
+        patch.chdir(folder)
+        Path("file.txt").write_text("no picture")
+        for name in ("picture.png", "taken.png"):
+            Image.fromarray(PICTURE).save(name)
+        code, new, said, loaded = run_demo([data.draw(st.sampled_from(TEXTS)), *words, "--checkpoint", checkpoint])
+        if code == 0:
+            assert new
+            for path in (path for path in Path().rglob("*.png") if path.name in new):
+                assert Image.open(path).size == (int(arguments["--width"]), int(arguments["--height"]))
+        else:
+            assert (code, len(said)) == (2, 1), said
+            assert not new, said
+            assert not loaded or "--device" in said[0] or "cannot be written" in said[0], said
+
+
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_flags_give_pictures_or_one_sentence(checkpoint, monkeypatch, data):
+    check_flags(checkpoint, monkeypatch, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_many_flags_give_pictures_or_one_sentence(checkpoint, monkeypatch, data):
+    check_flags(checkpoint, monkeypatch, data)

@@ -1,0 +1,97 @@
+"""Recordings: the picture is the one that `generate` makes, and the moments lead from its noise to it."""
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sd import generate, pipeline, recording
+from sd.recording import peak_memory, record
+from tests.synthetic import MICRO, random_models
+
+OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return random_models(MICRO)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"do_cfg": False}, {"cfg_scale": 2.0, "cfg_rescale": 0.5, "sampler_name": "euler_a"}]
+)
+def test_the_picture_that_generate_makes(models, more):
+    recorded = record("a cat", "a dog", models, **OPTIONS, **more)
+    assert np.array_equal(recorded.picture, generate("a cat", "a dog", models=models, **OPTIONS, **more))
+    assert (recorded.moments[0].noise_uncond is None) == ("do_cfg" in more)
+    assert [moment.index for moment in recorded.moments] == [0, 1, 2]
+
+
+def test_moments_are_what_the_unet_saw(models):
+    seen = []
+    handle = models.diffusion.register_forward_pre_hook(lambda _, args: seen.append(args[0][:1].clone()))
+    try:
+        recorded = record("a cat", models=models, **OPTIONS)
+    finally:
+        handle.remove()
+    for moment, latents in zip(recorded.moments, seen, strict=True):
+        assert torch.equal(moment.latents, latents)
+    generators = pipeline.make_generators(3, 1)
+    assert torch.equal(recorded.moments[0].latents, pipeline.get_latents(models, 1, 32, 40, generators))
+    for moment in recorded.moments:
+        noise = moment.noise_uncond + 7.5 * (moment.noise_cond - moment.noise_uncond)
+        denoised, _ = recorded.sampler.predict(torch.tensor(moment.timestep), moment.latents, noise)
+        torch.testing.assert_close(moment.denoised, denoised)
+
+
+@pytest.mark.parametrize("steps, kept", [(1, [0]), (4, [0, 1, 2, 3]), (10, [0, 3, 6, 9])])
+def test_at_most_so_many_moments(models, monkeypatch, steps, kept):
+    monkeypatch.setattr(recording, "MOST_MOMENTS", 4)
+    recorded = record("a cat", models=models, **OPTIONS | {"n_inference_steps": steps, "height": 8, "width": 8})
+    assert [moment.index for moment in recorded.moments] == kept
+    timesteps = [moment.timestep for moment in recorded.moments]
+    assert all(later < earlier for earlier, later in pairwise(timesteps))
+
+
+def test_costs(models):
+    costs = record("a cat", models=models, **OPTIONS).costs
+    assert list(costs) == ["encode_prompt", "begin", "denoise", "decode_latents"]
+    for cost in costs.values():
+        assert 0 <= cost.seconds < 100
+        assert cost.peak > 50 << 20  # torch alone is more
+    assert costs["denoise"].seconds > costs["begin"].seconds
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can start its peak again")
+def test_peaks_are_those_of_each_part():
+    code = (
+        "import torch; from types import SimpleNamespace; from sd.recording import _measured\n"
+        "costs, models = {}, SimpleNamespace(device=torch.device('cpu'))\n"
+        "for name, size in (('small', 1), ('large', 200), ('after', 1)):\n"
+        "    with _measured(costs, name, models):\n"
+        "        torch.ones(size << 18)\n"
+        "small, large, after = (costs[name].peak >> 20 for name in costs)\n"
+        "assert 150 < large - small < 250, costs\n"
+        "assert large - after > 150, costs\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parent.parent)
+
+
+def test_peaks_without_proc(monkeypatch, tmp_path):
+    known = peak_memory(torch.device("cpu"))
+    monkeypatch.setattr(recording, "STATUS", tmp_path / "none")
+    assert peak_memory(torch.device("cpu")) > known / 2
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert peak_memory(torch.device("cpu")) is None
+
+
+def test_bad_input_is_told_before_any_work(monkeypatch):
+    monkeypatch.setattr(recording, "load_models", lambda: pytest.fail("loaded before checking"))
+    with pytest.raises(ValueError, match="strength should be a number above 0 and at most 1, not 2."):
+        record("a cat", strength=2)
+    with pytest.raises(ValueError, match="cfg_scale should be a number"):
+        record("a cat", cfg_scale="much")

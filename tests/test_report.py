@@ -1,0 +1,282 @@
+"""Reports: whole pages that need nothing else, on which a prompt is never anything but text."""
+
+import base64
+import hashlib
+import io
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sd import generate, recording
+from sd.film import frames
+from sd.recording import record
+from sd.report import report
+from sd.tracer import Tracer
+from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
+
+OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}
+RED = Image.new("RGB", (40, 32), "red")
+VOID = {"meta", "img", "input", "br", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Reads a page, and fails at one whose elements are not properly nested."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: dict[str, list[str]] = {}  # by the element that they stand in
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open:
+            for tag in set(self.open):
+                self.texts.setdefault(tag, []).append(text)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def one(self, **wanted: str) -> dict[str, str]:
+        (found,) = (a for _, a in self.elements if wanted.items() <= a.items())
+        return found
+
+    @property
+    def data(self) -> dict:
+        return json.loads(self.texts["script"][0])
+
+
+@pytest.fixture(scope="module")
+def models():
+    return random_models(MICRO)
+
+
+def make(models, prompt="a red cat", uncond_prompt="", **more) -> tuple[recording.Recording, str]:
+    with Tracer(models, attention=True) as trace:
+        recorded = record(prompt, uncond_prompt, models, **OPTIONS | more)
+    settings = {"Prompt": prompt, "Seed": "3"}
+    return recorded, report(recorded, frames(recorded), trace, settings, f"demo.py '{prompt}'")
+
+
+def pixels(uri: str) -> np.ndarray:
+    head, _, body = uri.partition(";base64,")
+    assert head in ("data:image/png", "data:image/webp")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(body, validate=True))))
+
+
+@pytest.fixture(scope="module")
+def made(models):
+    return make(models, uncond_prompt="a dog")
+
+
+@pytest.fixture(scope="module")
+def page(made):
+    return Page(made[1])
+
+
+def test_everything_is_in_the_page(page):
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href", "action", "srcset", "poster"):
+            assert attributes.get(name, "data:image/").startswith(("data:image/", "#"))
+    style = page.texts["style"][0]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert not [text for text in page.texts["script"] if "http" in text]
+    assert len(page.all("script")) == 2
+
+
+def test_nothing_but_the_script_of_the_page_may_run(page):
+    policy = page.one(**{"http-equiv": "Content-Security-Policy"})["content"]
+    digest = hashlib.sha256(page.texts["script"][1].encode()).digest()
+    assert f"script-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
+    assert policy.startswith("default-src 'none';")
+
+
+def test_it_can_be_read_without_seeing_or_pointing(page):
+    assert page.all("html") == [{"lang": "en"}]
+    assert page.one(name="viewport")["content"] == "width=device-width, initial-scale=1"
+    assert len(page.all("h1")) == 1
+    assert [tag for tag, _ in page.elements if tag in ("h1", "h2", "h3")] == ["h1"] + ["h2"] * 6
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.elements:
+        for name in ("aria-labelledby", "aria-describedby", "for"):
+            assert attributes.get(name, ids[0]) in ids
+        if tag == "img":
+            assert attributes["alt"]
+    (slider,) = page.all("input")
+    assert slider["type"] == "range"
+    assert page.one(**{"for": slider["id"], "id": "now"})
+    assert {"for": slider["id"]} in page.all("label")
+    assert all(button["type"] == "button" for button in page.all("button"))
+    assert "role" in page.one(**{"class": "plot"})
+
+
+def test_one_entry_for_every_step(made, page):
+    steps = page.data["steps"]
+    assert [step["title"] for step in steps] == [f"{i + 1} of 3, t = {t:g}" for i, t in enumerate([999, 666, 333])]
+    assert page.one(id="step")["max"] == "2"
+    recorded = made[0]
+    for step, moment, expected in zip(steps, recorded.moments, frames(recorded)):
+        assert np.array_equal(pixels(step["expected"]), expected)
+        for name in ("latents", "uncond", "cond", "push"):
+            assert pixels(step[name]).shape == (4, 5, 3)
+        assert step["signal"] ** 2 + step["noise"] ** 2 == pytest.approx(1, abs=1e-3)
+        assert step["x"] == pytest.approx(100 * (1 - moment.timestep / 999), abs=0.01)
+    assert [step["noise"] for step in steps] == sorted((step["noise"] for step in steps), reverse=True)
+    panels = [image for image in page.all("img") if image["id"] != "picture"]
+    assert [image["id"] for image in panels] == ["expected", "latents", "uncond", "cond", "push"]
+    assert all(image["src"] == steps[1][image["id"]] for image in panels)  # what is seen before any script has run
+
+
+def test_the_picture_is_that_of_generate(models, made, page):
+    picture = pixels(page.one(id="picture")["src"])
+    assert np.array_equal(picture, made[0].picture)
+    assert np.array_equal(picture, generate("a red cat", "a dog", models=models, **OPTIONS))
+
+
+def test_without_guidance_there_is_one_prediction(models):
+    _, text = make(models, uncond_prompt="a dog", do_cfg=False)
+    page = Page(text)
+    assert page.data["steps"][0].keys() & {"latents", "uncond", "cond", "push"} == {"latents", "cond"}
+    assert page.one(id="cond")
+    assert "a dog" not in text
+    assert "each time for two" not in text
+
+
+HOSTILE = [
+    "<script>document.title = 'owned'</script>",
+    "</script><script>alert(1)</script>",
+    "</title></style><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)" x="',
+    "' onfocus='alert(1)",
+    "&lt;b&gt; &amp;amp; <!-- -->",
+    "$style ${data} $$ %s {0}",
+    "http://example.com/x.png and //example.com",
+    "naïve café 🦊 猫 \u202eright to left\u202c",
+    "two\nlines\tand a tab",
+    "",
+]
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+def test_a_prompt_is_text(models, page, prompt):
+    _, text = make(models, prompt, prompt or "x", n_inference_steps=1)
+    assert text.encode("utf-8")
+    found = Page(text)
+    harmless = ("button", "small", "bdi", "span", "p", "noscript")  # how many of these there are hangs on the prompt
+    tags, wanted = ([tag for tag, _ in one.elements if tag not in harmless] for one in (found, page))
+    assert [tag for tag in tags if tag not in ("dt", "dd")] == [tag for tag in wanted if tag not in ("dt", "dd")]
+    shown = " ".join(prompt.split())
+    assert "".join(found.texts["h1"]) == (shown or "(an empty prompt)")
+    assert shown in found.one(id="picture")["alt"]
+    assert "".join(found.texts["code"]) == f"demo.py '{prompt}'"
+    assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
+    assert len(found.data["maps"]) == len([a for a in found.all("button") if "token" in a.get("class", "")])
+
+
+def test_settings_and_commands_are_text(models):
+    with Tracer(models, attention=True) as trace:
+        recorded = record("a cat", models=models, **OPTIONS | {"n_inference_steps": 1})
+    half = "\ud83d.png"  # what a file name can hold and no page
+    page = Page(
+        report(recorded, frames(recorded), trace, {"<b>": "<i>", "Image": half}, f"demo.py --image {half} '<b>'")
+    )
+    assert "".join(page.texts["code"]) == "demo.py --image ?.png '<b>'"
+    assert page.texts["dt"] == ["<b>", "Image"]
+    assert page.texts["dd"] == ["<i>", "?.png"]
+
+
+def test_pieces_of_a_word_stand_together(models):
+    _, text = make(models, "a (red:1.5) antidisestablishmentarianism", n_inference_steps=1)
+    kinds = [a["class"] for a in Page(text).all("button") if "token" in a.get("class", "")]
+    pieces = len(kinds) - 6
+    assert kinds == [
+        *("token group", "token", "token", "token ongoing"),
+        *["token joined ongoing"] * pieces,
+        *("token joined", "token group"),
+    ]
+    assert "<bdi>red</bdi><small>736 × 1.5</small>" in text
+
+
+def test_long_prompts(models):
+    prompt = "a red cat, " * 90  # 360 tokens
+    _, text = make(models, prompt, n_inference_steps=1)
+    assert len(Page(text).data["maps"]) == 302
+    assert "No more than the first 300 tokens are shown." in text
+
+
+def test_shapes_of_the_unet(made, page):
+    titles = [text for text in page.texts["title"] if text.startswith(("in:", "down.", "middle", "up.", "conv_out"))]
+    assert titles[:2] == ["in: 4 × 4 × 5", "down.0: 16 × 4 × 5"]
+    assert len(titles) == 27
+    blocks = {title.partition(":")[0]: a for title, a in zip(titles, page.all("rect"))}
+    assert {name for name, a in blocks.items() if a["class"] == "block reads"} >= {"down.1", "middle", "up.11"}
+    assert blocks["down.0"]["class"] == blocks["down.3"]["class"] == "block"
+    assert float(blocks["down.9"]["width"]) == pytest.approx(2 * float(blocks["down.0"]["width"]), abs=0.11)
+    assert float(blocks["down.3"]["height"]) == pytest.approx(float(blocks["down.0"]["height"]) / 2, abs=0.11)
+    assert len([a for a in page.all("path") if a.get("class") == "skip"]) == 12
+    assert len(page.all("rect")) == 27
+    assert "This ran 3 times, each time for two" in " ".join(made[1].split())
+
+
+@pytest.mark.parametrize("config", [MICRO, INPAINTING_MICRO])
+def test_from_a_picture(config):
+    more = {"input_image": RED, "mask_image": Image.new("L", (40, 32), "white"), "strength": 0.7}
+    models = random_models(config)
+    recorded, text = make(models, **more)
+    assert np.array_equal(recorded.picture, generate("a red cat", models=models, **OPTIONS | more))
+    page = Page(text)
+    assert [step["title"] for step in page.data["steps"]] == ["1 of 2, t = 666", "2 of 2, t = 333"]
+    assert "unvisited" in [a.get("class") for a in page.all("span")]
+    assert f"in: {config.unet.in_channels} × 4 × 5" in page.texts["title"]
+
+
+def test_long_runs_are_thinned_out(models, monkeypatch):
+    monkeypatch.setattr(recording, "MOST_MOMENTS", 4)
+    _, text = make(models, n_inference_steps=9, height=8, width=8)
+    steps = Page(text).data["steps"]
+    assert [step["title"].split(",")[0] for step in steps] == [f"{i} of 9" for i in (1, 4, 6, 9)]
+    assert "Of the 9 steps, 4 are shown, evenly spaced." in text
+
+
+def test_large_pictures_of_many_steps_stay_small(models):
+    with Tracer(models, attention=True) as trace:
+        recorded = record("a " * 75, models=models, **OPTIONS | {"n_inference_steps": 1, "height": 512, "width": 512})
+    noise = torch.randn(60, 1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    names = ("latents", "denoised", "noise_uncond", "noise_cond")
+    moments = [replace(recorded.moments[0], **dict.fromkeys(names, x)) for x in noise]
+    picture = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    recorded = replace(recorded, moments=moments, picture=picture)
+    small = [picture[:128, :128]] * 61
+    text = report(recorded, small, trace, {}, "")
+    assert 1_000_000 < len(text.encode()) < 5_000_000
+    assert "at WebP quality" in text
+    assert np.array_equal(pixels(Page(text).one(id="picture")["src"]), picture)
+
+
+def test_a_large_picture_is_not_claimed_to_be_exact(models, monkeypatch):
+    monkeypatch.setitem(report.__globals__["BUDGETS"], "picture", 1000)
+    _, text = make(models, n_inference_steps=1)
+    assert "the picture on it is not exact: it is at WebP quality" in text
+    assert "has the very pixels" not in text
