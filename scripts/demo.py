@@ -36,6 +36,8 @@ from scripts.output_files import candidates, check_free, first_path, save
 TINY_PROMPT = "a red lighthouse by the sea at sunset, with clouds, no sun"
 PROMPT = "a photograph of an astronaut riding a horse"
 
+MOST_PICTURES = 10_000
+
 # What `generate` calls its arguments, and what they are called here.
 FLAGS = {
     "uncond_prompt": "--negative",
@@ -68,8 +70,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--feather", type=float, default=0, metavar="PIXELS", help="softens the edges of --mask (0)")
     add("--strength", type=float, default=0.8, metavar="S", help="how much of --image may change, up to 1 (0.8)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
-    add("--cfg-scale", type=float, default=7.5, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5)")
-    add("--sampler", default="dpm++2m", metavar="NAME", help="sampling algorithm (dpm++2m)")
+    add("--cfg-scale", type=float, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5; tiny model: 5)")
+    add("--sampler", metavar="NAME", help="sampling algorithm (dpm++2m)")
     add("--seed", type=int, metavar="N", help="makes the picture repeatable; picture i of --n has seed + i - 1")
     add("--n", type=int, default=1, metavar="N", help="how many pictures of each prompt (1)")
     add("--grid", action="store_true", help="also one sheet of all the pictures, with labels")
@@ -117,7 +119,7 @@ def make_pictures(options: argparse.Namespace) -> None:
     prompts = [prompt for text in options.prompts for prompt in expand(text)]
     seed = random.randrange(2**32) if options.seed is None else options.seed
     settings = checked_settings(options, prompts, seed)
-    settings["models"] = load(options, prompts)
+    settings |= with_defaults(settings, load(options, prompts))
     names, films, reports = (candidates(path or first) for path in (first, options.film, options.report))
     pictures, texts = [], []  # of the grid
     for prompt, i in itertools.product(prompts, range(options.n)):
@@ -176,11 +178,25 @@ def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int)
         "width": options.width,
         "feather": options.feather,
     }
-    pipeline.check_request(prompts * options.n, **settings, seed=seed)
-    settings["n_inference_steps"] = options.steps or pipeline.SAMPLERS[options.sampler].default_steps
+    for one in (seed, seed + options.n - 1):
+        pipeline.check_request(prompts, **settings, seed=one)
     for name, path in (("input_image", options.image), ("mask_image", options.mask)):
         settings[name] = images.read_image(path) if path else None
     return settings
+
+
+def with_defaults(settings: dict, models: Models) -> dict:
+    """The models, and how they make pictures where the options do not say it: the report and the file will tell."""
+    from sd.pipeline import SAMPLERS
+
+    usual, name = models.config.sampling, settings["sampler_name"]
+    default_steps = SAMPLERS[name].default_steps if name else usual.steps
+    return {
+        "models": models,
+        "sampler_name": name or usual.sampler,
+        "n_inference_steps": settings["n_inference_steps"] or default_steps,
+        "cfg_scale": usual.cfg_scale if settings["cfg_scale"] is None else settings["cfg_scale"],
+    }
 
 
 def load(options: argparse.Namespace, prompts: list[str]) -> Models:
@@ -209,8 +225,8 @@ def hint(prompt: str) -> None:
 
 def check_files(options: argparse.Namespace) -> None:
     """Raises ValueError for what can be told without loading anything."""
-    if options.n < 1:
-        raise ValueError(f"--n should be at least 1, not {options.n}.")
+    if not 1 <= options.n <= MOST_PICTURES:
+        raise ValueError(f"--n should be from 1 to {MOST_PICTURES}, not {options.n}.")
     if options.mask and not options.image:
         raise ValueError("--image should be given with --mask: it is the picture to repaint.")
     for flag, path in (("--image", options.image), ("--mask", options.mask), ("--checkpoint", options.checkpoint)):

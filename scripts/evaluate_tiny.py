@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +38,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=20, metavar="N", help="sampling steps (20)")
     add("--judge-steps", type=int, default=600, metavar="N", help="how long to train the judge (600)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("prompts", "steps", "judge_steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} should be at least 1, not {getattr(options, name)}.")
+    if not all(math.isfinite(scale) for scale in options.cfg_scales):
+        parser.error("--cfg-scales should be numbers; 1 to 14 are usual.")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("evaluate_tiny.py: interrupted.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"evaluate_tiny.py: {error}", file=sys.stderr)
         return 2
     return 0

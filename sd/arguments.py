@@ -33,8 +33,8 @@ def check_request(
     mask_image: object = None,
     strength: float = 0.8,
     do_cfg: bool = True,
-    cfg_scale: float = 7.5,
-    sampler_name: str = "dpm++2m",
+    cfg_scale: float | None = None,
+    sampler_name: str | None = None,
     n_inference_steps: int | None = None,
     models: object = None,
     seed: int | None = None,
@@ -54,8 +54,8 @@ def check_request(
         )
     _require(mask_image is None or input_image is not None, "input_image", input_image, "given with mask_image")
     _require(isinstance(do_cfg, (bool, np.bool_)), "do_cfg", do_cfg, "True or False")
-    _check_numbers(strength, cfg_scale, cfg_rescale, feather)
-    named = isinstance(sampler_name, str) and sampler_name in SAMPLERS
+    _check_numbers(strength, 1 if cfg_scale is None else cfg_scale, cfg_rescale, feather)
+    named = sampler_name is None or (isinstance(sampler_name, str) and sampler_name in SAMPLERS)
     _require(named, "sampler_name", sampler_name, f"one of {', '.join(SAMPLERS)}")
     most = SD15.schedule.num_training_steps
     counted = n_inference_steps is None or _is_number(n_inference_steps, 1, most, whole=True)

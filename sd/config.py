@@ -69,6 +69,15 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are made of noise, unless somebody says otherwise."""
+
+    sampler: str = "dpm++2m"  # a key of SAMPLERS
+    steps: int = 20
+    cfg_scale: float = 7.5
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """All of a model: what `load_models` builds."""
 
@@ -76,6 +85,7 @@ class ModelConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     image_size: int = 512  # pixels along one side of the pictures it was trained on
 
     def to_dict(self) -> dict:
@@ -109,6 +119,7 @@ class ModelConfig:
             "no fewer unet.in_channels than unet.out_channels": unet.in_channels >= unet.out_channels,
             "an image_size of at most 8192": self.image_size <= 8192,
             "at most 100,000 training steps": schedule.num_training_steps <= 100_000,
+            "fewer sampling.steps than training steps": self.sampling.steps < schedule.num_training_steps,
             "betas that rise, below 1": schedule.beta_start <= schedule.beta_end < 1,
             "a schedule that is known": schedule.beta_schedule in ("scaled_linear", "linear")
             and schedule.prediction_type in ("epsilon", "v_prediction"),
@@ -151,5 +162,6 @@ TINY = ModelConfig(
     text=TextConfig(width=64, layers=3, heads=4),
     vae=VAEConfig(channels=(32, 32, 64, 64), groups=8, scaling_factor=1.0),
     unet=UNetConfig(channels=(64, 64, 96, 96), heads=4, groups=8, context_width=64),
+    sampling=SamplingConfig(cfg_scale=5.0),
     image_size=128,
 )

@@ -25,6 +25,7 @@ from sd.decoder import Decoder
 from sd.diffusion import Diffusion
 from sd.encoder import Encoder
 from sd.model_converter import empty_networks, from_compvis
+from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -78,6 +79,8 @@ def load_models(
         state, config = _with_vae(state, config, Path(vae))
     with _naming(path):
         config.check()
+        if config.sampling.sampler not in SAMPLERS:
+            raise ValueError(f"config.sampling.sampler should be one of {', '.join(SAMPLERS)}.")
         weights = from_compvis(state, config, ema)
     networks = empty_networks(config)
     packs = tuned and tuning.packs(device, dtype)

@@ -29,6 +29,7 @@ from sd.model_loader import Device, Models, awake, best_device, load_models, pla
 from sd.prompts import layout, weigh
 from sd.sampler import Sampler, draw_noise
 from sd.samplers import SAMPLERS
+from sd.strips import InStrips, needed
 from sd.tokenizer import Tokenizer
 
 
@@ -53,8 +54,8 @@ def generate(
     mask_image: Picture | None = None,
     strength: float = 0.8,
     do_cfg: bool = True,
-    cfg_scale: float = 7.5,
-    sampler_name: str = "dpm++2m",
+    cfg_scale: float | None = None,
+    sampler_name: str | None = None,
     n_inference_steps: int | None = None,
     models: Models | None = None,
     seed: int | None = None,
@@ -77,7 +78,7 @@ def generate(
     torch, to a level or two elsewhere; picture i of a list is the one that `seed + i` would give alone. `height` and
     `width` are multiples of 8, by default the size that the model was trained on. `device` is where to compute, and
     `idle_device` where networks wait for their turn. `models` defaults to the tiny model, `tokenizer` to the models'
-    own, `n_inference_steps` to the sampler's own.
+    own, and `sampler_name`, `n_inference_steps` and `cfg_scale` to what their configuration says.
 
     Raises ValueError, before any work, for an argument that cannot be, and what `read_image` and `load_models` raise;
     OutOfMemory, with advice, where memory runs out; NotFiniteError if a network gives NaN or infinity.
@@ -135,7 +136,7 @@ def _read(models: Models, tokens: Tensor) -> Tensor:
 def begin(
     models: Models,
     batch_size: int,
-    sampler_name: str,
+    sampler_name: str | None = None,
     n_inference_steps: int | None = None,
     seed: int | None = None,
     height: int | None = None,
@@ -151,8 +152,9 @@ def begin(
     """
     strength = 1 if input_image is None else strength
     generators = make_generators(seed, batch_size)
-    sampler = SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
-    sampler.set_inference_timesteps(int(n_inference_steps or sampler.default_steps))
+    usual = models.config.sampling
+    sampler = SAMPLERS[sampler_name or usual.sampler](generators, schedule=models.config.schedule)
+    sampler.set_inference_timesteps(int(n_inference_steps or (sampler.default_steps if sampler_name else usual.steps)))
     sampler.set_strength(strength)
     start = (models, batch_size, height, width, generators, input_image)
     if mask_image is None and not models.config.unet.inpaints:
@@ -203,11 +205,9 @@ def get_known(
     The other arguments are those of `get_latents`. Raises ValueError for a size that cannot be.
     """
     height, width = _size(models, height, width)
-    picture, mask = torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width)
-    if input_image is not None:
-        picture = image_to_tensor(input_image, height, width)
-    if mask_image is not None:
-        mask = read_mask(mask_image, height, width, float(feather))
+    size = (height, width)
+    picture = torch.zeros(1, 3, *size) if input_image is None else image_to_tensor(input_image, *size)
+    mask = torch.ones(1, 1, *size) if mask_image is None else read_mask(mask_image, *size, float(feather))
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
     shape = _latent_shape(models, batch_size, height, width)
     latents = _encode(models, picture, draw_noise(shape, generators))
@@ -231,7 +231,7 @@ def denoise(
     latents: Tensor,
     context: Tensor,
     sampler: Sampler,
-    cfg_scale: float = 7.5,
+    cfg_scale: float | None = None,
     known: Known | None = None,
     cfg_rescale: float = 0,
     cfg_interval: tuple[float, float] = (0, 1),
@@ -252,10 +252,11 @@ def denoise(
     if known is None and models.config.unet.inpaints:
         raise ValueError("known should be what `get_known` gives: the U-Net of this checkpoint is made for inpainting.")
     device, dtype = place(models.diffusion)
+    cfg_scale = float(models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale)
     latents, context = latents.to(device), context.to(device, dtype)
     first, last = (share * len(sampler.timesteps) for share in cfg_interval)
     for index, timestep in enumerate(sampler.timesteps):
-        guided = len(context) > len(latents) and first <= index < last
+        guided = len(context) > len(latents) and first <= index < last and cfg_scale != 1
         rows = context if guided else context[-len(latents) :]  # (2B, 77, W), or the conditional half (B, 77, W)
         inputs = latents if known is None else known.beside(latents)  # (B, 4 or 9, h, w)
         inputs = inputs.to(dtype).repeat(len(rows) // len(inputs), 1, 1, 1)  # (2B, 4 or 9, h, w)
@@ -263,7 +264,7 @@ def denoise(
         check_finite(noise, models.diffusion, "U-Net", inputs, f" at step {index + 1} of {len(sampler.timesteps)}")
         noise_uncond, noise_cond = noise.chunk(2) if guided else (None, noise)
         if guided:
-            noise = classifier_free(noise_uncond, noise_cond, float(cfg_scale), float(cfg_rescale))  # (B, 4, h, w)
+            noise = classifier_free(noise_uncond, noise_cond, cfg_scale, float(cfg_rescale))  # (B, 4, h, w)
         if guidance is not None:
             latents = by_loss(models.decoder, sampler, timestep, latents, noise, guidance)
         denoised, _ = sampler.predict(timestep, latents, noise)
@@ -277,7 +278,8 @@ def denoise(
 def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
     """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_half` does."""
     # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
-    images = [run_half(models.decoder, "VAE decoder", one).cpu() for one in latents.split(1)]
+    decoder = InStrips(models.decoder) if needed(models.decoder, latents) else models.decoder
+    images = [run_half(decoder, "VAE decoder", one).cpu() for one in latents.split(1)]
     return tensor_to_array(torch.cat(images))
 
 

@@ -70,9 +70,9 @@ def record(
     prompt: str,
     uncond_prompt: str = "",
     models: Models | None = None,
-    sampler_name: str = "dpm++2m",
+    sampler_name: str | None = None,
     do_cfg: bool = True,
-    cfg_scale: float = 7.5,
+    cfg_scale: float | None = None,
     cfg_rescale: float = 0,
     **start: object,
 ) -> Recording:
@@ -83,6 +83,7 @@ def record(
     guidance = {"cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale}
     check_request(prompt, uncond_prompt, models=models, sampler_name=sampler_name, do_cfg=do_cfg, **guidance, **start)
     models = models or load_models()
+    cfg_scale = models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale
     costs: dict[str, Cost] = {}
     with _measured(costs, "encode_prompt", models):
         context = pipeline.encode_prompt(models, prompt, uncond_prompt if do_cfg else None)

@@ -34,6 +34,7 @@ def test_absent_fields_keep_the_values_of_sd15():
         ({"image_size": True}, "config.image_size should be like 512, not True"),
         ({"vae": {"channels": []}}, "config.vae.channels should be like"),
         ({"vae": {"channels": [32, "64"]}}, "config.vae.channels should be like"),
+        ({"sampling": {"sampler": 3}}, "config.sampling.sampler should be like 'dpm"),
         ({"text": {"heads": 0}}, "config.text.heads should be like 12, not 0"),
         ({"image_size": -512}, "config.image_size should be like 512, not -512"),
         ({"vae": {"scaling_factor": float("nan")}}, "config.vae.scaling_factor should be like 0.18215, not nan"),

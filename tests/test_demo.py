@@ -215,7 +215,7 @@ def test_reports_overwrite_only_when_told(run, monkeypatch):
         (["--cfg-scale", "nan"], "--cfg-scale should be a number; 1 to 14 is usual, not nan."),
         (["--sampler", "magic"], "--sampler should be one of ddpm, "),
         (["--seed", -1], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
-        (["--n", 0], "--n should be at least 1, not 0."),
+        (["--n", 0], "--n should be from 1 to 10000, not 0."),
         (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
         (["--device", "gpu"], "--device should be one that torch can use here, such as 'cpu', not 'gpu'."),
         (["--image", "none.png"], "--image should be a file: there is none at none.png."),

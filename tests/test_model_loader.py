@@ -52,6 +52,13 @@ def test_dtype(folder, dtype):
     assert {p.dtype for p in models.clip.parameters()} == {dtype}
 
 
+def test_a_sampler_that_nobody_knows_is_refused(tmp_path, state):
+    config = MICRO.to_dict() | {"sampling": {"sampler": "magic"}}
+    write_checkpoint(tmp_path / "micro.ckpt", state, config)
+    with pytest.raises(CheckpointError, match="config.sampling.sampler should be one of ddpm"):
+        load_models(tmp_path / "micro.ckpt", "cpu")
+
+
 def test_the_names_of_the_video(folder, state):
     models = preload_models_from_standard_weights(str(folder / "micro.ckpt"), "cpu")
     assert models.config == MICRO

@@ -1,6 +1,7 @@
 """The four steps, and `generate`. Agreement with diffusers' pipelines is tested in parity/."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from sd import generate, pipeline
 from sd.checkpoint import write_checkpoint
+from sd.config import SamplingConfig
 from sd.tokenizer import DEFAULT_MERGES, Tokenizer
 from tests.synthetic import MICRO, random_models, random_state
 
@@ -206,3 +208,20 @@ def test_the_cell_of_the_video(monkeypatch, tmp_path):
         tokenizer=tokenizer,
     )
     assert Image.fromarray(output_image).size == (64, 64)
+
+
+def test_the_configuration_says_how_pictures_are_made(models):
+    sampling = SamplingConfig("euler", 3, 2.0)
+    usual = replace(models, config=replace(models.config, sampling=sampling))
+    expected = generate("a cat", models=models, seed=1, sampler_name="euler", n_inference_steps=3, cfg_scale=2.0)
+    assert np.array_equal(generate("a cat", models=usual, seed=1), expected)
+    sampler, _, _ = pipeline.begin(usual, 1, "heun")
+    assert len(sampler.timesteps) == sampler.default_steps  # another sampler has a default of its own
+
+
+def test_a_scale_of_one_asks_the_unet_once(models):
+    context = pipeline.encode_prompt(models, "a cat", "a dog")
+    sampler, latents, _ = pipeline.begin(models, 1, "euler", 3, seed=1)
+    steps = list(pipeline.denoise(models, latents, context, sampler, cfg_scale=1))
+    assert all(step.noise_uncond is None for step in steps)
+    assert torch.equal(steps[-1].noise, steps[-1].noise_cond)

@@ -147,7 +147,8 @@ def test_the_statistics_do_not_cancel_where_the_mean_is_large(layout, rows):
     expected = groups.mean(1).repeat_interleave(2), groups.var(1, correction=0).repeat_interleave(2)
     assert mean.dtype == variance.dtype == torch.float32
     torch.testing.assert_close(mean.double(), expected[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(variance.double(), expected[1], rtol=1e-4, atol=0)
+    # float32 knows these means to 1e-3; a mean of squares, about 1e6, minus a squared mean would be off by whole units.
+    torch.testing.assert_close(variance.double(), expected[1], rtol=3e-3, atol=0)
 
 
 @pytest.mark.parametrize("rows", [0, -3])
