@@ -74,15 +74,15 @@ class PackedConvolution(nn.Module):
         super().__init__()
         self.bias = conv.bias
         self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        self.packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.geometry)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.geometry)
+        self.packed = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, h, w) -> (B, C', h', w')."""
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.geometry, "none", [], "")
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.packed.to_dense()
+        destination[f"{prefix}weight"], destination[f"{prefix}bias"] = self.packed.to_dense(), self.bias.detach()
 
 
 class PackedGEGLU(nn.Module):
@@ -91,17 +91,18 @@ class PackedGEGLU(nn.Module):
     def __init__(self, geglu: GEGLU):
         super().__init__()
         halves = geglu.proj.weight.detach().chunk(2)  # of the value, of the gate
-        self.packed = [torch.ops.mkldnn._reorder_linear_weight(half.contiguous(), None) for half in halves]
+        packed = (torch.ops.mkldnn._reorder_linear_weight(half.contiguous(), None) for half in halves)
+        self.value, self.gate = (nn.Parameter(half, requires_grad=False) for half in packed)
         self.bias = geglu.proj.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, width) -> (B, N, out_width)."""
         linear, biases = torch.ops.mkldnn._linear_pointwise, self.bias.chunk(2)
-        gate = linear(x, self.packed[1], biases[1], "gelu", [], "none")  # (B, N, out_width)
-        return linear.binary(x, gate, self.packed[0], biases[0], "mul")
+        gate = linear(x, self.gate, biases[1], "gelu", [], "none")  # (B, N, out_width)
+        return linear.binary(x, gate, self.value, biases[0], "mul")
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}proj.weight"] = torch.cat([half.to_dense() for half in self.packed])
+        destination[f"{prefix}proj.weight"] = torch.cat([self.value.to_dense(), self.gate.to_dense()])
         destination[f"{prefix}proj.bias"] = self.bias.detach()
 
 

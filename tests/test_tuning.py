@@ -74,6 +74,8 @@ def test_tuning_can_be_switched_off(checkpoint):
     assert packed(plain.diffusion) == 0
     assert plain.diffusion.down[0][0].weight.is_contiguous()
     tuned = load_models(checkpoint, "cpu", torch.bfloat16)
+    counts = [sum(p.numel() for p in models.diffusion.parameters()) for models in (plain, tuned)]
+    assert counts[0] == counts[1]
     assert packed(tuned.diffusion) > 40
     assert tuned.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
