@@ -26,7 +26,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("train_tiny.py", __doc__)
     add = parser.add_argument
     add("stage", nargs="?", default="all", choices=[*SHARES, "all"], help="what to train (all)")
-    add("--minutes", type=float, default=90, metavar="N", help="how long, drawing and encoding not counted (90)")
+    add("--minutes", type=float, default=96, metavar="N", help="how long, drawing and encoding not counted (96)")
     add("--steps", type=int, metavar="N", help="how many steps of each stage, instead of minutes")
     add("--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="where everything is written (runs/tiny)")
     add("--folder", type=Path, metavar="DIR", help="your own pictures, each with its caption in a .txt beside it")

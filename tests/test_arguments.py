@@ -21,7 +21,6 @@ from sd import generate, pipeline
         ("cfg_scale", float("nan"), "a number"),
         ("cfg_scale", "7", "a number"),
         ("sampler_name", "magic", "one of ddpm"),
-        ("sampler_name", None, "one of ddpm"),
         ("sampler_name", ["ddpm"], "one of ddpm"),
         ("cfg_rescale", 1.5, "a number from 0 to 1"),
         ("feather", -1, "a number of pixels"),

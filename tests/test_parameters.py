@@ -36,8 +36,10 @@ unit = st.floats(0, 1)
 VALID = {
     "strength": st.floats(0, 1, exclude_min=True) | st.sampled_from([1, np.float32(0.5), Fraction(1, 3)]),
     "do_cfg": st.sampled_from([True, False, np.True_]),
-    "cfg_scale": st.floats(-20, 20) | st.sampled_from([0, 1, np.float64(7.5), np.float16(3), Fraction(15, 2)]),
-    "sampler_name": st.sampled_from(list(SAMPLERS)),
+    "cfg_scale": st.none()
+    | st.floats(-20, 20)
+    | st.sampled_from([0, 1, np.float64(7.5), np.float16(3), Fraction(15, 2)]),
+    "sampler_name": st.sampled_from([None, *SAMPLERS]),
     "n_inference_steps": st.sampled_from([1, 2, 3, np.int64(2), np.uint8(1)]),
     "seed": st.none() | st.integers(0, 2**63 - 1) | st.sampled_from([np.uint8(255), np.int64(2**63 - 1)]),
     "device": st.sampled_from([None, "cpu", torch.device("cpu")]),
@@ -58,8 +60,10 @@ INVALID = {
     "mask_image": nothing | st.just(PICTURE),
     "strength": no_number | st.floats(max_value=0) | st.floats(min_value=1, exclude_min=True),
     "do_cfg": st.sampled_from([0, 1, "yes", None, 2.0]),
-    "cfg_scale": no_number | st.floats(min_value=1001) | st.integers(max_value=-1001),
-    "sampler_name": st.sampled_from(["", "DDPM", "magic", None, 3, ["ddpm"], {}]),
+    "cfg_scale": no_number.filter(lambda value: value is not None)
+    | st.floats(min_value=1001)
+    | st.integers(max_value=-1001),
+    "sampler_name": st.sampled_from(["", "DDPM", "magic", 3, ["ddpm"], {}]),
     "n_inference_steps": no_count | st.integers(min_value=1001) | st.integers(max_value=0),
     "models": nothing,
     "seed": no_count.filter(lambda value: type(value) is not int or not 0 <= value < 2**63)

@@ -215,7 +215,7 @@ def test_the_configuration_says_how_pictures_are_made(models):
     usual = replace(models, config=replace(models.config, sampling=sampling))
     expected = generate("a cat", models=models, seed=1, sampler_name="euler", n_inference_steps=3, cfg_scale=2.0)
     assert np.array_equal(generate("a cat", models=usual, seed=1), expected)
-    sampler, _, _ = pipeline.begin(usual, 1, "heun")
+    sampler, _, _ = pipeline.begin(usual, 1, "ddim")
     assert len(sampler.timesteps) == sampler.default_steps  # another sampler has a default of its own
 
 

@@ -1,0 +1,49 @@
+"""Notebooks run top to bottom in a kernel of their own, as Jupyter would run them.
+
+`python -m tests.run_notebooks [01_tour.ipynb ...]` writes what they show into their files, all of them if none is
+named: for whoever has changed a notebook, the code behind it, or the tiny model. Nothing is written that would differ
+from one run to the next for no reason: no times, and no version of Python.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+FOLDER = Path(__file__).resolve().parent.parent / "scripts" / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PATIENCE = 900  # seconds for the kernel to start, and for each cell: machines can be busy
+
+
+def execute(path: Path) -> NotebookNode:
+    """A copy of the notebook with its cells' outputs. Raises CellExecutionError at the first cell that fails."""
+    notebook = nbformat.read(path, as_version=4)
+    metadata = dict(notebook.metadata)
+    client = NotebookClient(
+        notebook,
+        timeout=PATIENCE,
+        startup_timeout=PATIENCE,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(FOLDER)}},
+    )
+    client.execute(env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+    notebook.metadata = nbformat.from_dict(metadata)  # as it was, without the kernel's version of Python
+    return notebook
+
+
+def main(names: list[str]) -> None:
+    for path in [FOLDER / name for name in names] or NOTEBOOKS:
+        start = time.perf_counter()
+        notebook = execute(path)
+        nbformat.write(notebook, path)
+        seconds, kilobytes = time.perf_counter() - start, path.stat().st_size / 1e3
+        print(f"{path.name}: {len(notebook.cells)} cells, {seconds:.0f} s, {kilobytes:.0f} kB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

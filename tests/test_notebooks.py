@@ -1,0 +1,102 @@
+"""The notebooks run from top to bottom, and what is committed is what a reader should find: every output, and no trace
+of the machine that made it."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.run_notebooks import FOLDER, NOTEBOOKS, execute
+
+PATH_CELL = """\
+import sys
+from pathlib import Path
+
+root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "sd").is_dir())
+sys.path.insert(0, str(root))"""
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=nbformat.NO_CONVERT)
+
+
+def cells(notebook, kind):
+    return [cell for cell in notebook.cells if cell.cell_type == kind]
+
+
+def outputs(notebook):
+    return [output for cell in cells(notebook, "code") for output in cell.outputs]
+
+
+def kinds(output):
+    """What is shown, whatever it says: stdout, or the types of a picture."""
+    return output.get("name") or sorted(output.get("data", output.output_type))
+
+
+def without_pictures(notebook):
+    """Everything that can be read: base64 spells anything in the end."""
+    for output in outputs(notebook):
+        output.get("data", {}).pop("image/png", None)
+    return nbformat.writes(notebook)
+
+
+def test_its_number_is_its_place_in_the_row(path):
+    assert path.name.startswith(f"{NOTEBOOKS.index(path) + 1:02}_")
+
+
+def test_it_is_a_plain_notebook_of_modest_size(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    assert len(notebook.cells) < 60
+    assert path.stat().st_size < 1.5e6
+
+
+def test_it_finds_the_repository_and_runs_on_any_checkpoint(path):
+    sources = [cell.source for cell in cells(read(path), "code")]
+    assert sources[0] == PATH_CELL
+    assert sum(bool(re.search(r"^CHECKPOINT = None\b", source, re.MULTILINE)) for source in sources) == 1
+    assert not any(re.search(r"^\s*[%!]", source, re.MULTILINE) for source in sources)  # magic: not plain Python
+
+
+def test_its_outputs_are_those_of_one_run_in_order(path):
+    notebook = read(path)
+    code = cells(notebook, "code")
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 5
+    assert all("execution" not in cell.metadata for cell in code)  # when a cell ran
+
+
+def test_it_shows_no_error_and_no_trace_of_a_machine(path):
+    notebook = read(path)
+    assert not [output for output in outputs(notebook) if output.output_type == "error" or kinds(output) == "stderr"]
+    text = without_pictures(notebook)
+    for trace in (str(FOLDER.parents[1]), str(Path.home()) + "/", "/tmp/", "/home/", "/Users/", "site-packages"):
+        assert trace not in text
+
+
+def test_it_ends_with_three_exercises_that_can_be_checked(path):
+    notebook = read(path)
+    places = {}
+    for place, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            places |= dict.fromkeys(re.findall(r"(?m)^\*\*(\d)\.\*\*", cell.source), place)
+    assert list(places) == ["1", "2", "3"]
+    first, second, third = places.values()
+    for start, end in ((first, second), (second, third), (third, None)):
+        assert any("assert " in cell.source for cell in notebook.cells[start:end] if cell.cell_type == "code")
+
+
+def test_it_runs_and_shows_what_is_committed(path):
+    """But for the numbers and pixels themselves, which the processor has a say in."""
+    executed = execute(path)
+    for cell, committed in zip(cells(executed, "code"), cells(read(path), "code")):
+        assert "".join(o.text for o in cell.outputs if kinds(o) == "stderr") == ""
+        assert list(map(kinds, cell.outputs)) == list(map(kinds, committed.outputs)), cell.source
