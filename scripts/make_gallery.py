@@ -60,14 +60,14 @@ def changes_sheet(models: Models) -> Image.Image:
     """A picture made again from itself: with another time of day, without clouds, with a part repainted."""
     height = width = models.config.image_size
     noon = generate(PROMPTS[0] + ", with clouds", models=models, seed=0)
-    house = "a red house on green hills at night, on the left"
-    night = generate(house, "at noon, by day", noon, strength=0.7, models=models, seed=0)
+    house = "a red house on green hills at night, on the left, with the moon"
+    night = generate(house, "at noon, by day", noon, strength=0.6, models=models, seed=0)
     clear = generate("a red house on green hills at noon, on the left", "clouds", models=models, seed=0)
     mask = Image.new("L", (width, height))
     mask.paste(255, (width // 2, height // 4, width, height))
     tree = "a yellow tree on green hills at noon, on the right"
     repainted = generate(tree, "", noon, mask, 1.0, models=models, seed=0)
-    labels = ["from noon ...", "to night, strength 0.7", "negative: clouds", "right half repainted"]
+    labels = ["from noon ...", "to night, strength 0.6", "negative: clouds", "right half repainted"]
     return contact_sheet([[noon, night, clear, repainted]], [labels])
 
 

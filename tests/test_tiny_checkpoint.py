@@ -38,11 +38,11 @@ def test_it_is_small_and_says_what_it_is(models):
 
 
 def test_24_prompts_are_obeyed(models, judge):
-    assert accuracy(models, judge, 24, held_out=False)["mean"] > 0.9
+    assert accuracy(models, judge, 24, held_out=False)["mean"] > 0.96
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("held_out, mean, everything", [(False, 0.95, 0.75), (True, 0.8, 0.4)])
+@pytest.mark.parametrize("held_out, mean, everything", [(False, 0.985, 0.93), (True, 0.95, 0.75)])
 def test_200_prompts_are_obeyed(models, judge, held_out, mean, everything):
     shares = accuracy(models, judge, 200, held_out)
     assert shares["mean"] > mean
@@ -53,7 +53,7 @@ def test_pictures_come_back_from_latents(models):
     scene = Scene("noon", "sea", "sailboat", "red", "centre", True, True)
     images = torch.from_numpy(np.stack([np.asarray(render(scene, seed)) for seed in (1, 2, 3, 4)]))
     images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    assert evaluation.through_the_vae(models, images)[1] > 26  # dB
+    assert evaluation.through_the_vae(models, images)[1] > 31  # dB
     latents = models.encoder(images)
     assert 0.6 < latents.std() < 1.5
 
@@ -62,10 +62,9 @@ def test_pictures_come_back_from_latents(models):
 def test_noon_becomes_night(models, judge):
     day = Scene("noon", "hills", "house", "red", "left", True, False)
     night = Scene("night", "hills", "house", "red", "left", True, False)
-    settings = {"strength": 0.7, "cfg_scale": 7.5, "models": models}  # at 0.6 it stays day
+    settings = {"strength": 0.6, "models": models}
     prompt = "a red house on green hills at night, on the left, with the moon, no clouds"
     pictures = np.stack([sd.generate(prompt, "at noon, by day", render(day, s), seed=s, **settings) for s in range(8)])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     shares = evaluation.judge_accuracy(judge, images, torch.tensor([evaluation.targets(night)] * 8))
-    assert min(shares["thing"], shares["colour"], shares["position"]) >= 0.75
-    assert shares["time"] >= 0.5
+    assert min(shares["thing"], shares["colour"], shares["position"], shares["time"]) >= 0.85
