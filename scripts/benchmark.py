@@ -1,7 +1,7 @@
 """Measures this project and, where it is installed, diffusers: equal weights, alternating runs -> a table, and JSON.
 
-    python scripts/benchmark.py --quick                 # two minutes: what matters most, in the default precision
-    python scripts/benchmark.py                         # everything; on two cores half an hour
+    python scripts/benchmark.py --quick                 # what matters most, in the default precision
+    python scripts/benchmark.py                         # everything
     python scripts/benchmark.py --only step decode      # one or two things
     python scripts/benchmark.py --device cuda --compiled
 
@@ -44,6 +44,7 @@ MEASURES = {
     "memory": "peak resident memory, GB",
 }
 QUICK = ["import", "tokenizer", "tiny", "load", "step", "decode", "memory"]
+LARGE = {"step", "decode", "encode", "picture", "memory"}  # what needs all contestants at once
 TERAFLOPS = {"step": 1.607, "decode": 2.515, "encode": 1.117}  # operations, a multiplication and an addition being two
 
 
@@ -63,6 +64,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.runs is not None and options.runs < 1:
         parser.error(f"--runs should be at least 1, not {options.runs}.")
+    if options.checkpoint and not options.checkpoint.is_file():
+        parser.error(f"--checkpoint should be a file: there is none at {options.checkpoint}.")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json should be in a folder that is there: there is no {options.json.parent}.")
     options.runs = options.runs or (3 if options.quick else 5)
     options.only = options.only or (QUICK if options.quick else list(MEASURES))
     return options
@@ -208,7 +213,7 @@ def make_weights(options: argparse.Namespace, reference: bool) -> tuple[Path, Pa
     checkpoint = options.checkpoint or options.cache / "sd15.safetensors"
     if not checkpoint.exists():
         run(sys.executable, "scripts/synthetic_checkpoint.py", checkpoint)
-    folder = options.cache / f"diffusers-{checkpoint.stem}"
+    folder = options.cache / f"diffusers-{checkpoint.stem}-{checkpoint.stat().st_mtime_ns}"  # of these very weights
     if reference and not folder.exists():
         run(sys.executable, "scripts/reference_networks.py", checkpoint, folder)
     for file in (checkpoint, *folder.rglob("*.safetensors")):
@@ -240,7 +245,7 @@ def benchmark(options: argparse.Namespace) -> Results:
     fast = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(best_dtype(device))]
     dtypes = options.dtypes or ([fast] if options.quick else sorted({"fp32", fast}, reverse=True))
     small_things(options, results)
-    if {"load", "first", "step", "decode", "encode", "picture"} & set(options.only):
+    if {"load", "first", *LARGE} & set(options.only):
         reference = not options.alone and find_spec("diffusers") is not None and find_spec("transformers") is not None
         checkpoint, folder = make_weights(options, reference)
         libraries = [("sd", checkpoint)] + ([("diffusers", folder)] if reference else [])
@@ -249,7 +254,7 @@ def benchmark(options: argparse.Namespace) -> Results:
             cold_starts(options, contestants, results)
         if options.compiled:
             contestants += [(library, fast, str(device), path, True) for library, path in libraries]
-        if {"step", "decode", "encode", "picture"} & set(options.only):
+        if LARGE & set(options.only):
             large_things(options, contestants, results)
     return results
 

@@ -19,6 +19,8 @@ def test_quick_is_a_part():
     [
         (["--runs", "0"], "--runs should be at least 1, not 0."),
         (["--only", "speed"], "argument --only: invalid choice"),
+        (["--checkpoint", "no.ckpt"], "--checkpoint should be a file: there is none at no.ckpt."),
+        (["--json", "nowhere/x.json"], "--json should be in a folder that is there: there is no nowhere."),
     ],
 )
 def test_bad_input(arguments, message, capsys):
