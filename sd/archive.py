@@ -66,9 +66,12 @@ class Archive:
             raise CheckpointError(f"is damaged: {name!r:.80} in its zip archive claims {info.file_size:,} bytes")
         start, size = self.place(name)
         content = self.data[start : start + info.compress_size]
-        if self.is_packed(name):
-            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
-        if len(content) != size or zlib.crc32(content) != info.CRC:
+        try:
+            if self.is_packed(name):
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+        except zlib.error:
+            content = None
+        if content is None or len(content) != size or zlib.crc32(content) != info.CRC:
             raise CheckpointError(f"is damaged: {name!r:.80} in its zip archive has not the size or checksum it should")
         return content
 
