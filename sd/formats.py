@@ -70,7 +70,7 @@ def read_safetensors(data: mmap.mmap) -> Checkpoint:
         raise CheckpointError(f"is truncated: its header alone claims {start - 8:,} bytes; download it again")
     if start > MAX_HEADER_BYTES:
         raise CheckpointError(f"is damaged: its safetensors header claims {start - 8:,} bytes")
-    header = json.loads(data[8:start].decode(), object_pairs_hook=_unique)
+    header = _parse_header(data[8:start])
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise CheckpointError("is damaged: its __metadata__ is not from text to text")
@@ -92,6 +92,28 @@ def read_safetensors(data: mmap.mmap) -> Checkpoint:
         stride = tuple(itertools.accumulate(shape[:0:-1], operator.mul, initial=1))[::-1] if shape else ()
         state[name] = _view(name, _part(mapped, start + begin, end - begin, dtype), dtype, 0, shape, stride)
     return Checkpoint(state, _parse_config(metadata.get("config")))
+
+
+def _parse_header(content: bytes) -> dict:
+    """JSON as RFC 8259 has it. Python's own parser also takes NaN, numbers of any size and half characters, and of two
+    entries of one name the second: files that other readers refuse, or read otherwise."""
+    hooks = {"parse_int": _whole, "parse_float": _finite, "parse_constant": _finite}
+    header = json.loads(text := content.decode(), object_pairs_hook=_unique, **hooks)
+    if "\\u" in text:
+        json.dumps(header, ensure_ascii=False).encode()  # fails on half a character
+    return header
+
+
+def _whole(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise CheckpointError(f"is damaged: its safetensors header has the number {text:.20}")
+    return number
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

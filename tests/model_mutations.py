@@ -31,7 +31,7 @@ def change_tensor(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     changes = [lambda t: t.double(), lambda t: t.long(), lambda t: t.bool(), lambda t: t.half(), lambda t: t[None]]
     changes += [lambda t: t[..., None, None], lambda t: t.flatten(), lambda t: t.flatten(1) if t.ndim > 1 else t[:0]]
     changes += [lambda t: t.flatten()[:1].expand(t.shape), lambda t: t.mT if t.ndim > 1 else t[::2], lambda t: t[:0]]
-    changes += [lambda t: torch.full_like(t, torch.nan), lambda t: t.new_zeros(()), lambda t: t.new_zeros((1,) * 12)]
+    changes += [lambda t: t + torch.nan, lambda t: t.new_zeros(()), lambda t: t.new_zeros((1,) * 12)]
     return rng.choice(changes)(tensor)
 
 

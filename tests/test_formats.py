@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pickle
 import tarfile
@@ -86,6 +87,11 @@ BAD_FILES = {
     "no entries": (safetensors({"__metadata__": {}}, b""), "a safetensors file without tensors"),
     "metadata of text": (safetensors({"__metadata__": "x", "a": entry()}), "its __metadata__ is not from text to text"),
     "twice": (safetensors(f'{{"a":{ONE},"a":{ONE}}}'), "a name twice"),
+    "NaN": (safetensors({"a": entry() | {"more": math.nan}}), "has the number NaN"),
+    "infinity": (safetensors({"a": entry() | {"more": -math.inf}}), "has the number -Infinity"),
+    "huge integer": (safetensors({"a": entry() | {"more": 10**400}}), "has the number 10000000000000000000"),
+    "huge number": (safetensors(f'{{"a":{ONE[:-1]},"more":1e999}}}}'), "has the number 1e999"),
+    "half a character": (safetensors({"a": entry(), "__metadata__": {"b": "\ud800"}}), "surrogates not allowed"),
     "overlap": (safetensors({"a": entry(), "b": entry(begin=4, end=12)}, bytes(12)), "begins at byte 4 instead of 8"),
     "gap": (safetensors({"a": entry(begin=4, end=12)}, bytes(12)), "begins at byte 4 instead of 0"),
     "beyond": (safetensors({"a": entry(shape=(4,), end=16)}), "truncated: it has 8 bytes of tensors instead of 16"),

@@ -5,6 +5,7 @@
 
 import os
 import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def test_nothing_is_read_that_safetensors_refuses_or_reads_otherwise(tmp_path, c
     assert agreed > count / 100
 
 
+def has_folders(path: Path) -> bool:
+    """Whether a record of an archive is marked as a folder. torch 2.13 skips its content, and its tensor holds whatever
+    was in memory before."""
+    with zipfile.ZipFile(path) as archive:
+        return any(record.external_attr & 0x10 for record in archive.infolist())
+
+
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 def test_nothing_is_read_otherwise_than_torch_reads_it(tmp_path, kind, count):
@@ -68,7 +76,7 @@ def test_nothing_is_read_otherwise_than_torch_reads_it(tmp_path, kind, count):
     for _ in range(count):
         path.write_bytes(mutations.mutate(mutations.seeds()[kind], rng))
         state = ours(path)
-        if state is None:
+        if state is None or (kind == "zip" and has_folders(path)):
             continue
         try:
             theirs = torch.load(path, weights_only=True)

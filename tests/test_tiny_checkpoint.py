@@ -68,3 +68,13 @@ def test_noon_becomes_night(models, judge):
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     shares = evaluation.judge_accuracy(judge, images, torch.tensor([evaluation.targets(night)] * 8))
     assert min(shares["thing"], shares["colour"], shares["position"], shares["time"]) >= 0.85
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+def test_pictures_in_16_bits_are_those_in_32(models, dtype):
+    narrow = sd.load_models(device="cpu", dtype=dtype)
+    for seed, prompt in enumerate(["a yellow balloon over mountains at dawn", "a purple tent in the snow at night"]):
+        picture, other = (sd.generate(prompt, models=each, seed=seed).astype(int) for each in (models, narrow))
+        difference = np.abs(picture - other).mean()
+        print(f"{dtype}, {prompt}: {difference:.2f} levels of 255 on average")
+        assert difference < 1.5  # the promise is 3
