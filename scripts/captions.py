@@ -98,6 +98,8 @@ def _settings(options: argparse.Namespace, settings: dict, seed: int, shape: tup
         "Size": f"{shape[1]}x{shape[0]}",
         "Model": options.checkpoint.stem if options.checkpoint else "tiny",
     }
+    if settings["deep_cache"] > 1:
+        pairs["Deep cache"] = settings["deep_cache"]
     if options.image:
         pairs["Denoising strength"] = f"{settings['strength']:g}"
     return pairs

@@ -47,6 +47,7 @@ FLAGS = {
     "n_inference_steps": "--steps",
     "cfg_scale": "--cfg-scale",
     "sampler_name": "--sampler",
+    "deep_cache": "--deep-cache",
     "seed": "--seed",
     "width": "--width",
     "height": "--height",
@@ -72,6 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
     add("--cfg-scale", type=float, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5; tiny model: 5)")
     add("--sampler", metavar="NAME", help="sampling algorithm (dpm++2m)")
+    add("--deep-cache", type=int, default=1, metavar="N", help="2 or 3: faster, and a slightly different picture (1)")
     add("--seed", type=int, metavar="N", help="makes the picture repeatable; picture i of --n has seed + i - 1")
     add("--n", type=int, default=1, metavar="N", help="how many pictures of each prompt (1)")
     add("--grid", action="store_true", help="also one sheet of all the pictures, with labels")
@@ -177,6 +179,7 @@ def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int)
         "height": options.height,
         "width": options.width,
         "feather": options.feather,
+        "deep_cache": options.deep_cache,
     }
     for one in (seed, seed + options.n - 1):
         pipeline.check_request(prompts, **settings, seed=one)
@@ -242,6 +245,8 @@ def check_files(options: argparse.Namespace) -> None:
         if not options.report.parent.is_dir():
             raise ValueError(f"--report should be in a folder that is there: there is no {options.report.parent}.")
         check_free("--report", options.report, options.overwrite)
+        if options.deep_cache != 1:
+            raise ValueError("--report should go without --deep-cache: it shows what every stage made of every step.")
 
 
 def with_flag(message: str) -> str:

@@ -45,6 +45,7 @@ def check_request(
     width: int | None = None,
     feather: float = 0,
     cfg_rescale: float = 0,
+    deep_cache: int = 1,
 ) -> None:
     """Raises ValueError, in one sentence, for the first of `generate`'s arguments that cannot be."""
     _check_prompts([prompt] if isinstance(prompt, str) else prompt, uncond_prompt)
@@ -60,6 +61,7 @@ def check_request(
     most = SD15.schedule.num_training_steps
     counted = n_inference_steps is None or _is_number(n_inference_steps, 1, most, whole=True)
     _require(counted, "n_inference_steps", n_inference_steps, f"a whole number from 1 to {most}")
+    _require(_is_number(deep_cache, 1, most, whole=True), "deep_cache", deep_cache, f"a whole number from 1 to {most}")
     seeded = seed is None or _is_number(seed, 0, 2**63 - 1, whole=True)
     _require(seeded, "seed", seed, "a whole number from 0 to 2**63 - 1")
     check_size(height, width, SD15.vae.downscale)

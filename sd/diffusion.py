@@ -125,15 +125,48 @@ class Diffusion(nn.Module):
 
     def forward(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
         """latents (B, 4, h, w), context (B, 77, context_width), timesteps (B,) -> predicted noise (B, 4, h, w)."""
+        return self.predict(latents, context, timesteps)[0]
+
+    def predict(
+        self, latents: Tensor, context: Tensor, timesteps: Tensor, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The predicted noise (B, 4, h, w), and the map (B, 320, h, w) on the way that the last stage begins with.
+
+        `deep`, such a map from an earlier step, takes the place of their work.
+        """
         time = timestep_embedding(timesteps, self.config.channels[0]).to(latents.dtype)  # (B, 320)
         time = self.time_embedding(time)  # (B, 1280)
+        first = self.down[0](latents, time, context)  # (B, 320, h, w)
+        if deep is None:
+            deep = self._go_deep(first, time, context)
+        x = self.up[-1](torch.cat([deep, first], dim=1), time, context)  # (B, 320, h, w)
+        return self.conv_out(F.silu(self.norm_out(x))), deep
 
-        x, skips = latents, []
-        for stage in self.down:
+    def _go_deep(self, first: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """What the first stage made (B, 320, h, w), down to the middle and up again, to before the last stage."""
+        x, skips = first, [first]
+        for stage in self.down[1:]:
             x = stage(x, time, context)  # (B, 320, h, w) down to (B, 1280, h/8, w/8)
             skips.append(x)
         x = self.middle(x, time, context)  # (B, 1280, h/8, w/8)
-        for stage in self.up:
+        for stage in self.up[:-1]:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, time, context, size=skips[-1].shape[-2:] if skips else None)  # up to (B, 320, h, w)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 4, h, w)
+            x = stage(x, time, context, size=skips[-1].shape[-2:])  # up to (B, 320, h, w)
+        return x
+
+
+class DeepCache:
+    """A U-Net that goes deep only once in `interval` calls (2312.00858, section 3.2): from one step of the sampling to
+    the next, what the deep stages make changes little, and it is coarse. Faster, and not quite the same pictures."""
+
+    def __init__(self, unet: Diffusion, interval: int):
+        self.unet, self.interval = unet, interval
+        self.calls, self.deep = 0, None
+
+    def __call__(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
+        """As `Diffusion.forward`."""
+        fits = self.deep is not None and len(self.deep) == len(latents)  # guidance can begin and end during a run
+        keep = fits and self.calls % self.interval
+        noise, self.deep = self.unet.predict(latents, context, timesteps, self.deep if keep else None)
+        self.calls += 1
+        return noise

@@ -74,13 +74,14 @@ def record(
     do_cfg: bool = True,
     cfg_scale: float | None = None,
     cfg_rescale: float = 0,
+    deep_cache: int = 1,
     **start: object,
 ) -> Recording:
     """Makes the picture that `generate` makes of the same arguments; `start` are those that `pipeline.begin` takes.
 
     Raises ValueError and OutOfMemory as `generate` does.
     """
-    guidance = {"cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale}
+    guidance = {"cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale, "deep_cache": deep_cache}
     check_request(prompt, uncond_prompt, models=models, sampler_name=sampler_name, do_cfg=do_cfg, **guidance, **start)
     models = models or load_models()
     cfg_scale = models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale

@@ -27,6 +27,13 @@ from sd.config import ScheduleConfig
 Generators = torch.Generator | list[torch.Generator] | None
 
 
+def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
+    """One random generator per image, seeded with seed, seed + 1, ...; unforeseeably without a seed."""
+    if seed is None:
+        seed = torch.Generator().seed() % 2**32
+    return [torch.Generator().manual_seed(int(seed) + i) for i in range(batch_size)]
+
+
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
     """Standard normal noise (B, ...) in float32, drawn on the CPU: a seed gives the same picture on every device.
 

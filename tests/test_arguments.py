@@ -23,6 +23,7 @@ from sd import generate, pipeline
         ("sampler_name", "magic", "one of ddpm"),
         ("sampler_name", ["ddpm"], "one of ddpm"),
         ("cfg_rescale", 1.5, "a number from 0 to 1"),
+        ("deep_cache", 0, "a whole number from 1 to 1000"),
         ("feather", -1, "a number of pixels"),
         ("n_inference_steps", 0, "a whole number from 1 to 1000"),
         ("n_inference_steps", 1001, "a whole number from 1 to 1000"),

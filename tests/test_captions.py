@@ -17,7 +17,7 @@ from sd.prompt_matrix import expand
 def made_with(arguments: list[str]):
     """Options, and the rest of what `command` and `details` take, for models in bfloat16."""
     diffusion = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
-    more = {"n_inference_steps": 20, "sampler_name": "dpm++2m", "strength": 0.8}
+    more = {"n_inference_steps": 20, "sampler_name": "dpm++2m", "strength": 0.8, "deep_cache": 1}
     options = parse(arguments)
     more["cfg_scale"] = 7.5 if options.cfg_scale is None else options.cfg_scale
     return options, {"models": SimpleNamespace(diffusion=diffusion), **more}

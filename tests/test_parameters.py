@@ -47,6 +47,7 @@ VALID = {
     "tokenizer": st.sampled_from([None, TOKENIZER]),
     "feather": st.floats(0, 20) | st.sampled_from([1000, np.float32(2), Fraction(1, 2)]),
     "cfg_rescale": unit | st.sampled_from([np.float64(0.7), Fraction(1, 2)]),
+    "deep_cache": st.integers(1, 1000) | st.sampled_from([np.int64(2), np.uint8(3)]),
 }
 no_number = st.sampled_from(["7", "", None, float("nan"), float("inf"), -float("inf"), True, 1j, [1], 10**400, b"1"])
 no_count = no_number.filter(lambda value: value is not None) | st.sampled_from([0, -1, 2.0, 1.5, 2**70, np.float32(8)])
@@ -77,6 +78,7 @@ INVALID = {
     "width": no_count | st.integers(max_value=0) | st.integers(min_value=1025).map(lambda n: 8 * n),
     "feather": no_number | st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1001),
     "cfg_rescale": no_number | st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1, exclude_min=True),
+    "deep_cache": no_number | no_count | st.integers(min_value=1001) | st.integers(max_value=0),
 }
 
 
@@ -164,6 +166,7 @@ FLAGS = {
     "--strength": ["1", "0.01", "1e-9", "0", "1.5", "-inf", "nan", "half"],
     "--steps": ["1", "3", " 2", "٢", "0", "-1", "1001", "2.5", "9" * 30, "9" * 5000, "x"],
     "--cfg-scale": ["7.5", "-3", "0", "1e3", "1e4", "nan", "-inf", "1e999", "big"],
+    "--deep-cache": ["1", "2", "1000", "0", "1001", "1.5", "x"],
     "--sampler": [*SAMPLERS, "DDPM", "", "magic"],
     "--seed": ["0", "1_000", str(2**63 - 1), str(2**63), "-1", "1.0", "9" * 5000, "x"],
     "--n": ["1", "2", "0", "-3", "1.5", "x"],
@@ -180,10 +183,10 @@ TEXTS = ["a cat", "a {red|blue} cat", "a {red", "((a", "", "\udc80", "x" * 30_00
 
 
 def run_demo(arguments):
-    """-> exit code, the files that are new, what was said, and whether weights were loaded."""
+    """-> exit code, the pictures that are new, what was said, and whether weights were loaded."""
     said = []
     loads = mock.Mock(side_effect=pipeline.load_models)
-    before = {path.name for path in Path().iterdir()}
+    before = set(Path().rglob("*.png"))
     with (
         mock.patch.object(sys, "argv", ["demo.py", *arguments]),
         mock.patch.object(pipeline, "load_models", loads),
@@ -194,7 +197,7 @@ def run_demo(arguments):
             code = demo.main()
         except SystemExit as stop:
             code = stop.code
-    new = {path.name for path in Path().rglob("*.png")} - before
+    new = set(Path().rglob("*.png")) - before
     return code, new, [line for line in "".join(said).split("\n") if line.startswith("demo.py: ")], loads.called
 
 
@@ -211,7 +214,7 @@ def check_flags(checkpoint, monkeypatch, data):
         code, new, said, loaded = run_demo([data.draw(st.sampled_from(TEXTS)), *words, "--checkpoint", checkpoint])
         if code == 0:
             assert new
-            for path in (path for path in Path().rglob("*.png") if path.name in new):
+            for path in new:
                 assert Image.open(path).size == (int(arguments["--width"]), int(arguments["--height"]))
         else:
             assert (code, len(said)) == (2, 1), said

@@ -72,7 +72,7 @@ def test_every_argument_counts(models, picture):
     base |= {"height": 32, "width": 32}
     first = generate(**base)
     changes = {"prompt": "a dog", "uncond_prompt": "blurry", "strength": 0.3, "cfg_scale": 2.0, "do_cfg": False}
-    changes |= {"n_inference_steps": 10, "input_image": None, "cfg_rescale": 0.7}
+    changes |= {"n_inference_steps": 10, "input_image": None, "cfg_rescale": 0.7, "deep_cache": 5}
     for name, value in changes.items():
         assert max_difference(first, generate(**(base | {name: value}))) > 2, name
 

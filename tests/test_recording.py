@@ -22,7 +22,13 @@ def models():
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"do_cfg": False}, {"cfg_scale": 2.0, "cfg_rescale": 0.5, "sampler_name": "euler_a"}]
+    "more",
+    [
+        {},
+        {"do_cfg": False},
+        {"cfg_scale": 2.0, "cfg_rescale": 0.5, "sampler_name": "euler_a"},
+        {"deep_cache": 2},
+    ],
 )
 def test_the_picture_that_generate_makes(models, more):
     recorded = record("a cat", "a dog", models, **OPTIONS, **more)
