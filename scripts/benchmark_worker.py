@@ -45,6 +45,11 @@ class Ours(Contestant):
 
         self.models = load_models(self.path, self.device, self.dtype, compiled=self.compiled)
 
+    def read(self) -> None:
+        from sd.pipeline import encode_prompt
+
+        encode_prompt(self.models, PROMPT)
+
     def step(self) -> None:
         self.models.diffusion(
             self.random(2, 4, 64, 64), self.random(2, 77, 768), torch.tensor([500, 500]).to(self.device)
@@ -80,6 +85,12 @@ class Diffusers(Contestant):
             self.unet = torch.compile(self.unet, mode=mode, options=None if mode else {"freezing": True})
             self.vae.decode = torch.compile(self.vae.decode, mode=mode)
 
+    def read(self) -> torch.Tensor:
+        """The negative prompt, and the prompt."""
+        from sd.tokenizer import Tokenizer
+
+        return self.text(Tokenizer()(["", PROMPT]).to(self.device))[0]
+
     def step(self) -> None:
         timesteps = torch.tensor([500, 500], device=self.device)
         self.unet(self.random(2, 4, 64, 64), timesteps, self.random(2, 77, 768))
@@ -93,15 +104,12 @@ class Diffusers(Contestant):
     def picture(self, steps: int, count: int = 1) -> None:
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-        from sd.tokenizer import Tokenizer
-
         schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
         networks = {"vae": self.vae, "text_encoder": self.text, "unet": self.unet}
         unused = {"tokenizer": None, "safety_checker": None, "feature_extractor": None}
         scheduler = DPMSolverMultistepScheduler(**schedule)
         pipeline = StableDiffusionPipeline(**networks, **unused, scheduler=scheduler, requires_safety_checker=False)
-        tokens = Tokenizer()(["", PROMPT]).to(self.device)
-        negative, positive = self.text(tokens)[0].split(1)
+        negative, positive = self.read().split(1)
         pipeline.set_progress_bar_config(disable=True)
         pipeline(
             prompt_embeds=positive.expand(count, -1, -1),

@@ -36,10 +36,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cfg-scales", type=float, nargs="+", default=[5.0], metavar="S", help="guidance scales (5)")
     add("--samplers", nargs="+", default=["ddpm"], metavar="NAME", help="sampling algorithms (ddpm)")
     add("--steps", type=int, default=20, metavar="N", help="sampling steps (20)")
+    add("--deep-cache", type=int, default=1, metavar="N", help="steps that share the U-Net's deep features (1)")
     add("--judge-steps", type=int, default=600, metavar="N", help="how long to train the judge (600)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     options = parser.parse_args(arguments)
-    for name in ("prompts", "steps", "judge_steps"):
+    for name in ("prompts", "steps", "deep_cache", "judge_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} should be at least 1, not {getattr(options, name)}.")
     if not all(math.isfinite(scale) for scale in options.cfg_scales):
@@ -80,7 +81,7 @@ def evaluate(options: argparse.Namespace) -> None:
     runs = [(s, c, h) for s in options.samplers for c in options.cfg_scales for h in (False, True)]
     for sampler, cfg_scale, held_out in tqdm(runs, "drawing"):
         scenes, prompts = evaluation.make_prompts(options.prompts, held_out)
-        pictures = evaluation.draw_prompts(models, prompts, sampler, options.steps, cfg_scale)
+        pictures = evaluation.draw_prompts(models, prompts, sampler, options.steps, cfg_scale, options.deep_cache)
         wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
         name = f"{sampler} {options.steps} steps, scale {cfg_scale:g}, {'held out' if held_out else 'seen'}"
         rows[name] = evaluation.judge_accuracy(judge, pictures, wanted)

@@ -92,18 +92,18 @@ def make_prompts(count: int, held_out: bool, seed: int = 0) -> tuple[list[Scene]
 
 
 def draw_prompts(
-    models: Models, prompts: list[str], sampler_name: str, steps: int, cfg_scale: float, seed: int = 0, batch: int = 32
+    models: Models, prompts: list[str], sampler_name: str, steps: int, cfg_scale: float, deep_cache: int = 1
 ) -> Tensor:
-    """One picture for each of N prompts -> (N, 3, H, W) in [-1, 1]."""
-    pictures = []
+    """One picture for each of N prompts -> (N, 3, H, W) in [-1, 1]. Picture i has seed i."""
+    pictures, batch = [], 32
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
-        generators = make_generators(seed + start, len(part))
+        generators = make_generators(start, len(part))
         sampler = SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
         sampler.set_inference_timesteps(steps)
         context = encode_prompt(models, part)
         latents = get_latents(models, len(part), seed=generators)
-        for step in denoise(models, latents, context, sampler, cfg_scale):
+        for step in denoise(models, latents, context, sampler, cfg_scale, deep_cache=deep_cache):
             latents = step.latents
         pictures.append(torch.from_numpy(decode_latents(models, latents)))
     return torch.cat(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
