@@ -240,7 +240,7 @@ def test_a_script_in_the_prompt_does_not_run_and_nothing_is_fetched(page):
     asked = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
     assert page.current_url in urls
-    assert {url for url in urls if not url.startswith(("data:", "chrome:"))} == {page.current_url}
+    assert {url for url in urls if not url.startswith(("data:", "chrome:", "chrome-untrusted:"))} == {page.current_url}
 
 
 def test_the_command_can_be_copied(page):
