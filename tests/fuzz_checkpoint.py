@@ -40,8 +40,8 @@ WRAPPERS = [bytes, evil.in_zip, evil.in_legacy, in_safetensors]
 
 
 def beginnings() -> list[bytes]:
-    """Tries to begin with: honest files, pickles and headers."""
-    files = [b"\0" + content for content in mutations.seeds().values()]
+    """Tries to begin with: honest files, pickles and headers, and a text."""
+    files = [b"\0" + content for content in (*mutations.seeds().values(), b"a text")]
     pickles = [evil.state_dict(), *(evil.state_dict(evil=value) for value in evil.attacks(Path("nowhere")).values())]
     header = mutations.seeds()["safetensors"]
     end = 8 + int.from_bytes(header[:8], "little")

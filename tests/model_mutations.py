@@ -40,7 +40,7 @@ def change_config(config: dict, rng: random.Random) -> dict:
     value = rng.choice(
         [*VALUES, *NUMBERS, [rng.choice(NUMBERS)], [8] * rng.choice([1, 3, 9, 9000]), [True, 1], "cosine"]
     )
-    if isinstance(config.get(part), dict) and rng.random() < 0.9:
+    if config.get(part) and isinstance(config[part], dict) and rng.random() < 0.9:
         return config | {part: config[part] | {rng.choice(list(config[part])): value}}
     return config | {part: value}
 
