@@ -167,7 +167,8 @@ def to_compvis(models) -> dict[str, Tensor]:
     """
     ours = {f"{name}.{key}": t for name in RULES for key, t in getattr(models, name).state_dict().items()}
     positions = ours["clip.position_embedding.weight"]
-    state = {POSITION_IDS: torch.arange(len(positions), device=positions.device)[None]}
+    ids = torch.arange(len(positions))  # on the CPU first: on the meta device this, too, would load a compiler
+    state = {POSITION_IDS: ids[None].to(positions.device)}
     for name, tensor in _split(ours).items():
         key = to_their_name(name)
         state[key] = tensor[:, :, None, None] if CONVOLUTIONS_1X1.search(key) else tensor
