@@ -130,9 +130,9 @@ class Diffusion(nn.Module):
     def predict(
         self, latents: Tensor, context: Tensor, timesteps: Tensor, deep: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The predicted noise (B, 4, h, w), and the map (B, 320, h, w) on the way that the last stage begins with.
+        """The predicted noise (B, 4, h, w), and the feature map (B, 320, h, w) that the last stage up starts from.
 
-        `deep`, such a map from an earlier step, takes the place of their work.
+        All but the first and the last stage work on that map. Given one of an earlier step as `deep`, they rest.
         """
         time = timestep_embedding(timesteps, self.config.channels[0]).to(latents.dtype)  # (B, 320)
         time = self.time_embedding(time)  # (B, 1280)
