@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=["fp32", "fp16", "bf16"], help="precisions (default: fp32 and the 16-bit one)")
     add("--alone", action="store_true", help="this project only, even where diffusers is installed")
     add("--compiled", action="store_true", help="also both under torch.compile, whose first step takes minutes")
-    add("--runs", type=int, metavar="N", help="of everything but pictures (5; with --quick 3)")
+    add("--runs", type=int, metavar="N", help="of everything but pictures (5; with --quick 2)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.5 weights (default: random ones)")
     add("--cache", type=Path, default=ROOT / "runs/benchmark", metavar="DIR", help="for weights (runs/benchmark)")
@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--checkpoint should be a file: there is none at {options.checkpoint}.")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json should be in a folder that is there: there is no {options.json.parent}.")
-    options.runs = options.runs or (3 if options.quick else 5)
+    options.runs = options.runs or (2 if options.quick else 5)
     options.only = options.only or (QUICK if options.quick else list(MEASURES))
     return options
 
