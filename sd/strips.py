@@ -37,13 +37,17 @@ from sd.decoder import Decoder
 # order, 3.9 in contiguous order in float32, 5.4 in contiguous order in bfloat16.
 MAPS_AT_ONCE = 5.5
 FREE_IF_UNKNOWN = 2 << 30  # bytes
+LARGE_MAP = 128 << 20  # bytes: the decoder's largest at 512x512 has 256 MB in float32
 
 
 def needed(decoder: Decoder, latents: Tensor) -> bool:
-    """Whether `decoder(latents)`, one of the batch at a time, might take more memory than is free on its device."""
+    """Whether `decoder(latents)`, one of the batch at a time, might take more memory than is free on its device; or,
+    for large maps in float32 on a CPU, always: there strips save most and cost next to no time."""
     weight = decoder.conv_in.weight
     pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(decoder.levels) - 1)
     largest = decoder.levels[0].blocks[0].norm1.num_channels * pixels * weight.element_size()  # bytes
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and largest >= LARGE_MAP:
+        return True
     free = _free_memory(weight.device)
     return MAPS_AT_ONCE * largest > (FREE_IF_UNKNOWN if free is None else free)
 

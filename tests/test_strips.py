@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd import strips
 from sd.blocks import Upsample
-from sd.config import ModelConfig, VAEConfig
+from sd.config import SD15, ModelConfig, VAEConfig
+from sd.decoder import Decoder
 from sd.images import tensor_to_array
 from sd.model_loader import load_models, place
 from sd.strips import FeatureMap, InStrips, decode_in_strips, needed
@@ -175,6 +176,16 @@ def test_needed_where_the_plain_decode_might_not_fit(monkeypatch, dtype, size):
     for free, expected in ((peak, False), (peak - 1, True), (0, True), (1 << 40, False)):
         monkeypatch.setattr(strips, "_free_memory", lambda device, free=free: free)
         assert needed(decoder, latents) is expected
+
+
+def test_large_maps_in_float32_are_always_decoded_in_strips(monkeypatch):
+    monkeypatch.setattr(strips, "_free_memory", lambda device: 1 << 40)
+    with torch.device("meta"):
+        decoder = Decoder(SD15.vae)
+    decoder.conv_in = nn.Conv2d(4, 512, 3)  # what tells the device and the dtype
+    assert needed(decoder, torch.zeros(1, 4, 64, 64))
+    assert not needed(decoder, torch.zeros(1, 4, 40, 40))
+    assert not needed(decoder.bfloat16(), torch.zeros(1, 4, 64, 64))
 
 
 def test_needed_where_nothing_tells_how_much_is_free(monkeypatch):
