@@ -80,7 +80,7 @@ def test_pictures_in_16_bits_are_those_in_32(models, dtype):
         assert difference < 1.5  # the promise is 3
 
 
-@pytest.mark.parametrize("deep_cache", [2, 3])
+@pytest.mark.parametrize("deep_cache", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_deep_cache_shows_nearly_the_same_pictures(models, deep_cache):
     _, prompts = evaluation.make_prompts(8, held_out=False)
     plain, cached = (evaluation.draw_prompts(models, prompts, "dpm++2m", 20, 5.0, n) for n in (1, deep_cache))
