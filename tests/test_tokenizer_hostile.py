@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from sd import generate
 from sd.tokenizer import Tokenizer
 
 
@@ -62,6 +63,16 @@ def test_long_prompts_take_linear_time(text, length):
     taken = seconds(lambda: tokenizer.encode(text))
     print(f"{len(text.encode()):,} bytes: {taken:.2f} s")
     assert taken < 0.5 + 6 * length / 1_000_000
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_generate_answers_a_prompt_of_a_megabyte_within_a_second(text):
+    def refuse():
+        with pytest.raises(ValueError, match="^prompt should be "):
+            generate(text)
+
+    assert len(text) > 30_000
+    assert seconds(refuse) < 1
 
 
 NESTED = {
