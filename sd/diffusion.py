@@ -157,7 +157,8 @@ class Diffusion(nn.Module):
 
 class DeepCache:
     """A U-Net that goes deep only once in `interval` calls (2312.00858, section 3.2): from one step of the sampling to
-    the next, what the deep stages make changes little, and it is coarse. Faster, and not quite the same pictures."""
+    the next, what the deep stages make changes little, and it is coarse. Faster, and not quite the same pictures.
+    `torch.compile` does not reach it: that has compiled `forward` alone."""
 
     def __init__(self, unet: Diffusion, interval: int):
         self.unet, self.interval = unet, interval
