@@ -1,9 +1,8 @@
 """Measures this project and, where it is installed, diffusers: equal weights, alternating runs -> a table, and JSON.
 
     python scripts/benchmark.py --quick                 # what matters most, in the default precision
-    python scripts/benchmark.py                         # everything
-    python scripts/benchmark.py --only step decode      # one or two things
-    python scripts/benchmark.py --device cuda --compiled
+    python scripts/benchmark.py                         # everything; or --only step decode
+    python scripts/benchmark.py --device cuda --compiled --steps 50 --only step decode picture throughput memory
 
 Weights are random, of the real size, and made once in --cache (8.5 GB), unless --checkpoint names a file. Each library
 runs in a process of its own; they take turns, so that a machine that slows down slows down all of them. A figure is the
@@ -14,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -40,11 +41,15 @@ MEASURES = {
     "step": "U-Net step, batch of 2 at 64x64, s",
     "decode": "VAE decode, 512x512, s",
     "encode": "VAE encode, 512x512, s",
-    "picture": "512x512 picture, dpm++2m, 20 steps, s",
+    "picture": "512x512 picture, dpm++2m, s",
+    "throughput": "512x512 pictures a second",
     "memory": "peak resident memory, GB",
 }
 QUICK = ["import", "tokenizer", "tiny", "load", "step", "decode", "memory"]
-LARGE = {"step", "decode", "encode", "picture", "memory"}  # what needs all contestants at once
+USUAL = [name for name in MEASURES if name != "throughput"]
+LARGE = {"step", "decode", "encode", "picture", "throughput", "memory"}  # what needs all contestants at once
+SLOW = 5  # seconds: what takes longer is done once with --quick
+BATCHES = (1, 2, 4, 8, 16)
 TERAFLOPS = {"step": 1.607, "decode": 2.515, "encode": 1.117}  # operations, a multiplication and an addition being two
 
 
@@ -52,24 +57,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("benchmark.py", __doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help=f"only {', '.join(QUICK)}, in the default precision, fewer runs")
-    add("--only", nargs="+", choices=MEASURES, metavar="WHAT", help=f"some of {', '.join(MEASURES)}")
+    what = f"some of {', '.join(MEASURES)} (default: all but throughput, which is for GPUs)"
+    add("--only", nargs="+", choices=MEASURES, metavar="WHAT", help=what)
     add("--dtypes", nargs="+", choices=["fp32", "fp16", "bf16"], help="precisions (default: fp32 and the 16-bit one)")
     add("--alone", action="store_true", help="this project only, even where diffusers is installed")
     add("--compiled", action="store_true", help="also both under torch.compile, whose first step takes minutes")
-    add("--runs", type=int, metavar="N", help="of everything but pictures (5; with --quick 2)")
+    add("--steps", type=int, default=20, metavar="N", help="of a picture (20)")
+    add("--runs", type=int, metavar="N", help="of everything but pictures (5; with --quick 2, and 1 of what is slow)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.5 weights (default: random ones)")
     add("--cache", type=Path, default=ROOT / "runs/benchmark", metavar="DIR", help="for weights (runs/benchmark)")
     add("--json", type=Path, metavar="FILE", help="every single figure")
     options = parser.parse_args(arguments)
-    if options.runs is not None and options.runs < 1:
-        parser.error(f"--runs should be at least 1, not {options.runs}.")
+    for name in ("runs", "steps"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} should be at least 1, not {getattr(options, name)}.")
     if options.checkpoint and not options.checkpoint.is_file():
         parser.error(f"--checkpoint should be a file: there is none at {options.checkpoint}.")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json should be in a folder that is there: there is no {options.json.parent}.")
     options.runs = options.runs or (2 if options.quick else 5)
-    options.only = options.only or (QUICK if options.quick else list(MEASURES))
+    options.only = options.only or (QUICK if options.quick else USUAL)
     return options
 
 
@@ -77,9 +85,9 @@ class Worker:
     """A contestant in its process: `ask` sends a command and waits for the answer."""
 
     def __init__(self, library: str, dtype: str, device: str, path: Path, compiled: bool = False):
-        self.name = " ".join([library, dtype, *(["compiled"] if compiled else [])])
-        command = [sys.executable, ROOT / "scripts/benchmark_worker.py", library, dtype, device, path]
-        command += ["compiled"] if compiled else []
+        how = ["compiled"] if compiled else []
+        self.name = " ".join([library, dtype, *how])
+        command = [sys.executable, ROOT / "scripts/benchmark_worker.py", library, dtype, device, path, *how]
         self.started = time.perf_counter()
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -177,38 +185,52 @@ def cold_starts(options: argparse.Namespace, contestants: list[tuple], results: 
 def large_things(options: argparse.Namespace, contestants: list[tuple], results: Results) -> None:
     """The networks of full size, turn by turn."""
     with workers(contestants) as started:
-        rates = {}
+        rates = {worker.name: worker.ask("gemm")["rate"] for worker in started}
         for worker in started:
-            rates[worker.name] = worker.ask("gemm")["rate"]
             worker.ask("load")
-            memory = worker.ask("step")  # the first one prepares kernels, and does not count
-            if "memory" in options.only:
-                note_memory(results, "after a step", worker.name, memory)
-        if "picture" in options.only:
-            for worker in started:
-                answer = worker.ask("picture", 20)
-                results.add("picture", worker.name, answer["seconds"])
-                if "memory" in options.only:
-                    note_memory(results, "after a picture", worker.name, answer)
-        for measure in ("step", "decode", "encode"):
-            if measure not in options.only:
-                continue
-            for number in range(options.runs + 1):
-                for worker in started:
-                    seconds = worker.ask(measure)["seconds"]
-                    if number:  # as above
-                        results.add(measure, worker.name, seconds)
-            for worker in started:
-                rate = TERAFLOPS[measure] * 1e12 / median(results.figures[measure][worker.name])
-                results.add(f"{measure}, share of the GEMM rate", worker.name, rate / rates[worker.name])
+        for measure in ("step", "picture", "decode", "encode"):
+            if measure in options.only or (measure == "step" and "memory" in options.only):
+                take_turns(options, measure, started, results)
+            if measure in options.only and measure in TERAFLOPS:
+                for name, rate in rates.items():
+                    reached = TERAFLOPS[measure] * 1e12 / median(results.figures[measure][name])
+                    results.add(f"{measure}, share of the GEMM rate", name, reached / rate)
         for name, rate in rates.items():
             results.add("GEMM rate, TFLOP/s", name, rate / 1e12)
+        if "throughput" in options.only:
+            throughput(options, started, results)
+
+
+def take_turns(options: argparse.Namespace, measure: str, started: list[Worker], results: Results) -> None:
+    """One measure of all contestants, run by run, and how much memory each of them has needed by then."""
+    steps = [options.steps] if measure == "picture" else []
+    for worker in started:
+        worker.ask("prepare", measure)
+    for _ in range(1 if steps else options.runs):
+        answers = {worker.name: worker.ask(measure, *steps) for worker in started}
+        for name, answer in answers.items():
+            results.add(measure, name, answer["seconds"])
+        if options.quick and answer["seconds"] > SLOW:
+            break
+    if "memory" in options.only and measure in ("step", "picture"):
+        for name, answer in answers.items():
+            note_memory(results, f"after a {measure}", name, answer)
+
+
+def throughput(options: argparse.Namespace, started: list[Worker], results: Results) -> None:
+    """Whole pictures a second, several at once: up to the batch that the device has memory for."""
+    for worker in started:
+        for count in BATCHES:
+            worker.ask("prepare", "picture", 1, count)
+            seconds = worker.ask("picture", options.steps, count)["seconds"]
+            if seconds == math.inf:
+                break
+            results.add(f"{MEASURES['throughput']}, {count} at once", worker.name, count / seconds)
 
 
 def note_memory(results: Results, when: str, name: str, answer: dict[str, float]) -> None:
-    for kind in ("resident", "device"):
-        if kind in answer:
-            results.add(f"peak {kind} memory {when}, GB", name, answer[kind])
+    for kind in sorted({"resident", "device"} & answer.keys(), reverse=True):
+        results.add(f"peak {kind} memory {when}, GB", name, answer[kind])
 
 
 def make_weights(options: argparse.Namespace, reference: bool) -> tuple[Path, Path]:
@@ -266,12 +288,9 @@ def describe_machine() -> str:
     """What it ran on, and when."""
     import torch
 
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    known = Path("/proc/cpuinfo")  # on Linux
+    names = re.findall(r"model name\s*: (.*)", known.read_text()) if known.exists() else []
+    processor = names[0] if names else platform.processor() or platform.machine()
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{time.strftime('%Y-%m-%d')}, {processor}, {cores} cores{device}, torch {torch.__version__}"

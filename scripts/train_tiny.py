@@ -2,9 +2,11 @@
 
 python scripts/train_tiny.py all --minutes 90 --out runs/tiny
 python scripts/train_tiny.py vae --minutes 20 --out runs/mine --folder my_pictures
+python scripts/train_tiny.py diffusion --start data/tiny.ckpt --minutes 30 --out runs/further
 
 Stages are vae, text and diffusion, in this order, and a last polish of the decoder; `all` is the four in a row. A run
-that was stopped goes on where it was when the same command is given again.
+that was stopped goes on where it was when the same command is given again. With --start, the U-Net of a finished model
+learns further.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help="how many steps of each stage, instead of minutes")
     add("--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="where everything is written (runs/tiny)")
     add("--folder", type=Path, metavar="DIR", help="your own pictures, each with its caption in a .txt beside it")
+    add("--start", type=Path, metavar="FILE", help="a model whose U-Net is to learn further (only stage diffusion)")
     add("--scenes", type=int, default=20000, metavar="N", help="how many scenes to draw, without --folder (20000)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     add("--seed", type=int, default=0, metavar="N", help="makes the run repeatable (0)")
@@ -39,6 +42,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:  # NaN neither
             parser.error(f"--{name.replace('_', '-')} should be a number above 0, not {value}.")
+    if options.start and options.stage != "diffusion":
+        parser.error(f"--start is for stage diffusion, not {options.stage}: the other networks stay as they are.")
     return options
 
 
@@ -64,7 +69,8 @@ def train(options: argparse.Namespace, names: list[str]) -> None:
     """The stages in turn; once there is a state of each, everything in one file."""
     from sd.training.stages import Workshop  # not before: torch takes a second, and a mistyped option should not wait
 
-    workshop = Workshop(options.out, options.folder, options.scenes, options.device, options.seed, options.save_every)
+    pictures = (options.folder, options.scenes)
+    workshop = Workshop(options.out, *pictures, options.device, options.seed, options.save_every, start=options.start)
     for name in names:
         minutes = options.minutes * (SHARES[name] if options.stage == "all" else 1)
         workshop.train(name, minutes, options.steps)

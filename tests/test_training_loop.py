@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sd.training import loop
+from sd.training import loop, precision
 from sd.training.loop import StoredAttention, Training, TrainingError
 from sd.training.muon import Muon, orthogonalise
 
@@ -51,6 +51,20 @@ def train(folder, stop_after=None, stage=None, steps=40, minutes=1.0, save_every
     with contextlib.suppress(KeyboardInterrupt):
         training.run(report, save_every, pause)
     return losses, training
+
+
+@pytest.mark.parametrize("fastest, mixed", [(torch.float32, False), (torch.bfloat16, True)])
+def test_bfloat16_only_where_the_processor_multiplies_it(tmp_path, monkeypatch, fastest, mixed):
+    seen = []
+
+    class Watched(Line):
+        def loss(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().loss(x)
+
+    monkeypatch.setattr(precision, "best_dtype", lambda device: fastest)
+    train(tmp_path, stage=Watched(), steps=1)
+    assert set(seen) == {mixed}
 
 
 def test_the_loss_falls_and_the_average_follows(tmp_path):

@@ -72,11 +72,23 @@ def test_sun_and_clouds_can_be_seen(name):
 def test_nothing_hides_the_sun(time, terrain):
     for seed in range(8):
         scene = Scene(time, terrain, "balloon", "red", "centre", light=True, clouds=True)
-        with_it, without = (
-            np.asarray(render(replace(scene, light=light), seed)).astype(int) for light in (True, False)
-        )
-        sky = np.abs(with_it - without)[:70].max(axis=2)  # above the reflection on water
-        assert (sky > 25).sum() > 150  # of the 314 pixels of its disc
+        assert light_in_the_sky(scene, seed).sum() > 150  # of the 314 pixels of its disc
+
+
+def light_in_the_sky(scene, seed):
+    """Where sun or moon make a difference above the reflection on water, (70, 128)."""
+    with_it, without = (np.asarray(render(replace(scene, light=light), seed)).astype(int) for light in (True, False))
+    return np.abs(with_it - without)[:70].max(axis=2) > 25
+
+
+@pytest.mark.parametrize(
+    "thing, position, left", [("tent", "left", False), ("tent", "right", True), ("none", "left", True)]
+)
+def test_the_sun_keeps_to_one_side(thing, position, left):
+    scene = replace(HOUSE, thing=thing, position=position, clouds=False)
+    columns = [light_in_the_sky(scene, seed).nonzero()[1].mean() for seed in range(20)]
+    assert np.ptp(columns) < 26
+    assert all((column < 64) == left for column in columns)
 
 
 @pytest.mark.parametrize("time", ATTRIBUTES["time"])

@@ -16,6 +16,7 @@ from sd.encoder import Encoder
 from sd.tokenizer import Tokenizer
 from sd.training import stages
 from sd.training.data import load_scenes
+from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Training, TrainingError
 from sd.training.stages import Workshop
 from sd.training.text import end_states, pick_captions, retrieval, shrink, silence_unknown_tokens, tokenise
@@ -159,6 +160,35 @@ def test_training_on_a_folder_of_ones_own(tmp_path):
     assert workshop.clip(Tokenizer()(["red"])).isfinite().all()
 
 
+def further(out, trained, name="diffusion", steps=2):
+    """A workshop that starts from the finished checkpoint, after some steps."""
+    workshop = Workshop(out, scenes=40, device="cpu", start=trained / "tiny.ckpt")
+    workshop.train(name, minutes=1, steps=steps)
+    return workshop
+
+
+def test_a_finished_model_learns_further_in_its_unet_alone(tmp_path, trained):
+    path = further(tmp_path, trained).write_checkpoint()
+    before, after = (sd.checkpoint.read_state_dict(file) for file in (trained / "tiny.ckpt", path))
+    assert before.keys() == after.keys()
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"model"}
+    assert sd.load_models(path, "cpu").config == SMALL
+
+
+def test_it_starts_with_what_the_model_has_learned(tmp_path, trained):
+    workshop = Workshop(tmp_path, scenes=40, device="cpu", start=trained / "tiny.ckpt")
+    stage, known = workshop._stage("diffusion"), sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32)
+    for name, tensor in known.diffusion.state_dict().items():
+        assert torch.equal(stage.networks["diffusion"].state_dict()[name], tensor)
+    assert stage.learning_rate < DiffusionStage.learning_rate
+
+
+def test_other_stages_have_nothing_to_start_from(tmp_path, trained):
+    with pytest.raises(TrainingError, match="only stage diffusion, not vae"):
+        further(tmp_path, trained, "vae")
+
+
 def test_a_handful_of_pictures_is_too_few(tmp_path):
     with pytest.raises(TrainingError, match="3 pictures are too few to train on: 8 are the least"):
         Workshop(tmp_path, scenes=3, device="cpu", config=SMALL)
@@ -169,6 +199,8 @@ def test_a_handful_of_pictures_is_too_few(tmp_path):
     [
         (["vae", "--folder", "{tmp}/nowhere"], "There is no folder"),
         (["diffusion", "--scenes", "12"], "train stage text first"),
+        (["diffusion", "--start", "{tmp}/nothing.ckpt"], "There is no checkpoint"),
+        (["diffusion", "--start", "{tmp}/file"], "is not a checkpoint"),
         (["vae", "--device", "tpu"], "device should be one that torch can use here"),
         (["vae", "--out", "{tmp}/file", "--scenes", "12"], "cannot be used: a file of that name is in the way"),
     ],
@@ -182,7 +214,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path,
     assert message in error
 
 
-@pytest.mark.parametrize("arguments", [["unet"], ["vae", "--minutes", "0"], ["vae", "--steps", "-1"]])
+@pytest.mark.parametrize(
+    "arguments", [["unet"], ["vae", "--minutes", "0"], ["vae", "--steps", "-1"], ["all", "--start", "tiny.ckpt"]]
+)
 def test_bad_options_exit_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         train_tiny.main(arguments)

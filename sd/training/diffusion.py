@@ -20,7 +20,7 @@ class DiffusionStage:
     """The U-Net. Its average is what makes the better pictures."""
 
     name = "diffusion"
-    learning_rate = 2e-3
+    learning_rate = 2e-3  # half of it for a network that has learned already
     divisible = True
     ema = 0.998
 
@@ -32,10 +32,11 @@ class DiffusionStage:
         tokens: list[Tensor],
         empty: Tensor,
         clip: CLIP,
+        start: Diffusion | None = None,
         batch_size: int = 48,
     ):
         """latents: mean and standard deviation, (N, 4, h, w) each; tokens: of each picture's captions; empty: of the
-        empty caption, (1, 77)."""
+        empty caption, (1, 77); start: a trained U-Net to begin with."""
         self.config = {"channels": list(config.channels), "heads": config.heads, "groups": config.groups}
         self.config |= {"predicts": schedule.prediction_type}
         self.schedule, self.batch_size = schedule, batch_size
@@ -44,7 +45,11 @@ class DiffusionStage:
         self.empty = empty
         self.alphas_cumprod = torch.cumprod(1 - make_betas(schedule), 0).to(next(clip.parameters()).device)
         self.networks = nn.ModuleDict({"diffusion": Diffusion(config)})
-        start_as_identity(self.networks["diffusion"])
+        if start is None:
+            start_as_identity(self.networks["diffusion"])
+        else:
+            self.networks["diffusion"].load_state_dict(start.state_dict())
+            self.learning_rate /= 2
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Latents (B, 4, h, w), token ids (B, 77), timesteps (B,) and noise (B, 4, h, w) of a random batch."""

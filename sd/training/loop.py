@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from sd.files import whole_file
 from sd.training.muon import Muon
+from sd.training.precision import mixed_precision
 
 WARMUP = 100  # steps over which the learning rate rises
 CALIBRATION = 10  # steps whose speed, after as many to warm up, decides how many fit into the time given
@@ -130,7 +131,7 @@ class Training:
     def _gradients(self, part: tuple[Tensor, ...]) -> tuple[float, tuple[Tensor, ...]]:
         """A part's share of the loss, and of the gradient of every parameter."""
         attention = StoredAttention() if self.device.type == "cpu" else nullcontext()
-        with torch.autocast(self.device.type, torch.bfloat16), attention:
+        with mixed_precision(self.device), attention:
             loss = self.stage.loss(*part) * (len(part[0]) / self.stage.batch_size)
         return loss.item(), torch.autograd.grad(loss, self.parameters)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sd.training.precision import product_dtype
+
 
 class Muon(torch.optim.Optimizer):
     """For parameters of two dimensions or more. The update has the size that AdamW's would have (2502.16982, eq. 4),
@@ -42,7 +44,7 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
     x <- a x + b x^3 + c x^5 on every singular value, with coefficients that push all of them to between 0.7 and 1.2.
     """
-    x = matrix.bfloat16()
+    x = matrix.to(product_dtype(matrix.device))
     tall = len(x) > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)  # no singular value above 1

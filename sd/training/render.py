@@ -29,6 +29,9 @@ GLOWS = {"dawn": (255, 238, 180), "noon": (255, 252, 214), "sunset": (255, 214, 
 CLOUDS = {"dawn": (255, 236, 236), "noon": (255, 255, 255), "sunset": (255, 176, 140), "night": (84, 94, 146)}
 SEAS = {"dawn": (130, 160, 200), "noon": (36, 120, 196), "sunset": (120, 70, 116), "night": (22, 34, 86)}
 MIDDLES = {"left": 31, "centre": 64, "right": 97}
+# Sun and moon keep to one side, and to the other where a thing stands in the way. Could they be on either side, a model
+# would take its time to choose one, and often draw two.
+SUN_LEFT, SUN_RIGHT = 20, 108
 
 HORIZON = 76
 
@@ -54,8 +57,7 @@ def _sky(canvas: Canvas, scene: Scene, x: float | None, rng: random.Random) -> f
             r = rng.choice((0.5, 0.7, 0.9))
             canvas.ellipse(rng.uniform(2, 126), rng.uniform(2, 62), r, r, (236, 238, 255))
     sun_x = None
-    free = [m for m in (20, 42, 64, 86, 108) if x is None or abs(m - x) > 33]  # a thing should not hide it
-    where = rng.choice(free) + rng.uniform(-4, 4)
+    where = (SUN_RIGHT if x is not None and x < 45 else SUN_LEFT) + rng.uniform(-8, 8)
     if scene.light:
         sun_x = where
         high = scene.time in ("noon", "night") or scene.terrain == "mountains"  # which would hide a low sun

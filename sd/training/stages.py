@@ -1,7 +1,7 @@
 """A folder in which a model comes to be: the three stages in order, each building on the file of the one before.
 
-In: the folder, and what to train on. Out: a state file and a sample grid of each stage, and in the end `tiny.ckpt`, in
-the layout of the published Stable Diffusion checkpoints.
+In: the folder, and what to train on; or a finished model too, whose U-Net then learns further. Out: a state file and a
+sample grid of each stage, and in the end `tiny.ckpt`, in the layout of the published Stable Diffusion checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sd.diffusion import Diffusion
 from sd.encoder import Encoder
 from sd.images import tensor_to_array, write_png
 from sd.model_converter import to_compvis
-from sd.model_loader import Models, best_device
+from sd.model_loader import Models, best_device, load_models
 from sd.pipeline import SAMPLERS, decode_latents, denoise, encode_prompt, get_latents
 from sd.tokenizer import Tokenizer
 from sd.training.data import Pictures, load_folder, load_scenes
@@ -52,11 +52,16 @@ class Workshop:
         seed: int = 0,
         save_every: float = 3,
         config: ModelConfig = TINY,
+        start: Path | None = None,
     ):
-        """`save_every` is in minutes. Raises ValueError for pictures that cannot be used, OSError for `out`."""
+        """`save_every` is in minutes. `start` is a checkpoint: its text encoder and autoencoder stay as they are, and
+        `diffusion`, the only stage then, begins with its U-Net. Raises FileNotFoundError or CheckpointError for a
+        `start` that cannot be read, ValueError for pictures that cannot be used, OSError for `out`."""
         self.out, self.seed, self.save_every = out, seed, save_every
         self.device = best_device(device)
-        self.config = config
+        self.start = start and load_models(start, "cpu", torch.float32, tuned=False)
+        self.source = start or out / "vae.state"  # of the latents
+        self.config = self.start.config if self.start else config
         self.tokenizer = Tokenizer()
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,8 @@ class Workshop:
 
     def train(self, name: str, minutes: float, steps: int | None = None) -> None:
         """Trains one stage, or goes on with it. Raises TrainingError if it cannot, OSError if `out` is full."""
+        if self.start and name != "diffusion":
+            raise TrainingError(f"A finished model can go on with only stage diffusion, not {name}.")
         torch.manual_seed(self.seed)
         training = Training(self._stage(name), self.out, self.device, minutes, steps, self.seed)
         look = {"text": self._look_at_text, "diffusion": self._look_at_diffusion}.get(name, self._look_at_vae)
@@ -97,7 +104,8 @@ class Workshop:
             whole = VAEStage(self.config.vae, self.pictures, crop=self.config.image_size)
             return DecoderStage(whole, encoder.to(self.device), decoder)
         clip, empty = self.clip.to(self.device), self.tokenizer([""])
-        return DiffusionStage(self.config.unet, self.config.schedule, self._latents(), self.tokens, empty, clip)
+        start = self.start and self.start.diffusion
+        return DiffusionStage(self.config.unet, self.config.schedule, self._latents(), self.tokens, empty, clip, start)
 
     @cached_property
     def tokens(self) -> list[Tensor]:
@@ -107,7 +115,7 @@ class Workshop:
     @cached_property
     def vae(self) -> tuple[Encoder, Decoder]:
         """The trained autoencoder as it was when first needed: what the U-Net's latents are made with."""
-        return self._finished_vae()
+        return (self.start.encoder, self.start.decoder) if self.start else self._finished_vae()
 
     def _finished_vae(self) -> tuple[Encoder, Decoder]:
         """The trained autoencoder, with the last decoder that there is, its latents brought to unit variance."""
@@ -131,6 +139,8 @@ class Workshop:
     @cached_property
     def clip(self) -> CLIP:
         """The trained text encoder, frozen."""
+        if self.start:
+            return self.start.clip
         average = load_state(self.out / "text.state")["average"]
         clip = CLIP(self.config.text)
         clip.load_state_dict(_part(average, "captions.clip"))
@@ -139,7 +149,7 @@ class Workshop:
 
     def _latents(self) -> tuple[Tensor, Tensor]:
         """The latents of all pictures, made once for each autoencoder."""
-        path, source = self.out / "latents.state", (self.out / "vae.state").stat().st_mtime_ns
+        path, source = self.out / "latents.state", self.source.stat().st_mtime_ns
         if path.exists():
             known = load_state(path)
             if known["source"] == source and len(known["means"]) == len(self.pictures):
@@ -195,13 +205,14 @@ class Workshop:
     @property
     def complete(self) -> bool:
         """Whether every network has been trained, if only a little."""
-        return all((self.out / f"{name}.state").exists() for name in ("vae", "text", "diffusion"))
+        needed = ("diffusion",) if self.start else ("vae", "text", "diffusion")
+        return all((self.out / f"{name}.state").exists() for name in needed)
 
     def write_checkpoint(self) -> Path:
         """The three stages in one file, float16, as `load_models` reads it."""
         unet = Diffusion(self.config.unet)
         unet.load_state_dict(_part(load_state(self.out / "diffusion.state")["average"], "diffusion"))
-        encoder, decoder = self._finished_vae()
+        encoder, decoder = self.vae if self.start else self._finished_vae()  # with the polished decoder
         models = SimpleNamespace(clip=self.clip, encoder=encoder, decoder=decoder, diffusion=unet)
         state = {k: t.half() if t.is_floating_point() else t for k, t in to_compvis(models).items()}
         path = self.out / "tiny.ckpt"

@@ -13,6 +13,7 @@ from sd.decoder import Decoder
 from sd.encoder import Encoder
 from sd.training.data import Pictures
 from sd.training.losses import sample_posterior, vae_loss
+from sd.training.precision import mixed_precision
 
 
 class VAEStage:
@@ -80,7 +81,7 @@ def encode_all(encoder: Encoder, pictures: Pictures, device: torch.device) -> tu
     """Every picture once -> mean and standard deviation of its latents, float16 (N, 4, H/8, W/8) each."""
     means, stds = [], []
     for indices in torch.arange(len(pictures)).split(32):
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             mean, log_variance = encoder.moments(pictures.batch(indices).to(device))
         means.append(mean.half().cpu())
         stds.append((0.5 * log_variance.float()).exp().half().cpu())
