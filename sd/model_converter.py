@@ -136,28 +136,32 @@ def _compile(old: str, new: str) -> tuple[re.Pattern, str]:
 
 
 def from_compvis(
-    state: dict[str, Tensor], config: ModelConfig | None = None, ema: bool = False
+    state: dict[str, Tensor],
+    config: ModelConfig | None = None,
+    ema: bool = False,
+    networks: dict[str, nn.Module] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """A CompVis state dict -> the state dicts of our four networks, {"clip": {...}, "encoder": ..., ...}.
 
     `config` is recognised from the tensors' shapes when it is None. `ema` takes the U-Net's averaged weights (the
-    `model_ema.*` copies) instead of the plain ones. Tensors are passed on, not copied, but for the fused matrices.
+    `model_ema.*` copies) instead of the plain ones. `networks` are the empty ones, if there are any yet: building them
+    takes a while. Tensors are passed on, not copied, but for the fused matrices.
     Raises CheckpointError, which lists every unknown key, missing key and wrong shape there is.
     """
     config = config or recognise(state)
     state = standard_layout(state, ema)
-    shapes = compvis_shapes(config)
+    shapes = compvis_shapes(config, networks)
     _check(state, shapes)
     ours = {}
     for key, tensor in state.items():
         if key != POSITION_IDS:
             tensor = tensor.reshape(shapes[key])  # with or without the ones of a 1x1 kernel
             ours[to_our_name(key)] = tensor.flatten(1) if CONVOLUTIONS_1X1.search(key) else tensor
-    networks = {name: {} for name in RULES}
+    states = {name: {} for name in RULES}
     for key, tensor in _fuse(ours).items():
         network, name = key.split(".", 1)
-        networks[network][name] = tensor
-    return networks
+        states[network][name] = tensor
+    return states
 
 
 def to_compvis(models) -> dict[str, Tensor]:
@@ -220,10 +224,10 @@ class _NoInitialisation(TorchFunctionMode):
         return kwargs["tensor"] if func in self.SKIPPED else func(*args, **kwargs)
 
 
-@cache
-def compvis_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The keys and shapes that a checkpoint of this configuration has."""
-    return {key: tensor.shape for key, tensor in to_compvis(SimpleNamespace(**empty_networks(config))).items()}
+def compvis_shapes(config: ModelConfig, networks: dict[str, nn.Module] | None = None) -> dict[str, torch.Size]:
+    """The keys and shapes that a checkpoint of this configuration has; `networks` as in `from_compvis`."""
+    networks = networks or empty_networks(config)
+    return {key: tensor.shape for key, tensor in to_compvis(SimpleNamespace(**networks)).items()}
 
 
 def _check(state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:

@@ -81,35 +81,36 @@ def load_models(
         config.check()
         if config.sampling.sampler not in SAMPLERS:
             raise ValueError(f"config.sampling.sampler should be one of {', '.join(SAMPLERS)}.")
-        weights = from_compvis(state, config, ema)
-    networks = empty_networks(config)
-    packs = tuned and tuning.packs(device, dtype)
-    for name, network in networks.items():
-        ordered = tuned and not (packs and name == "diffusion")  # packing starts from the plain order
-        network.load_state_dict(_placed(weights.pop(name), checkpoint, device, dtype, ordered), assign=True)
-        network.eval().requires_grad_(False)
-    if packs:
-        tuning.pack_weights(networks["diffusion"])
+        networks = empty_networks(config)
+        weights = from_compvis(state, config, ema, networks)
     if tuned and device.type == "cpu":
         tuning.keep_freed_memory()
+    for name, network in networks.items():
+        network.load_state_dict(weights.pop(name), assign=True)  # the file's own memory
+        network.eval().requires_grad_(False)
+        packs = tuned and name == "diffusion" and tuning.packs(device, dtype)
+        tuning.settle(network, _Placing(checkpoint, device, dtype, ordered=tuned and not packs), packs)
+    checkpoint.release()  # what was joined or converted is read no more
     if compiled:
         tuning.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)
     return Models(**networks, tokenizer=Tokenizer(), config=config, device=device)
 
 
-def _placed(
-    weights: dict[str, Tensor], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, ordered: bool
-) -> dict[str, Tensor]:
-    """Weights on `device` in `dtype`. Where that takes copies, the file leaves memory as they grow."""
-    placed, copied = {}, 0
-    for name, tensor in weights.items():
-        order = tuning.memory_format(tensor, device, dtype) if ordered else torch.preserve_format
-        placed[name] = tensor.to(device, dtype, memory_format=order)
-        copied += tensor.nbytes if placed[name] is not tensor else 0
-        if copied > RELEASE_AFTER:
-            checkpoint.release()
-            copied = 0
-    return placed
+class _Placing:
+    """Brings weights to `device` in `dtype`. Where that takes copies, the file leaves memory as they grow."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, ordered: bool):
+        self.checkpoint, self.device, self.dtype, self.ordered = checkpoint, device, dtype, ordered
+        self.copied = 0
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        order = tuning.memory_format(weight, self.device, self.dtype) if self.ordered else torch.preserve_format
+        placed = weight.to(self.device, self.dtype, memory_format=order)
+        self.copied += weight.nbytes if placed is not weight else 0
+        if self.copied > RELEASE_AFTER:
+            self.checkpoint.release()
+            self.copied = 0
+        return placed
 
 
 def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device = None) -> Models:

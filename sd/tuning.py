@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from sd.diffusion import GEGLU, Diffusion
+from sd.diffusion import GEGLU
 
 # What GNU's malloc calls the limits below (malloc.h).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -49,22 +50,27 @@ def keep_freed_memory() -> None:
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `pack_weights` helps here: on a CPU, in bfloat16, where torch has oneDNN."""
+    """Whether packed weights help here: on a CPU, in bfloat16, where torch has oneDNN."""
     here = device.type == "cpu" and torch.backends.mkldnn.is_available()
     return here and dtype == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def pack_weights(unet: Diffusion) -> None:
-    """Turns the weights of convolutions and of GEGLU, once, into the order that oneDNN's bfloat16 kernels read; they
-    would do it at every call. For prediction only: packed layers have no gradient.
+def settle(module: nn.Module, place: Callable[[Tensor], Tensor], packs: bool) -> None:
+    """Puts `place(weight)` where each weight of a network was; with `packs`, what follows is packed.
 
-    The kernels are torch's own, those that its compiler chooses (torch._inductor.mkldnn_ir), called by name.
+    The weights of convolutions and of GEGLU then lie in the order that oneDNN's bfloat16 kernels read, who would else
+    bring them into it at every call. For prediction only: packed layers have no gradient. The kernels are torch's own,
+    those that its compiler chooses (torch._inductor.mkldnn_ir), called by name.
+
+    All this is done layer by layer, so that each uses the memory that the one before it left: getting new memory from
+    the system is what takes the most time here.
     """
-    for path in [path for path, module in unet.named_modules() if isinstance(module, (nn.Conv2d, GEGLU))]:
-        parent, _, name = path.rpartition(".")
-        module = unet.get_submodule(path)
-        packed = PackedConvolution(module) if isinstance(module, nn.Conv2d) else PackedGEGLU(module)
-        setattr(unet.get_submodule(parent), name, packed)  # and the plain weight is freed
+    for name, weight in module.named_parameters(recurse=False):
+        setattr(module, name, nn.Parameter(place(weight.detach()), requires_grad=False))
+    for name, child in module.named_children():
+        settle(child, place, packs)
+        if packs and isinstance(child, (nn.Conv2d, GEGLU)):
+            setattr(module, name, PackedConvolution(child) if isinstance(child, nn.Conv2d) else PackedGEGLU(child))
 
 
 class PackedConvolution(nn.Module):

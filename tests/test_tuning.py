@@ -7,7 +7,7 @@ from sd import generate, load_models
 from sd.checkpoint import write_checkpoint
 from sd.diffusion import Diffusion
 from sd.model_converter import to_compvis
-from sd.tuning import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, pack_weights
+from sd.tuning import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, settle
 from tests.synthetic import MICRO, random_networks, random_state
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -54,7 +54,7 @@ def test_packed_weights_compute_the_same():
     unet = random_networks(MICRO).diffusion.bfloat16()
     expected = unet(*inputs(torch.bfloat16)).float()
     reference = random_networks(MICRO).diffusion(*inputs(torch.float32))
-    pack_weights(unet)
+    settle(unet, lambda weight: weight, packs=True)
     assert packed(unet) > 40
     actual = unet(*inputs(torch.bfloat16)).float()
     error = (actual - reference).norm() / reference.norm()
