@@ -85,6 +85,7 @@ def evaluate(options: argparse.Namespace) -> None:
         wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
         name = f"{sampler} {options.steps} steps, scale {cfg_scale:g}, {'held out' if held_out else 'seen'}"
         rows[name] = evaluation.judge_accuracy(judge, pictures, wanted)
+        rows[name]["lights"] = evaluation.lights_accuracy(pictures, scenes)
         text_state = options.out / "text.state"
         if text_state.exists():
             second[name] = evaluation.second_opinion(text_state, models.tokenizer, pictures, prompts)
@@ -112,8 +113,10 @@ def judge_renders(options: argparse.Namespace, models: Models, judge: nn.Module)
     wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
     images = renders.batch(torch.arange(TEST_SCENES))
     copies, decibels = evaluation.through_the_vae(models, images)
-    rows = {"renders": evaluation.judge_accuracy(judge, images, wanted)}
-    rows["through the VAE"] = evaluation.judge_accuracy(judge, copies, wanted)
+    rows = {}
+    for name, pictures in {"renders": images, "through the VAE": copies}.items():
+        rows[name] = evaluation.judge_accuracy(judge, pictures, wanted)
+        rows[name]["lights"] = evaluation.lights_accuracy(pictures, scenes)
     return rows, decibels
 
 

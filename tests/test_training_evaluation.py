@@ -1,10 +1,23 @@
-"""The judge's arithmetic, on answers worked out by hand."""
+"""The judge's arithmetic, on answers worked out by hand, and the counting of suns, on renders."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
-from sd.training.evaluation import ABSENT, CLASSES, interval, judge_accuracy, make_prompts, targets
-from sd.training.scenes import ATTRIBUTES, Scene, is_held_out
+from sd.training.evaluation import (
+    ABSENT,
+    CLASSES,
+    count_lights,
+    interval,
+    judge_accuracy,
+    lights_accuracy,
+    make_prompts,
+    targets,
+)
+from sd.training.render import render
+from sd.training.scenes import ATTRIBUTES, Scene, is_held_out, random_scene
 
 HOUSE = Scene("noon", "hills", "house", "red", "left", True, False)
 EMPTY = Scene("night", "sea", "none", "red", "left", False, True)
@@ -39,6 +52,31 @@ def test_accuracy_counts_what_was_asked_for():
     assert all(shares[name] == 1 for name in ATTRIBUTES if name != "colour")
     assert shares["mean"] == pytest.approx(6.5 / 7)
     assert shares["all"] == pytest.approx(2 / 3)
+
+
+def lights_of_a_render(scene, seed, mirror=False):
+    image = torch.from_numpy(np.asarray(render(scene, seed)).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    left = image[:, :, :64]  # where the sun is if nothing stands there
+    return count_lights(torch.cat([left, left.flip(-1)], dim=-1) if mirror else image, scene.time)
+
+
+def test_suns_and_moons_are_counted():
+    rng = random.Random(0)
+    for seed in range(150):
+        scene = random_scene(rng, held_out=None)
+        assert lights_of_a_render(scene, seed) == scene.light
+
+
+@pytest.mark.parametrize("time", ATTRIBUTES["time"])
+def test_two_are_two(time):
+    scene = Scene(time, "sea", "none", "red", "left", light=True, clouds=False)
+    assert lights_of_a_render(scene, 0, mirror=True) == 2
+
+
+def test_the_share_with_the_right_number_of_lights():
+    scenes = [Scene("noon", "sea", "none", "red", "left", light, False) for light in (True, True, False, False)]
+    black = torch.full((4, 3, 128, 128), -1.0)
+    assert lights_accuracy(black, scenes) == 0.5
 
 
 @pytest.mark.parametrize("held_out", [False, True])

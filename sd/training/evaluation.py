@@ -23,6 +23,7 @@ from sd.pipeline import SAMPLERS, decode_latents, denoise, encode_prompt, get_la
 from sd.tokenizer import Tokenizer
 from sd.training.data import Pictures
 from sd.training.loop import load_state
+from sd.training.render import SUNS
 from sd.training.scenes import ATTRIBUTES, Scene, caption, random_scene
 from sd.training.text import CaptionEncoder, PictureEncoder, retrieval, shrink
 from sd.training.vae import psnr, reconstruct
@@ -82,6 +83,25 @@ def judge_accuracy(judge: PictureEncoder, images: Tensor, wanted: Tensor) -> dic
         "mean": sum(shares.values()) / len(shares),
         "all": (right | ~asked).all(dim=1).float().mean().item(),
     }
+
+
+def lights_accuracy(images: Tensor, scenes: list[Scene]) -> float:
+    """The share of pictures (N, 3, H, W) in [-1, 1] with as many suns or moons as asked for: one, or none.
+
+    The judge cannot say: it was never shown two.
+    """
+    return sum(count_lights(image, scene.time) == scene.light for image, scene in zip(images, scenes)) / len(scenes)
+
+
+def count_lights(image: Tensor, time: str) -> int:
+    """How many suns, or moons at night, stand in a picture (3, H, W) in [-1, 1]: connected spots of their colour."""
+    sky = (image[:, : image.shape[1] * 17 // 32] + 1) * 127.5  # (3, h, W), above water and snow
+    alike = (sky - torch.tensor(SUNS[time])[:, None, None]).abs().amax(dim=0) < 22  # (h, W), of 255 levels
+    labels = torch.arange(1.0, alike.numel() + 1).view_as(alike) * alike
+    while not torch.equal(labels, grown := F.max_pool2d(labels[None], 3, stride=1, padding=1)[0] * alike):
+        labels = grown  # until each spot bears the largest number in it
+    sizes = labels[alike].unique(return_counts=True)[1]
+    return int((sizes > image.shape[1] ** 2 / 180).sum())  # a disc is 1/52 of the picture, with clouds before it less
 
 
 def make_prompts(count: int, held_out: bool, seed: int = 0) -> tuple[list[Scene], list[str]]:
