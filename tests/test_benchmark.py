@@ -1,8 +1,21 @@
 """The benchmark: its table, its workers, and its bad input. What it measures is for a quiet machine to say."""
 
+import math
+
 import pytest
 
-from scripts.benchmark import MEASURES, QUICK, Results, Worker, describe_machine, main, parse, workers
+from scripts.benchmark import (
+    MEASURES,
+    QUICK,
+    Results,
+    Worker,
+    describe_machine,
+    main,
+    parse,
+    take_turns,
+    throughput,
+    workers,
+)
 from sd.checkpoint import write_checkpoint
 from tests.synthetic import MICRO, random_state
 
@@ -55,6 +68,44 @@ def test_a_worker_answers(tmp_path):
     assert 0 < answer["seconds"] < 60
     assert 0.05 < answer["resident"] < 10  # GB
     assert worker.process.poll() is not None
+
+
+class Clock:
+    """Stands in for a worker: answers with what it was told, and remembers what it was asked."""
+
+    def __init__(self, *seconds):
+        self.name, self.seconds, self.asked = "sd fp32", list(seconds), []
+
+    def ask(self, *command):
+        self.asked.append(command)
+        return {"seconds": 0.0 if command[0] == "prepare" else self.seconds.pop(0), "resident": 3.0}
+
+
+@pytest.mark.parametrize(
+    "arguments, seconds, counted",
+    [(["--runs", "3"], [9.0, 8.0, 7.0], 3), (["--quick"], [9.0, 8.0], 1), (["--quick"], [1.0, 2.0], 2)],
+)
+def test_what_is_slow_is_done_once_with_quick(arguments, seconds, counted):
+    results, clock = Results(), Clock(*seconds)
+    take_turns(parse(arguments), "step", [clock], results)
+    assert clock.asked == [("prepare", "step"), *[("step",)] * counted]
+    assert results.figures["step"]["sd fp32"] == seconds[:counted]
+    assert results.figures["peak resident memory after a step, GB"] == {"sd fp32": [3.0]}
+
+
+def test_throughput_stops_where_memory_does():
+    results, clock = Results(), Clock(2.0, 2.0, math.inf)
+    throughput(parse(["--steps", "50"]), [clock], results)
+    assert clock.asked[:2] == [("prepare", "picture", 1, 1), ("picture", 50, 1)]
+    assert [row["sd fp32"] for row in results.figures.values()] == [[0.5], [1.0]]
+
+
+def test_a_worker_makes_ready_and_runs(tmp_path):
+    write_checkpoint(tmp_path / "micro.safetensors", random_state(MICRO), MICRO.to_dict())
+    with workers([("sd", "fp32", "cpu", tmp_path / "micro.safetensors")]) as (worker,):
+        worker.ask("load")
+        for command in (["prepare", "decode"], ["decode"], ["prepare", "picture", 1, 2], ["picture", 2, 1]):
+            assert 0 < worker.ask(*command)["seconds"] < 60
 
 
 def test_a_worker_that_fails_is_an_error_here(tmp_path, capfd):
