@@ -88,7 +88,7 @@ def load_models(
     for name, network in networks.items():
         network.load_state_dict(weights.pop(name), assign=True)  # the file's own memory
         network.eval().requires_grad_(False)
-        packs = tuned and name == "diffusion" and tuning.packs(device, dtype)
+        packs = name == "diffusion" and tuned and not compiled and tuning.packs(device, dtype)  # the compiler packs too
         tuning.settle(network, _Placing(checkpoint, device, dtype, ordered=tuned and not packs), packs)
     checkpoint.release()  # what was joined or converted is read no more
     if compiled:

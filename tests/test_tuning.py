@@ -92,3 +92,14 @@ def test_a_tuned_picture_is_the_plain_one_but_for_rounding(checkpoint):
         for tuned in (True, False)
     ]
     assert abs(pictures[0] - pictures[1]).mean() < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+@torch.no_grad()
+def test_compiled_networks_compute_the_same(checkpoint, dtype, tolerance):
+    expected = load_models(checkpoint, "cpu", torch.float32).diffusion(*inputs(torch.float32))
+    models = load_models(checkpoint, "cpu", dtype, compiled=True)
+    assert packed(models.diffusion) == 0  # those kernels are for the compiler to choose
+    actual = models.diffusion(*inputs(dtype)).float()
+    assert (actual - expected).norm() / expected.norm() < tolerance
