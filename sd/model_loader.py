@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -187,6 +188,7 @@ def awake(network: nn.Module, device: torch.device, idle_device: Device = None) 
             network.to(idle_device)
 
 
+@cache
 def _cpu_multiplies_bfloat16() -> bool:
     """Whether the processor has bfloat16 dot products. Only Linux tells; torch itself has no public word for it."""
     try:
