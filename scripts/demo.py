@@ -33,7 +33,7 @@ from scripts.captions import DTYPES, command, details, grid, parameters
 from scripts.command_line import Parser
 from scripts.output_files import candidates, check_free, first_path, save
 
-TINY_PROMPT = "a red lighthouse by the sea at sunset, with clouds, no sun"
+TINY_PROMPT = "a red lighthouse by the sea at sunset, on the right, with the sun"
 PROMPT = "a photograph of an astronaut riding a horse"
 
 MOST_PICTURES = 10_000

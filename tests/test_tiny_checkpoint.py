@@ -29,7 +29,9 @@ def models():
 def accuracy(models, judge, count, held_out):
     scenes, prompts = evaluation.make_prompts(count, held_out)
     pictures = evaluation.draw_prompts(models, prompts, "ddpm", 20, 5.0)
-    return evaluation.judge_accuracy(judge, pictures, torch.tensor([evaluation.targets(scene) for scene in scenes]))
+    wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
+    lights = evaluation.lights_accuracy(pictures, scenes)
+    return evaluation.judge_accuracy(judge, pictures, wanted) | {"lights": lights}
 
 
 def test_it_is_small_and_says_what_it_is(models):
@@ -38,7 +40,9 @@ def test_it_is_small_and_says_what_it_is(models):
 
 
 def test_24_prompts_are_obeyed(models, judge):
-    assert accuracy(models, judge, 24, held_out=False)["mean"] > 0.96
+    shares = accuracy(models, judge, 24, held_out=False)
+    assert shares["mean"] > 0.96
+    assert shares["lights"] > 0.9
 
 
 @pytest.mark.slow
@@ -47,6 +51,7 @@ def test_200_prompts_are_obeyed(models, judge, held_out, mean, everything):
     shares = accuracy(models, judge, 200, held_out)
     assert shares["mean"] > mean
     assert shares["all"] > everything
+    assert shares["lights"] > 0.95
 
 
 def test_pictures_come_back_from_latents(models):
