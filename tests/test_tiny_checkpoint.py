@@ -46,12 +46,12 @@ def test_24_prompts_are_obeyed(models, judge):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("held_out, mean, everything", [(False, 0.985, 0.93), (True, 0.95, 0.75)])
-def test_200_prompts_are_obeyed(models, judge, held_out, mean, everything):
+@pytest.mark.parametrize("held_out, mean, everything, lights", [(False, 0.99, 0.96, 0.97), (True, 0.96, 0.82, 0.88)])
+def test_200_prompts_are_obeyed(models, judge, held_out, mean, everything, lights):
     shares = accuracy(models, judge, 200, held_out)
     assert shares["mean"] > mean
     assert shares["all"] > everything
-    assert shares["lights"] > 0.95
+    assert shares["lights"] > lights
 
 
 def test_pictures_come_back_from_latents(models):
