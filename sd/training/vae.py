@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sd.config import VAEConfig
 from sd.decoder import Decoder
@@ -80,7 +81,7 @@ class DecoderStage:
 def encode_all(encoder: Encoder, pictures: Pictures, device: torch.device) -> tuple[Tensor, Tensor]:
     """Every picture once -> mean and standard deviation of its latents, float16 (N, 4, H/8, W/8) each."""
     means, stds = [], []
-    for indices in torch.arange(len(pictures)).split(32):
+    for indices in tqdm(torch.arange(len(pictures)).split(32), "encoding pictures", leave=False):
         with mixed_precision(device):
             mean, log_variance = encoder.moments(pictures.batch(indices).to(device))
         means.append(mean.half().cpu())
