@@ -200,7 +200,7 @@ def test_a_handful_of_pictures_is_too_few(tmp_path):
         (["vae", "--folder", "{tmp}/nowhere"], "There is no folder"),
         (["diffusion", "--scenes", "12"], "train stage text first"),
         (["diffusion", "--start", "{tmp}/nothing.ckpt"], "There is no checkpoint"),
-        (["diffusion", "--start", "{tmp}/file"], "is not a checkpoint"),
+        (["diffusion", "--start", "{tmp}/file"], "is a text file; give a .ckpt or .safetensors file"),
         (["vae", "--device", "tpu"], "device should be one that torch can use here"),
         (["vae", "--out", "{tmp}/file", "--scenes", "12"], "cannot be used: a file of that name is in the way"),
     ],
