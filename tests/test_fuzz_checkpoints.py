@@ -70,6 +70,7 @@ def has_folders(path: Path) -> bool:
         return any(record.external_attr & 0x10 for record in archive.infolist())
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch on a mutated one
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 def test_nothing_is_read_otherwise_than_torch_reads_it(tmp_path, kind, count):
