@@ -62,6 +62,8 @@ def command(options: argparse.Namespace, prompt: str, settings: dict, seed: int,
         "--width": shape[1],
         "--height": shape[0],
         "--checkpoint": options.checkpoint,
+        "--vae": options.vae,
+        "--prediction-type": options.prediction_type,
         "--device": device,
         "--dtype": dtype,
     }
@@ -98,6 +100,8 @@ def _settings(options: argparse.Namespace, settings: dict, seed: int, shape: tup
         "Size": f"{shape[1]}x{shape[0]}",
         "Model": options.checkpoint.stem if options.checkpoint else "tiny",
     }
+    if options.vae:
+        pairs["VAE"] = options.vae.stem
     if settings["deep_cache"] > 1:
         pairs["Deep cache"] = settings["deep_cache"]
     if options.image:

@@ -52,6 +52,7 @@ FLAGS = {
     "width": "--width",
     "height": "--height",
     "device": "--device",
+    "prediction_type": "--prediction-type",
 }
 
 
@@ -81,7 +82,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--report", type=Path, metavar="FILE", help="also a .html page for each picture, of how it came to be")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
     add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
-    add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.x weights (default: the tiny model)")
+    add("--checkpoint", type=Path, metavar="PATH", help="Stable Diffusion 1.x weights (default: the tiny model)")
+    add("--vae", type=Path, metavar="PATH", help="a VAE to use instead of the checkpoint's own")
+    add("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, for files that do not say it (epsilon)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
     add("--out", type=Path, metavar="PATH", help="a .png file or a folder (default: picture.png or the next free name)")
@@ -210,7 +213,9 @@ def load(options: argparse.Namespace, prompts: list[str]) -> Models:
 
     started = time.perf_counter()
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
-    models = pipeline.load_models(options.checkpoint, options.device, dtype)
+    models = pipeline.load_models(
+        options.checkpoint, options.device, dtype, vae=options.vae, prediction_type=options.prediction_type
+    )
     if options.checkpoint is None:
         hint(" ".join(prompts))
     print(f"loaded in {time.perf_counter() - started:.1f} s on {models.device}", file=sys.stderr)
@@ -232,9 +237,12 @@ def check_files(options: argparse.Namespace) -> None:
         raise ValueError(f"--n should be from 1 to {MOST_PICTURES}, not {options.n}.")
     if options.mask and not options.image:
         raise ValueError("--image should be given with --mask: it is the picture to repaint.")
-    for flag, path in (("--image", options.image), ("--mask", options.mask), ("--checkpoint", options.checkpoint)):
+    for flag, path in (("--image", options.image), ("--mask", options.mask)):
         if path is not None and not path.is_file():
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
+    for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
+        if path is not None and not path.exists():
+            raise ValueError(f"{flag} should be a file or a folder: there is none at {path}.")
     if options.film:
         if options.film.suffix.lower() not in (".webp", ".gif"):
             raise ValueError(f"--film should be a .webp or .gif file, not {options.film}.")

@@ -103,7 +103,7 @@ def _read(file: BinaryIO) -> Checkpoint:
         checkpoint = read_legacy(data)
     else:
         raise CheckpointError(f"is {_describe(head)}")
-    return replace(checkpoint, mapping=data)
+    return replace(checkpoint, mappings=(data,))
 
 
 def _describe(head: bytes) -> str:

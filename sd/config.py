@@ -57,6 +57,9 @@ class UNetConfig:
         return self.in_channels > self.out_channels
 
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """How noise grows over the training steps, and what the U-Net was trained to predict (2006.11239; 2202.00512)."""
@@ -65,7 +68,7 @@ class ScheduleConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.0120
     beta_schedule: str = "scaled_linear"  # or "linear"
-    prediction_type: str = "epsilon"  # or "v_prediction"
+    prediction_type: str = "epsilon"  # one of PREDICTION_TYPES
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class ModelConfig:
             "fewer sampling.steps than training steps": self.sampling.steps < schedule.num_training_steps,
             "betas that rise, below 1": schedule.beta_start <= schedule.beta_end < 1,
             "a schedule that is known": schedule.beta_schedule in ("scaled_linear", "linear")
-            and schedule.prediction_type in ("epsilon", "v_prediction"),
+            and schedule.prediction_type in PREDICTION_TYPES,
         }
         if broken := [rule for rule, kept in rules.items() if not kept]:
             raise ValueError(f"The configuration of a model should have {', and '.join(broken)}.")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sd.checkpoint import CheckpointError
 from sd.config import SD15, SD15_INPAINTING, ModelConfig
+from sd.folders import is_diffusers_vae, vae_names
 
 CLIP_PREFIX = "cond_stage_model.transformer."
 UNET_PREFIX = "model.diffusion_model."
@@ -85,6 +86,8 @@ def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The VAE's keys of a VAE-only file, or of a full checkpoint, with their prefix. Raises CheckpointError if none."""
+    if is_diffusers_vae(state):
+        state = vae_names(state)
     if not any(key.startswith(VAE_PREFIX) for key in state):
         state = {VAE_PREFIX + key: tensor for key, tensor in state.items() if key.startswith(VAE_PARTS)}
     state = {key: tensor for key, tensor in standard_layout(state).items() if key.startswith(VAE_PREFIX)}

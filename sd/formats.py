@@ -49,15 +49,16 @@ class Checkpoint:
 
     state: dict[str, Tensor]
     config: dict | None
-    mapping: mmap.mmap | None = None
+    mappings: tuple[mmap.mmap, ...] = ()  # of the file, or of each file of a folder
 
     def release(self) -> None:
         """Gives back the memory of all that was read so far: the system fetches a page again when somebody looks at it.
 
         For those who copy tensors and need the originals no more. Changes made to the tensors are lost.
         """
-        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            for mapping in self.mappings:
+                mapping.madvise(mmap.MADV_DONTNEED)
 
 
 # ---- safetensors

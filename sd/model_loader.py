@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from sd import dialects, tuning
 from sd.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from sd.clip import CLIP
-from sd.config import ModelConfig
+from sd.config import PREDICTION_TYPES, ModelConfig
 from sd.decoder import Decoder
 from sd.diffusion import Diffusion
 from sd.encoder import Encoder
+from sd.folders import read_folder
 from sd.model_converter import empty_networks, from_compvis
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
@@ -58,27 +59,35 @@ def load_models(
     vae: str | Path | None = None,
     tuned: bool = True,
     compiled: bool = False,
+    prediction_type: str | None = None,
 ) -> Models:
     """The networks of a checkpoint, in evaluation mode and without gradients.
 
-    `path` defaults to the tiny model in `data/`; `device` to CUDA, MPS or the CPU, the first that there is; `dtype` to
-    what is fastest there without a visible loss. `ema` takes the averaged U-Net weights that training checkpoints
-    carry. `vae` is a second file whose VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see
-    `sd.tuning`; compilation makes the first picture wait for minutes, and changes pixels by rounding.
+    `path` is a file, or a folder in the layout of diffusers (`sd.folders`), and defaults to the tiny model in `data/`;
+    `device` defaults to CUDA, MPS or the CPU, the first that there is; `dtype` to what is fastest there without a
+    visible loss. `ema` takes the averaged U-Net weights that training checkpoints carry. `vae` is a second file whose
+    VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see `sd.tuning`; compilation makes the
+    first picture wait for minutes, and changes pixels by rounding. `prediction_type` is for fine-tuned models whose
+    U-Net predicts v ("v_prediction"): a folder or a checkpoint of ours says so itself, other files cannot.
 
-    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x checkpoint, and ValueError
-    for a device or dtype that cannot be had. The file must stay unchanged while the models are in use.
+    Raises FileNotFoundError, CheckpointError for what is not a Stable Diffusion 1.x checkpoint, and ValueError for a
+    device, dtype or prediction type that cannot be. The files must stay unchanged while the models are in use.
     """
     device = best_device(device)
     dtype = best_dtype(device, dtype)
     path = Path(TINY_CHECKPOINT if path is None else path)
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ValueError(f"prediction_type should be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}.")
     with _naming(path):
-        checkpoint = read_checkpoint(path)
+        checkpoint = _read(path)
         state, config = checkpoint.state, checkpoint.config and ModelConfig.from_dict(checkpoint.config)
+        dialects.identify(state)
         config = config or dialects.recognise(state)
+    if prediction_type is not None:
+        config = replace(config, schedule=replace(config.schedule, prediction_type=prediction_type))
     if vae is not None:
         state, config = _with_vae(state, config, Path(vae))
-    with _naming(path):
+    with _naming(path if vae is None else f"{path} with the VAE of {vae}"):
         config.check()
         if config.sampling.sampler not in SAMPLERS:
             raise ValueError(f"config.sampling.sampler should be one of {', '.join(SAMPLERS)}.")
@@ -119,10 +128,14 @@ def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device =
     return load_models(ckpt_path, device)
 
 
+def _read(path: Path) -> Checkpoint:
+    return read_folder(path) if path.is_dir() else read_checkpoint(path)
+
+
 def _with_vae(state: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], ModelConfig]:
     """The state and configuration with the VAE of the file at `path` in the place of their own."""
     with _naming(path):
-        checkpoint = read_checkpoint(path)
+        checkpoint = _read(path)
         vae = dialects.vae_layout(checkpoint.state)
         vae_config = ModelConfig.from_dict(checkpoint.config or {}).vae
     rest = {key: tensor for key, tensor in state.items() if not key.startswith(dialects.VAE_PREFIX)}
@@ -130,7 +143,7 @@ def _with_vae(state: dict[str, Tensor], config: ModelConfig, path: Path) -> tupl
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: Path | str) -> Iterator[None]:
     """Errors about a checkpoint name its file, and a missing one says where to get it."""
     try:
         yield

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sd.config import ScheduleConfig
+from sd.config import PREDICTION_TYPES, ScheduleConfig
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -106,7 +106,7 @@ class Sampler(ABC):
     ):
         """`generator` draws the noise: one for all, or a list with one per image. `schedule` overrides the numbers."""
         self.schedule = schedule or ScheduleConfig(num_training_steps, beta_start, beta_end)
-        if self.schedule.prediction_type not in ("epsilon", "v_prediction"):
+        if self.schedule.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f'prediction_type should be "epsilon" or "v_prediction", not {self.schedule.prediction_type!r}.'
             )

@@ -222,7 +222,7 @@ def test_reports_overwrite_only_when_told(run, monkeypatch):
         (["--image", "text.png"], "text.png is not a picture that can be read"),
         (["--mask", "text.png"], "--image should be given with --mask: it is the picture to repaint."),
         (["--feather", -1], "--feather should be a number of pixels, 0 or more, not -1.0."),
-        (["--checkpoint", "none.ckpt"], "--checkpoint should be a file: there is none at none.ckpt."),
+        (["--checkpoint", "none.ckpt"], "--checkpoint should be a file or a folder: there is none at none.ckpt."),
         (["--checkpoint", "page.ckpt"], "web page (HTML)"),
         (["--out", "picture.jpg"], "--out should be a .png file or a folder, not picture.jpg."),
         (["--film", "cat.mp4"], "--film should be a .webp or .gif file, not cat.mp4."),

@@ -1,0 +1,183 @@
+"""Folders in the layout of diffusers: written by diffusers and transformers themselves, or by hand to be wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from sd.checkpoint import CheckpointError, read_checkpoint
+from sd.folders import read_folder
+from sd.model_converter import to_compvis
+from sd.model_loader import load_models
+from tests.synthetic import INPAINTING_MICRO, MICRO, random_state
+
+VAE = "first_stage_model."
+
+
+def save(config, folder, **options):
+    """A folder with the random weights of a configuration."""
+    reference = pytest.importorskip("tests.parity.reference")
+    state = random_state(config)
+    parts = {"unet": reference.unet, "vae": reference.vae, "text_encoder": reference.text_encoder}
+    for name, build in parts.items():
+        build(config, state).save_pretrained(folder / name, **options)
+    return state
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def same(models, state):
+    actual = to_compvis(models)
+    return actual.keys() == state.keys() and all(torch.equal(actual[key], state[key]) for key in state)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diffusers") / "micro"
+    save(MICRO, folder)
+    change(folder / "unet" / "config.json", sample_size=MICRO.image_size // MICRO.vae.downscale)
+    return folder
+
+
+@pytest.fixture
+def folder(kept, tmp_path):
+    """A copy to change."""
+    return shutil.copytree(kept, tmp_path / "micro")
+
+
+def test_every_weight_and_number_arrives(folder):
+    models = load_models(folder, "cpu", torch.float32)
+    assert models.config == MICRO
+    assert same(models, random_state(MICRO))
+
+
+@pytest.mark.parametrize("config", [INPAINTING_MICRO], ids=["inpainting"])
+def test_other_networks(tmp_path, config):
+    state = save(config, tmp_path)
+    models = load_models(tmp_path, "cpu", torch.float32)
+    assert models.config.unet == config.unet
+    assert same(models, state)
+
+
+def test_files_of_torch(tmp_path):
+    state = save(MICRO, tmp_path, safe_serialization=False)
+    for name in ("unet", "vae", "text_encoder"):
+        for file in (tmp_path / name).glob("*.safetensors"):  # transformers 5 writes nothing else
+            torch.save(read_checkpoint(file).state, file.with_suffix(".bin"))
+            file.unlink()
+    assert same(load_models(tmp_path, "cpu", torch.float32), state)
+
+
+def test_the_file_of_full_precision_comes_first(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.non_ema.safetensors"):
+        (folder / "unet" / name).write_text("not to be read")
+    load_models(folder, "cpu")
+    shutil.copy(file, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    file.unlink()
+    load_models(folder, "cpu")
+
+
+def test_an_older_vae(folder):
+    """Its attention had other names, and 1x1 convolutions."""
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    older = {}
+    for key, tensor in read_checkpoint(file).state.items():
+        for new, old in names.items():
+            key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        older[key] = tensor
+    assert any("proj_attn" in key for key in older)
+    file.unlink()
+    torch.save(older, file.with_suffix(".bin"))
+    assert same(load_models(folder, "cpu", torch.float32), random_state(MICRO))
+
+
+def test_the_schedule(folder):
+    (folder / "scheduler").mkdir()
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"prediction_type": "v_prediction", "beta_end": 0.02, "steps_offset": 1}))
+    schedule = load_models(folder, "cpu").config.schedule
+    assert (schedule.prediction_type, schedule.beta_end, schedule.beta_start) == ("v_prediction", 0.02, 0.00085)
+    change(path, prediction_type="sample")
+    with pytest.raises(CheckpointError, match="a schedule that is known"):
+        load_models(folder, "cpu")
+
+
+def test_a_vae_of_diffusers_for_another_checkpoint(folder, tmp_path):
+    from sd.checkpoint import write_checkpoint
+
+    state = random_state(MICRO)
+    other = random_state(MICRO, seed=1)
+    write_checkpoint(tmp_path / "other.safetensors", other, MICRO.to_dict())
+    models = load_models(tmp_path / "other.safetensors", "cpu", torch.float32, vae=folder / "vae")
+    assert same(models, other | {key: tensor for key, tensor in state.items() if key.startswith(VAE)})
+
+
+def test_a_vae_alone(folder):
+    with pytest.raises(CheckpointError, match="VAE alone: give it as `vae=`"):
+        load_models(folder / "vae", "cpu")
+
+
+@pytest.mark.parametrize(
+    "name, values, message",
+    [
+        ("unet", {"use_linear_projection": True}, "use_linear_projection should be False, as in Stable Diffusion 1.x"),
+        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type should be None"),
+        ("unet", {"down_block_types": ["AttnDownBlock2D"]}, "down_block_types should be a list of"),
+        ("unet", {"down_block_types": 7}, "down_block_types should be a list of"),
+        ("unet", {"attention_head_dim": [5, 10, 20, 20]}, r"config.unet.heads should be like 8, not \[5, 10, 20, 20\]"),
+        ("unet", {"layers_per_block": 3}, "missing key model.diffusion_model.input_blocks"),
+        ("text_encoder", {"hidden_act": "gelu"}, "hidden_act should be 'quick_gelu'"),
+        ("vae", {"scaling_factor": "much"}, "config.vae.scaling_factor should be like 0.18215"),
+        ("vae", {"shift_factor": 0.1}, "shift_factor should be None"),
+    ],
+)
+def test_other_models_are_refused(folder, name, values, message):
+    change(folder / name / "config.json", **values)
+    with pytest.raises(CheckpointError, match=message):
+        load_models(folder, "cpu")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": ' + "[" * 100_000, "\0\xff"])
+def test_a_damaged_description(folder, text):
+    (folder / "vae" / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"vae.config\.json is damaged: it should hold a JSON object"):
+        load_models(folder, "cpu")
+
+
+def test_incomplete_folders(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is a folder without unet/config.json; give a .ckpt or .safetensors"):
+        load_models(tmp_path / "empty", "cpu")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "a-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"vae has no weights: it should hold a \.safetensors or a \.bin file"):
+        load_models(folder, "cpu")
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises(CheckpointError, match="is a folder without text_encoder/config.json"):
+        load_models(folder, "cpu")
+
+
+def test_names_that_fit_no_rule_are_named(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = read_checkpoint(file).state
+    odd = [
+        "down_blocks.77.resnets.0.norm1.weight",
+        "up_blocks.9.upsamplers.0.conv.weight",
+        "x",
+        "down_blocks.1.motion.0.a",
+    ]
+    file.unlink()
+    torch.save(state | dict.fromkeys(odd, torch.zeros(1)), file.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match="4 problems"):
+        load_models(folder, "cpu")
+
+
+def test_its_pages_can_be_given_back(folder):
+    checkpoint = read_folder(folder)
+    assert len(checkpoint.mappings) == 3
+    checkpoint.release()
+    assert torch.equal(checkpoint.state[f"{VAE}quant_conv.bias"], random_state(MICRO)[f"{VAE}quant_conv.bias"])
