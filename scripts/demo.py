@@ -42,6 +42,7 @@ MOST_PICTURES = 10_000
 FLAGS = {
     "uncond_prompt": "--negative",
     "input_image": "--image",
+    "mask_image": "--mask",
     "feather": "--feather",
     "strength": "--strength",
     "n_inference_steps": "--steps",
@@ -171,7 +172,7 @@ def draw(
 
 def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int) -> dict:
     """The arguments of `generate` that all pictures share. Raises ValueError for what cannot be."""
-    from sd import images, pipeline
+    from sd import images, inpainting, pipeline
 
     settings = {
         "uncond_prompt": options.negative,
@@ -186,9 +187,9 @@ def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int)
     }
     for one in (seed, seed + options.n - 1):
         pipeline.check_request(prompts, **settings, seed=one)
-    for name, path in (("input_image", options.image), ("mask_image", options.mask)):
-        settings[name] = images.read_image(path) if path else None
-    return settings
+    image = images.read_image(options.image) if options.image else None
+    mask = inpainting.read_mask_image(options.mask, image) if options.mask else None
+    return settings | {"input_image": image, "mask_image": mask}
 
 
 def with_defaults(settings: dict, models: Models) -> dict:

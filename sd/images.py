@@ -28,26 +28,26 @@ ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
 Picture = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 
 
-def read_image(source: Picture) -> Image.Image:
+def read_image(source: Picture, behind: str = "white") -> Image.Image:
     """Read a picture as a viewer shows it: a PIL image of mode RGB, in sRGB, upright, transparency over white.
 
     `source` is a path, a file that is open for reading bytes, a PIL image, which is left as it is, or an array, uint8
-    (H, W, 3). Of an animation it is the first frame. Integers beyond 8 bits are scaled from 0..65535, floats from 0..1,
+    (H, W, 3) or (H, W). `behind` is another colour to lay it over. Of an animation it is the first frame. Integers beyond 8 bits are scaled from 0..65535, floats from 0..1,
     0..255 or 0..65535, the smallest of these that holds them.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not a whole picture of one of the FORMATS, or
     too large, TypeError for any other kind of source.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(np.stack([source] * 3, axis=-1) if source.ndim == 2 else source)
     if isinstance(source, Image.Image):
-        return _load(source, getattr(source, "filename", "") or "the picture")
+        return _load(source, getattr(source, "filename", "") or "the picture", behind)
     if not (isinstance(source, (str, os.PathLike)) or hasattr(source, "read")):
         raise TypeError(f"A picture is a path, an open file, a PIL image or an array, not {type(source).__name__}.")
     name = str(getattr(source, "name", "the open file") if hasattr(source, "read") else source)
     try:
         with _open(source, name) as image:
-            return _load(image, name)
+            return _load(image, name, behind)
     except MemoryError:
         raise ValueError(f"{name} is too large for the memory of this computer: make it smaller first.") from None
 
@@ -172,7 +172,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
-def _load(image: Image.Image, name: str) -> Image.Image:
+def _load(image: Image.Image, name: str, behind: str) -> Image.Image:
     """Decode a picture and bring it to RGB. `name` is what an error calls it."""
     try:
         image.load()
@@ -197,7 +197,7 @@ def _load(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("L" if grey else "RGB")
     image = _to_srgb(image, profile)
     if alpha is not None:
-        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+        image = Image.composite(image, Image.new("RGB", image.size, behind), alpha)
     # Nothing that a later reader could apply a second time.
     image.info = {}
     return image

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from sd.images import Picture, image_to_tensor
+from sd.images import Picture, image_to_tensor, read_image
 from sd.sampler import Sampler
 
 
@@ -58,11 +58,27 @@ class Known:
         return np.rint(share * images + (1 - share) * original).astype(np.uint8)
 
 
+def read_mask_image(mask: Picture, picture: Image.Image | None = None) -> Image.Image:
+    """A mask as `read_image` reads it, but transparent is black: editors save strokes on an empty layer.
+
+    Raises ValueError for another shape than that of `picture`, which may be larger or smaller: they are cropped alike.
+    """
+    mask = read_image(mask, behind="black")
+    if picture is not None:
+        (width, height), (other_width, other_height) = picture.size, mask.size
+        # Equal to a pixel, for one of the two may have been made smaller, and a side rounded.
+        if abs(width * other_height - other_width * height) > max(*picture.size, *mask.size):
+            sizes = f"{width} x {height}, not {other_width} x {other_height}"
+            raise ValueError(f"mask_image should have the shape of input_image, {sizes} pixels.")
+    return mask
+
+
 def read_mask(mask: Picture, height: int, width: int, feather: float = 0) -> Tensor:
-    """A mask picture of any mode and size -> float32 (1, 1, height, width), 1 where white, 0 where black.
+    """A mask picture of any mode and size -> float32 (1, 1, height, width), 1 where white, 0 where black or nothing.
 
     `feather` softens its edges over so many pixels, inwards, so that black stays black.
     """
+    mask = read_mask_image(mask)
     white = (image_to_tensor(mask, height, width).mean(1, keepdim=True) + 1) / 2  # (1, 1, H, W)
     # What was pure before the resizing is pure after it: Lanczos rings by a level or two.
     white = torch.where(white < 3 / 255, 0, torch.where(white > 252 / 255, 1, white))

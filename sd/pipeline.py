@@ -24,7 +24,7 @@ from sd.diffusion import DeepCache
 from sd.finite import check_finite, run_half
 from sd.guidance import ImageLoss, by_loss, classifier_free
 from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
-from sd.inpainting import Known, read_mask, without_masked
+from sd.inpainting import Known, read_mask, read_mask_image, without_masked
 from sd.memory import advice
 from sd.model_loader import Device, Models, awake, best_device, load_models, place
 from sd.prompts import layout, weigh
@@ -87,7 +87,8 @@ def generate(
     OutOfMemory, with advice, where memory runs out; NotFiniteError if a network gives NaN or infinity.
     """
     check_request(**locals())  # every argument, under its own name
-    input_image, mask_image = (image if image is None else read_image(image) for image in (input_image, mask_image))
+    input_image = None if input_image is None else read_image(input_image)
+    mask_image = None if mask_image is None else read_mask_image(mask_image, input_image)
     models = models or load_models(device=device)
     device = models.device if device is None else best_device(device)
     models = replace(models, tokenizer=tokenizer or models.tokenizer, device=device)
@@ -209,6 +210,9 @@ def get_known(
     """
     height, width = _size(models, height, width)
     size = (height, width)
+    if input_image is not None and mask_image is not None:
+        input_image = read_image(input_image)
+        mask_image = read_mask_image(mask_image, input_image)
     picture = torch.zeros(1, 3, *size) if input_image is None else image_to_tensor(input_image, *size)
     mask = torch.ones(1, 1, *size) if mask_image is None else read_mask(mask_image, *size, float(feather))
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)

@@ -87,6 +87,27 @@ def test_a_mask_of_another_size_keeps_pure_black_and_white():
     assert white[..., 23:].min() == 1
 
 
+def test_strokes_on_an_empty_layer_are_all_that_is_painted(models, picture):
+    layer = Image.new("RGBA", (48, 32), (255, 255, 255, 0))  # white, but not there
+    layer.paste((255, 255, 255, 255), (20, 0, 48, 32))
+    assert torch.equal(read_mask(layer, 32, 48), read_mask(half_mask(), 32, 48))
+    expected = generate("a cat", "", picture, half_mask(), models=models, **QUICK)
+    assert np.array_equal(generate("a cat", "", picture, layer, models=models, **QUICK), expected)
+
+
+def test_a_mask_may_be_an_array_of_levels():
+    assert torch.equal(read_mask(np.array(half_mask()), 32, 48), read_mask(half_mask(), 32, 48))
+
+
+def test_a_mask_has_the_shape_of_its_picture(models, picture):
+    with pytest.raises(
+        ValueError, match="mask_image should have the shape of input_image, 48 x 32, not 32 x 32 pixels"
+    ):
+        generate("a cat", "", picture, half_mask().crop((0, 0, 32, 32)), models=models, **QUICK)
+    for size in ((96, 64), (24, 16), (100, 67)):
+        generate("a cat", "", picture, half_mask().resize(size), models=models, **QUICK)
+
+
 def test_feathering_softens_inwards():
     sharp, soft = read_mask(half_mask(), 32, 48), read_mask(half_mask(), 32, 48, feather=8)
     row = soft[0, 0, 16]
