@@ -32,8 +32,8 @@ def read_image(source: Picture, behind: str = "white") -> Image.Image:
     """Read a picture as a viewer shows it: a PIL image of mode RGB, in sRGB, upright, transparency over white.
 
     `source` is a path, a file that is open for reading bytes, a PIL image, which is left as it is, or an array, uint8
-    (H, W, 3) or (H, W). `behind` is another colour to lay it over. Of an animation it is the first frame. Integers beyond 8 bits are scaled from 0..65535, floats from 0..1,
-    0..255 or 0..65535, the smallest of these that holds them.
+    (H, W, 3) or (H, W). `behind` is another colour to lay it over. Of an animation it is the first frame. Integers
+    beyond 8 bits are scaled from 0..65535, floats from 0..1, 0..255 or 0..65535, the smallest of these that holds them.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not a whole picture of one of the FORMATS, or
     too large, TypeError for any other kind of source.

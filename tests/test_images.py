@@ -76,12 +76,20 @@ def test_bad_size(height, width):
         image_to_tensor(noise(), height, width)
 
 
-@pytest.mark.parametrize("array", [noise()[..., :2], noise()[0], noise().astype(np.float32), noise()[:0]])
+@pytest.mark.parametrize("array", [noise()[..., :2], noise()[0, 0], noise().astype(np.float32), noise()[:0]])
 def test_bad_array(array, tmp_path):
     with pytest.raises(ValueError, match="Expected a uint8 array of shape"):
         image_to_tensor(array, 8, 8)
     with pytest.raises(ValueError, match="Expected a uint8 array of shape"):
         write_png(tmp_path / "a.png", array)
+
+
+def test_an_array_of_levels_is_grey(tmp_path):
+    levels = noise()[..., 0]
+    grey = np.stack([levels] * 3, axis=-1)
+    assert torch.equal(image_to_tensor(levels, *levels.shape), image_to_tensor(grey, *levels.shape))
+    with pytest.raises(ValueError, match="Expected a uint8 array of shape"):
+        write_png(tmp_path / "a.png", levels)
 
 
 def test_tensor_is_clamped_and_rounded():
