@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # what --dtype calls them
 
+# What the AUTOMATIC1111 web UI calls them; "Karras" comes last there, too.
+SAMPLER_NAMES = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "lms": "LMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm++2m": "DPM++ 2M",
+    "dpm++2m_sde": "DPM++ 2M SDE",
+}
+
 
 def parameters(options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
     """The prompt and settings, in the form in which Stable Diffusion tools write and read them."""
@@ -37,7 +50,7 @@ def details(
 
     device, dtype = _place(settings["models"])
     pairs = {"Prompt": prompt, "Negative prompt": options.negative, **_settings(options, settings, seed, shape)}
-    pairs |= {"Image": options.image, "Mask": options.mask, "Feather": options.feather if options.mask else ""}
+    pairs |= {"Image": options.image, "Mask": options.mask, "Feather": options.feather}
     pairs |= {"Device": device, "Precision": DTYPES[dtype], "Machine": platform.machine()}
     pairs |= {"Threads": torch.get_num_threads()}
     pairs |= {"Python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "pillow")}
@@ -53,8 +66,8 @@ def command(options: argparse.Namespace, prompt: str, settings: dict, seed: int,
         "--negative": options.negative or None,
         "--image": options.image,
         "--mask": options.mask,
-        "--feather": options.feather if options.mask else None,
-        "--strength": options.strength if options.image else None,
+        "--feather": options.feather,
+        "--strength": settings["strength"] if options.image else None,
         "--steps": settings["n_inference_steps"],
         "--cfg-scale": settings["cfg_scale"],
         "--sampler": settings["sampler_name"],
@@ -92,9 +105,10 @@ def grid(prompts: list[str], seeds: range, pictures: list[np.ndarray]) -> Image.
 
 def _settings(options: argparse.Namespace, settings: dict, seed: int, shape: tuple[int, ...]) -> dict[str, object]:
     """What made the picture, under the names that Stable Diffusion tools have for it."""
+    base, karras, _ = settings["sampler_name"].partition("_karras")
     pairs = {
         "Steps": settings["n_inference_steps"],
-        "Sampler": settings["sampler_name"].upper(),
+        "Sampler": SAMPLER_NAMES[base] + (" Karras" if karras else ""),
         "CFG scale": f"{settings['cfg_scale']:g}",
         "Seed": seed,
         "Size": f"{shape[1]}x{shape[0]}",

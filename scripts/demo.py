@@ -68,10 +68,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--world", action="store_true", help="say what the tiny model can draw, and stop")
     add("--negative", default="", metavar="TEXT", help="what the picture should not show")
-    add("--image", type=Path, metavar="FILE", help="a picture to start from")
+    add("--image", type=Path, metavar="FILE", help="a picture to start from, cropped to the shape that is drawn")
     add("--mask", type=Path, metavar="FILE", help="where to repaint --image: white is painted, black stays")
-    add("--feather", type=float, default=0, metavar="PIXELS", help="softens the edges of --mask (0)")
-    add("--strength", type=float, default=0.8, metavar="S", help="how much of --image may change, up to 1 (0.8)")
+    add("--feather", type=float, metavar="PIXELS", help="softens the edges of --mask (0)")
+    add("--strength", type=float, metavar="S", help="how much of --image may change, up to 1 (0.8)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
     add("--cfg-scale", type=float, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5; tiny model: 5)")
     add("--sampler", metavar="NAME", help="sampling algorithm (dpm++2m)")
@@ -89,7 +89,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
     add("--out", type=Path, metavar="PATH", help="a .png file or a folder (default: picture.png or the next free name)")
-    add("--overwrite", action="store_true", help="let --out, --film and --report replace a file that is there")
+    add("--overwrite", action="store_true", help="let --out, --film and --report replace the very file they name")
     options = parser.parse_intermixed_args(arguments)  # prompts may stand between the flags
     options.prompts = options.prompts or [PROMPT if options.checkpoint else TINY_PROMPT]
     return options
@@ -97,6 +97,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names and prompts may have letters that the terminal has not
     warnings.showwarning = lambda message, *_: print(f"demo.py: {message}", file=sys.stderr)
     try:
         if options.world:
@@ -126,26 +127,31 @@ def make_pictures(options: argparse.Namespace) -> None:
     seed = random.randrange(2**32) if options.seed is None else options.seed
     settings = checked_settings(options, prompts, seed)
     settings |= with_defaults(settings, load(options, prompts))
+    note_crop(options, settings)
     names, films, reports = (candidates(path or first) for path in (first, options.film, options.report))
     pictures, texts = [], []  # of the grid
+
+    def replaced(path: Path | None) -> Path | None:  # a file that was named, not one that only has the usual name
+        return path if options.overwrite else None
+
     for prompt, i in itertools.product(prompts, range(options.n)):
         started = time.perf_counter()
         picture, frames, page = draw(options, prompt, settings, seed + i)
         text = parameters(options, prompt, settings, seed + i, picture.shape)
-        path = save(images.write_png, names, options.overwrite, picture, text)
+        path = save(images.write_png, names, replaced(options.out), picture, text)
         seconds = time.perf_counter() - started
         print(f"{path}  seed {seed + i}  {seconds:.1f} s" + (f"  {prompt}" if len(prompts) > 1 else ""))
         if options.film:
-            print(f"{save(images.write_animation, films, options.overwrite, frames)}  {len(frames)} frames")
+            print(f"{save(images.write_animation, films, replaced(options.film), frames)}  {len(frames)} frames")
         if options.report:
-            print(f"{save(write_report, reports, options.overwrite, page)}  {len(page) / 1e6:.1f} MB")
+            print(f"{save(write_report, reports, replaced(options.report), page)}  {len(page) / 1e6:.1f} MB")
         if options.grid:
             pictures.append(picture)
             texts.append(text)
     if options.grid:
         sheet = grid(prompts, range(seed, seed + options.n), pictures)
         names = candidates(first.with_stem(f"{first.stem}-grid"))
-        print(f"{save(images.write_png, names, options.overwrite, sheet, texts[0])}  {len(pictures)} pictures")
+        print(f"{save(images.write_png, names, None, sheet, texts[0])}  {len(pictures)} pictures")
 
 
 def draw(
@@ -176,13 +182,13 @@ def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int)
 
     settings = {
         "uncond_prompt": options.negative,
-        "strength": options.strength,
+        "strength": 0.8 if options.strength is None else options.strength,
         "cfg_scale": options.cfg_scale,
         "sampler_name": options.sampler,
         "n_inference_steps": options.steps,
         "height": options.height,
         "width": options.width,
-        "feather": options.feather,
+        "feather": options.feather or 0,
         "deep_cache": options.deep_cache,
     }
     for one in (seed, seed + options.n - 1):
@@ -223,6 +229,21 @@ def load(options: argparse.Namespace, prompts: list[str]) -> Models:
     return models
 
 
+def note_crop(options: argparse.Namespace, settings: dict) -> None:
+    """One line for those whose picture loses more than a twentieth."""
+    if settings["input_image"] is None:
+        return
+    side, (width, height) = settings["models"].config.image_size, settings["input_image"].size
+    wanted = (settings["width"] or side) / (settings["height"] or side)
+    if min(wanted * height / width, width / height / wanted) < 0.95:
+        size = f"{settings['width'] or side} x {settings['height'] or side}"
+        print(
+            f"demo.py: {options.image}, {width} x {height}, is cropped about its centre to the shape of {size}; "
+            "--width and --height choose another.",
+            file=sys.stderr,
+        )
+
+
 def hint(prompt: str) -> None:
     """One line for those who ask the tiny model for what it has never seen."""
     from sd.training.world import unknown_words
@@ -236,14 +257,18 @@ def check_files(options: argparse.Namespace) -> None:
     """Raises ValueError for what can be told without loading anything."""
     if not 1 <= options.n <= MOST_PICTURES:
         raise ValueError(f"--n should be from 1 to {MOST_PICTURES}, not {options.n}.")
-    if options.mask and not options.image:
-        raise ValueError("--image should be given with --mask: it is the picture to repaint.")
+    for flag, value in (("--mask", options.mask), ("--strength", options.strength)):
+        if value is not None and not options.image:
+            raise ValueError(f"--image should be given with {flag}: it is the picture to change.")
+    if options.feather is not None and not options.mask:
+        raise ValueError("--mask should be given with --feather: it has the edges to soften.")
     for flag, path in (("--image", options.image), ("--mask", options.mask)):
         if path is not None and not path.is_file():
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
     for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
         if path is not None and not path.exists():
-            raise ValueError(f"{flag} should be a file or a folder: there is none at {path}.")
+            hint = "; `python scripts/download.py` fetches the real weights" if flag == "--checkpoint" else ""
+            raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{hint}.")
     if options.film:
         if options.film.suffix.lower() not in (".webp", ".gif"):
             raise ValueError(f"--film should be a .webp or .gif file, not {options.film}.")
@@ -251,8 +276,6 @@ def check_files(options: argparse.Namespace) -> None:
     if options.report:
         if options.report.suffix.lower() != ".html":
             raise ValueError(f"--report should be a .html file, not {options.report}.")
-        if not options.report.parent.is_dir():
-            raise ValueError(f"--report should be in a folder that is there: there is no {options.report.parent}.")
         check_free("--report", options.report, options.overwrite)
         if options.deep_cache != 1:
             raise ValueError("--report should go without --deep-cache: it shows what every stage made of every step.")

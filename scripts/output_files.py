@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from pathlib import Path
 def first_path(out: Path | None, overwrite: bool) -> Path:
     """The file that --out means. Raises ValueError for one that may not be written."""
     if out is None or out.is_dir() or not out.suffix:
-        return (out or Path()) / "picture.png"
+        path = (out or Path()) / "picture.png"
+        check_folder("--out", path)
+        return path
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out should be a .png file or a folder, not {out}.")
     check_free("--out", out, overwrite)
@@ -22,9 +25,18 @@ def first_path(out: Path | None, overwrite: bool) -> Path:
 
 
 def check_free(flag: str, path: Path, overwrite: bool) -> None:
-    """Raises ValueError if there is a file that may not be replaced."""
+    """Raises ValueError if there is a file that may not be replaced, or if no file can be made there."""
     if path.exists() and not overwrite:
         raise ValueError(f"{flag} {path} is there already: choose another name, or add --overwrite to replace it.")
+    check_folder(flag, path)
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Raises ValueError unless the folder of `path` may be written to, or made: before the work, not after it."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "may not be written to" if folder.is_dir() else "is a file"
+        raise ValueError(f"{flag} should be in a folder of yours: {folder} {reason}.")
 
 
 def candidates(first: Path) -> Iterator[Path]:
@@ -34,10 +46,10 @@ def candidates(first: Path) -> Iterator[Path]:
         yield first.with_stem(f"{first.stem}-{number}")
 
 
-def save(write: Callable[..., None], names: Iterator[Path], overwrite: bool, *contents: object) -> Path:
-    """Writes a file under the first of the names that is free (or the first, to overwrite), and returns it."""
+def save(write: Callable[..., None], names: Iterator[Path], replaced: Path | None, *contents: object) -> Path:
+    """Writes a file under the first of the names that is free, and returns it. Only `replaced` need not be free."""
     while True:
         path = next(names)
         with contextlib.suppress(FileExistsError):
-            write(path, *contents, overwrite=overwrite)
+            write(path, *contents, overwrite=path == replaced)
             return path

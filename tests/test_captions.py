@@ -1,5 +1,6 @@
 """The command that makes a picture again says just what the options were, whatever the prompt is."""
 
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.captions import command, details
+from scripts.captions import command, details, parameters
 from scripts.demo import parse
 from sd.prompt_matrix import expand
+from sd.samplers import SAMPLERS
 
 
 def made_with(arguments: list[str]):
@@ -19,6 +21,7 @@ def made_with(arguments: list[str]):
     diffusion = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
     more = {"n_inference_steps": 20, "sampler_name": "dpm++2m", "strength": 0.8, "deep_cache": 1}
     options = parse(arguments)
+    more["strength"] = options.strength or more["strength"]
     more["cfg_scale"] = 7.5 if options.cfg_scale is None else options.cfg_scale
     return options, {"models": SimpleNamespace(diffusion=diffusion), **more}
 
@@ -38,6 +41,14 @@ def test_any_prompt(first, text):
     (typed,) = again(prompt, []).prompts
     (meant,) = expand(typed)
     assert meant == (" ".join(prompt.split()) if prompt.startswith("-") else prompt)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_has_the_name_that_other_tools_know(name):
+    options, more = made_with(["x"])
+    text = parameters(options, "x", more | {"sampler_name": name}, 7, (8, 8, 3))
+    assert re.search("Sampler: (DDPM|DDIM|PLMS|LMS|Euler|Euler a|Heun|DPM[+][+] 2M( SDE)?)( Karras)?,", text)
+    assert ("karras" in name) == ("Karras," in text)
 
 
 def test_defaults_are_spelled_out():

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import os
 import shlex
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def test_writes_a_picture_and_says_where(run):
         assert picture.size == (32, 40)
         assert picture.text["parameters"] == (
             "a cat\nNegative prompt: a dog\n"
-            "Steps: 2, Sampler: DPM++2M, CFG scale: 3, Seed: 5, Size: 32x40, Model: micro"
+            "Steps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed: 5, Size: 32x40, Model: micro"
         )
     assert names() == ["picture.png"]
 
@@ -92,6 +93,36 @@ def test_overwrite_only_when_told(run):
     assert Path("cat.png").read_text() == "precious"
     assert run("a cat", "--out", "cat.png", "--overwrite")[0] == 0
     assert Image.open("cat.png").size == (32, 40)
+
+
+def test_only_the_file_that_was_named_is_overwritten(run):
+    precious = ["picture.png", "cat-2.png", "cat-grid.png"]
+    for name in (*precious, "cat.png"):
+        Path(name).write_text("precious")
+    assert run("a cat", "--film", "cat.gif", "--overwrite")[0] == 0
+    assert run("a cat", "--n", 2, "--grid", "--out", "cat.png", "--overwrite")[0] == 0
+    assert run("a cat", "--out", ".", "--overwrite")[0] == 0
+    assert [Path(name).read_text() for name in precious] == ["precious"] * 3
+    assert names() == sorted(
+        [*precious, "cat.png", "cat.gif", "picture-2.png", "picture-3.png", "cat-3.png", "cat-grid-2.png"]
+    )
+
+
+def test_a_picture_that_loses_much_is_a_line(run):
+    Image.new("RGB", (90, 30)).save("wide.png")
+    Image.new("RGB", (64, 82)).save("nearly.png")
+    assert (
+        "wide.png, 90 x 30, is cropped about its centre to the shape of 32 x 40" in run("a", "--image", "wide.png")[2]
+    )
+    assert "cropped" not in run("a", "--image", "nearly.png")[2]
+
+
+def test_letters_that_the_terminal_has_not(tmp_path):
+    settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONIOENCODING": "ascii"}, "capture_output": True}
+    ran = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "demo.py", "ein Häuschen", "b", "--steps", "1"], **settings, check=False
+    )
+    assert (ran.returncode, len(list(tmp_path.glob("*.png")))) == (0, 2)
 
 
 def test_image_to_image(run):
@@ -211,7 +242,7 @@ def test_reports_overwrite_only_when_told(run, monkeypatch):
         (["--steps", 0], "--steps should be a whole number from 1 to 1000, not 0."),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--width", 100], "--width should be a multiple of 8 pixels, not 100."),
-        (["--strength", 2], "--strength should be a number above 0 and at most 1, not 2.0."),
+        (["--image", "text.png", "--strength", 2], "--strength should be a number above 0 and at most 1, not 2.0."),
         (["--cfg-scale", "nan"], "--cfg-scale should be a number; 1 to 14 is usual, not nan."),
         (["--sampler", "magic"], "--sampler should be one of ddpm, "),
         (["--seed", -1], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
@@ -220,15 +251,26 @@ def test_reports_overwrite_only_when_told(run, monkeypatch):
         (["--device", "gpu"], "--device should be one that torch can use here, such as 'cpu', not 'gpu'."),
         (["--image", "none.png"], "--image should be a file: there is none at none.png."),
         (["--image", "text.png"], "text.png is not a picture that can be read"),
-        (["--mask", "text.png"], "--image should be given with --mask: it is the picture to repaint."),
-        (["--feather", -1], "--feather should be a number of pixels, 0 or more, not -1.0."),
-        (["--checkpoint", "none.ckpt"], "--checkpoint should be a file or a folder: there is none at none.ckpt."),
+        (["--mask", "text.png"], "--image should be given with --mask: it is the picture to change."),
+        (["--strength", 0.3], "--image should be given with --strength: it is the picture to change."),
+        (["--feather", 3], "--mask should be given with --feather: it has the edges to soften."),
+        (
+            ["--image", "text.png", "--mask", "text.png", "--feather", -1],
+            "--feather should be a number of pixels, 0 or more, not -1.0.",
+        ),
+        (
+            ["--checkpoint", "none.ckpt"],
+            "--checkpoint should be a file or a folder: there is none at none.ckpt; `python scripts",
+        ),
+        (["--vae", "none.pt"], "--vae should be a file or a folder: there is none at none.pt."),
+        (["--prediction-type", "x_0"], "--prediction-type should be one of epsilon, v_prediction, not 'x_0'."),
         (["--checkpoint", "page.ckpt"], "web page (HTML)"),
         (["--out", "picture.jpg"], "--out should be a .png file or a folder, not picture.jpg."),
         (["--film", "cat.mp4"], "--film should be a .webp or .gif file, not cat.mp4."),
         (["--report", "cat.pdf"], "--report should be a .html file, not cat.pdf."),
-        (["--report", "none/cat.html"], "--report should be in a folder that is there: there is no none."),
-        (["--report", "text.png/cat.html"], "--report should be in a folder that is there: there is no text.png."),
+        (["--report", "text.png/cat.html"], "text.png is a file."),
+        (["--film", "text.png/new/cat.gif"], "--film should be in a folder of yours: "),
+        (["--out", "text.png/cat.png"], "--out should be in a folder of yours: "),
         (["--film", "folder"], "--film should be a .webp or .gif file, not folder."),
         (
             ["a {red|blue cat"],
