@@ -7,7 +7,9 @@ the baggage that trainers leave in; or a CheckpointError that says what the file
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -19,13 +21,17 @@ CLIP_PREFIX = "cond_stage_model.transformer."
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+PLACES = (UNET_PREFIX, f"{CLIP_PREFIX}text_model.", *(VAE_PREFIX + part for part in VAE_PARTS))
+NAMED = 5  # of the tensors that are left out
 
-# What trainers store beside the weights: the noise schedule, averaged copies, losses.
+# What trainers store beside the weights: the noise schedule, averaged copies, losses, CLIP's other half.
 BAGGAGE = re.compile(
-    r"(betas|alphas_cumprod(_prev)?|(sqrt|log)_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor"
-    r"|model_ema\..*|(first_stage_model\.)?loss\..*|first_stage_model\.model_ema\..*"
-    r"|cond_stage_model\.(logit_scale|transformer\.(text_model\.)?(logit_scale|text_projection.*)))$"
+    r"(betas|alphas_cumprod(_prev)?|(sqrt|log)_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|ddim_sigmas"
+    r"|model_ema\..*|(first_stage_model\.)?loss\..*|first_stage_model\.(model_ema\..*|logvar)|embedding_manager\..*"
+    r"|cond_stage_model\.(logit_scale|text_projection.*"
+    r"|transformer\.(text_model\.)?(logit_scale|text_projection.*|vision_model\..*|visual_projection.*)))$"
 )
+V_PREDICTION = "v_pred"  # the name of an empty tensor by which some trainers say what the U-Net predicts
 
 # A pattern found among a file's keys, and what such a file is.
 OTHERS = [
@@ -35,18 +41,28 @@ OTHERS = [
     (r"^cond_stage_model\.model\.", "is a Stable Diffusion 2 checkpoint"),
     (r"(^|\.)control_model\.", "is a ControlNet, an addition to a model rather than a model"),
     (r"^(encoder\.)?down_blocks\.|^(text_model|unet|vae)\.", "holds one network in the layout of diffusers"),
-    (r"^string_to_param|^emb_params$|^\*$", "is a textual inversion embedding"),
+    (r"^string_to_param|^emb_params$|^\*$|^<.*>$", "is a textual inversion embedding"),
 ]
 
 
 def recognise(state: dict[str, Tensor]) -> ModelConfig:
-    """The configuration of a published checkpoint, from its keys and shapes: SD15 or SD15_INPAINTING.
+    """The configuration of a published checkpoint, from its keys and shapes: SD15 or SD15_INPAINTING, or either of
+    them for a U-Net that predicts v.
 
     Raises CheckpointError for a file that is something else, and says what.
     """
     identify(state)
     first = state.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
-    return SD15_INPAINTING if first is not None and tuple(first.shape[1:2]) == (9,) else SD15
+    channels = None if first is None else tuple(first.shape[1:2])
+    if channels == (8,):
+        raise CheckpointError("This file is an InstructPix2Pix model, whose U-Net sees a second picture.")
+    config = SD15_INPAINTING if channels == (9,) else SD15
+    return with_prediction(config, "v_prediction") if V_PREDICTION in state else config
+
+
+def with_prediction(config: ModelConfig, prediction_type: str) -> ModelConfig:
+    """The configuration, but for what its U-Net predicts."""
+    return replace(config, schedule=replace(config.schedule, prediction_type=prediction_type))
 
 
 def identify(keys: Iterable[str]) -> None:
@@ -64,8 +80,15 @@ def identify(keys: Iterable[str]) -> None:
 
 
 def standard_layout(state: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
-    """Standard keys and no baggage; with `ema`, the U-Net's averaged weights in the place of its plain ones."""
+    """Standard keys and no baggage; with `ema`, the U-Net's averaged weights in the place of its plain ones.
+
+    Tensors of which nobody knows what they are stay behind too, with a warning, if they claim no place in a network.
+    """
     standard = {_with_text_model(key): tensor for key, tensor in state.items() if not BAGGAGE.match(key)}
+    if strange := [key for key in standard if not key.startswith(PLACES) and key != V_PREDICTION]:
+        names = ", ".join(strange[:NAMED]) + (", ..." if len(strange) > NAMED else "")
+        warnings.warn(f"Left out, as Stable Diffusion 1.x has no place for it: {names:.300}", stacklevel=2)
+    standard = {key: tensor for key, tensor in standard.items() if key.startswith(PLACES)}
     return standard | averaged(state) if ema else standard
 
 
@@ -90,7 +113,7 @@ def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = vae_names(state)
     if not any(key.startswith(VAE_PREFIX) for key in state):
         state = {VAE_PREFIX + key: tensor for key, tensor in state.items() if key.startswith(VAE_PARTS)}
-    state = {key: tensor for key, tensor in standard_layout(state).items() if key.startswith(VAE_PREFIX)}
+    state = standard_layout({key: tensor for key, tensor in state.items() if key.startswith(VAE_PREFIX)})
     if f"{VAE_PREFIX}decoder.conv_in.weight" not in state:
         raise CheckpointError("This file has no VAE in the layout of Stable Diffusion 1.x.")
     return state

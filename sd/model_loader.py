@@ -84,7 +84,7 @@ def load_models(
         dialects.identify(state)
         config = config or dialects.recognise(state)
     if prediction_type is not None:
-        config = replace(config, schedule=replace(config.schedule, prediction_type=prediction_type))
+        config = dialects.with_prediction(config, prediction_type)
     if vae is not None:
         state, config = _with_vae(state, config, Path(vae))
     with _naming(path if vae is None else f"{path} with the VAE of {vae}"):
@@ -163,7 +163,8 @@ def best_device(device: Device = None) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:  # nothing can be computed there
+            raise RuntimeError
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f"device should be one that torch can use here, such as 'cpu', not {device!r}.") from error
     return torch.device(device)

@@ -56,10 +56,30 @@ def test_baggage_is_left_behind():
             "model_ema.diffusion_modelout2bias",
             "cond_stage_model.logit_scale",
             "cond_stage_model.transformer.text_projection.weight",
+            "cond_stage_model.transformer.vision_model.embeddings.class_embedding",
+            "cond_stage_model.text_projection",
+            "embedding_manager.string_to_param_dict.*",
+            "first_stage_model.logvar",
+            "ddim_sigmas",
         ],
         torch.zeros(3),
     )
     assert same(standard_layout(state | baggage), state)
+
+
+def test_what_nobody_knows_is_left_out_with_a_warning():
+    state = random_state(MICRO)
+    strange = {f"extra.{i}": torch.zeros(1) for i in range(9)} | {"x" * 10_000: torch.zeros(1)}
+    with pytest.warns(UserWarning, match=r"Left out, .*: extra\.0, extra\.1, extra\.2, extra\.3, extra\.4, \.\.\.$"):
+        assert same(standard_layout(state | strange), state)
+    with pytest.warns(UserWarning, match="Left out") as caught:
+        standard_layout(state | {"x" * 10_000: torch.zeros(1)})
+    assert len(str(caught[0].message)) < 400
+
+
+def test_strangers_in_a_network_are_kept_for_the_converter_to_refuse():
+    key = UNET + "input_blocks.99.0.weight"
+    assert key in standard_layout(random_state(MICRO) | {key: torch.zeros(1)})
 
 
 def test_text_encoder_without_text_model():
@@ -87,6 +107,15 @@ def test_recognises_the_inpainting_variant_by_its_shape():
     first = UNET + "input_blocks.0.0.weight"
     assert recognise({first: torch.empty(320, 4, 3, 3)}) == SD15
     assert recognise({first: torch.empty(320, 9, 3, 3)}) == SD15_INPAINTING
+    with pytest.raises(CheckpointError, match="InstructPix2Pix"):
+        recognise({first: torch.empty(320, 8, 3, 3)})
+
+
+def test_recognises_v_prediction_by_its_mark():
+    first = UNET + "input_blocks.0.0.weight"
+    state = {first: torch.empty(320, 4, 3, 3), "v_pred": torch.empty(0)}
+    assert recognise(state).schedule.prediction_type == "v_prediction"
+    assert standard_layout(state).keys() == {first}
 
 
 @pytest.mark.parametrize("prefix", ["", VAE])
@@ -119,6 +148,7 @@ def test_vae_that_is_none():
         ("encoder.down_blocks.0.resnets.0.conv1.weight", "diffusers"),
         ("text_model.encoder.layers.0.mlp.fc1.weight", "diffusers"),
         ("emb_params", "textual inversion"),
+        ("<cat-toy>", "textual inversion"),
         ("first_stage_model.decoder.conv_in.weight", "VAE alone: give it as `vae=`"),
         ("decoder.conv_in.weight", "VAE alone: give it as `vae=`"),
         ("layer1.0.conv1.weight", "no Stable Diffusion weights"),

@@ -134,6 +134,14 @@ def test_a_path_without_a_file(tmp_path):
         read_checkpoint(tmp_path / "absent.ckpt")
 
 
+def test_a_textual_inversion(tmp_path):
+    vector = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.zeros(1, 768))})
+    for number, value in enumerate((vector, {"*": torch.zeros(1, 768)})):
+        torch.save({"string_to_token": {"*": 265}, "string_to_param": value}, tmp_path / f"{number}.pt")
+        with pytest.raises(CheckpointError, match="is a textual inversion embedding; what is needed is a"):
+            read_checkpoint(tmp_path / f"{number}.pt")
+
+
 def test_a_folder(tmp_path):
     with pytest.raises(CheckpointError, match="is a folder; give the path of a .ckpt or .safetensors file"):
         read_checkpoint(tmp_path)

@@ -112,17 +112,15 @@ def test_every_problem_is_listed_at_once():
     state = random_state(MICRO)
     del state[LAST]
     state["model.diffusion_model.input_blocks.99.0.weight"] = torch.zeros(1)
-    state["something.else"] = torch.zeros(1)
     state[FIRST] = torch.zeros(16, 4, 5, 5)
     state["first_stage_model.decoder.conv_in.bias"] = torch.zeros(32, dtype=torch.int64)
     with pytest.raises(CheckpointError) as error:
         from_compvis(state, MICRO)
     message = str(error.value)
-    assert "5 problems" in message
+    assert "4 problems" in message
     for problem in (
         f"missing key {LAST}",
         "unknown key model.diffusion_model.input_blocks.99.0.weight",
-        "unknown key something.else",
         f"{FIRST} has shape (16, 4, 5, 5), expected (16, 4, 3, 3)",
         "first_stage_model.decoder.conv_in.bias holds torch.int64, expected floating point",
     ):

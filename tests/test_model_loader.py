@@ -130,7 +130,21 @@ def test_a_missing_file_says_where_to_get_it(tmp_path, monkeypatch):
         load_models()
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", 3.5])
+def test_what_the_unet_predicts_can_be_said(folder):
+    models = load_models(folder / "micro.ckpt", "cpu", prediction_type="v_prediction")
+    assert models.config == replace(MICRO, schedule=replace(MICRO.schedule, prediction_type="v_prediction"))
+    with pytest.raises(ValueError, match="prediction_type should be one of epsilon, v_prediction, not 'sample'"):
+        load_models(folder / "micro.ckpt", "cpu", prediction_type="sample")
+
+
+def test_a_vae_that_does_not_fit_is_named(folder, tmp_path):
+    config = replace(MICRO, vae=replace(MICRO.vae, channels=(16, 16, 32)))
+    write_checkpoint(tmp_path / "other.ckpt", random_state(MICRO), config.to_dict())
+    with pytest.raises(CheckpointError, match=r"micro.ckpt with the VAE of .*other.ckpt: The checkpoint does not fit"):
+        load_models(folder / "micro.ckpt", "cpu", vae=tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 3.5, "meta"])
 def test_bad_device(device):
     with pytest.raises(ValueError, match="device should be one that torch can use here"):
         best_device(device)

@@ -69,8 +69,8 @@ INVALID = {
     "models": nothing,
     "seed": no_count.filter(lambda value: type(value) is not int or not 0 <= value < 2**63)
     | st.integers(min_value=2**63),
-    "device": st.sampled_from(["gpu", "", 1.5, [], 10**30, "cpu:x"]),
-    "idle_device": st.sampled_from(["gpu", "", 1.5, [], 10**30]),
+    "device": st.sampled_from(["gpu", "", 1.5, [], 10**30, "cpu:x", "meta"]),
+    "idle_device": st.sampled_from(["gpu", "", 1.5, [], 10**30, "meta"]),
     "tokenizer": nothing,
     "height": no_count
     | st.integers(1, 10**6).map(lambda n: 8 * n + 3)
