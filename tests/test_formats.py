@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 
 import pytest
+import torch
 
 from sd.checkpoint import CheckpointError, read_checkpoint
 from tests.malicious_pickles import (
@@ -136,10 +137,11 @@ def test_a_path_without_a_file(tmp_path):
 
 def test_a_textual_inversion(tmp_path):
     vector = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.zeros(1, 768))})
-    for number, value in enumerate((vector, {"*": torch.zeros(1, 768)})):
-        torch.save({"string_to_token": {"*": 265}, "string_to_param": value}, tmp_path / f"{number}.pt")
+    path = tmp_path / "cat.pt"
+    for value in (vector, {"*": torch.zeros(1, 768)}):
+        torch.save({"string_to_token": {"*": 265}, "string_to_param": value}, path)
         with pytest.raises(CheckpointError, match="is a textual inversion embedding; what is needed is a"):
-            read_checkpoint(tmp_path / f"{number}.pt")
+            read_checkpoint(path)
 
 
 def test_a_folder(tmp_path):
