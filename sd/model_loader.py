@@ -27,10 +27,10 @@ from sd.diffusion import Diffusion
 from sd.encoder import Encoder
 from sd.folders import read_folder
 from sd.model_converter import empty_networks, from_compvis
+from sd.paths import DATA
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 
-DATA = Path(__file__).resolve().parent.parent / "data"
 TINY_CHECKPOINT = DATA / "tiny.ckpt"
 
 RELEASE_AFTER = 256 << 20  # bytes of the file, copied

@@ -27,10 +27,11 @@ import regex
 import torch
 
 from sd.cleaning import clean
+from sd.paths import DATA
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"  # part of the last symbol of a word: "cat</w>" is the word, "cat" the beginning of "catalog"
-DEFAULT_MERGES = Path(__file__).resolve().parent.parent / "data" / "merges.txt"
+DEFAULT_MERGES = DATA / "merges.txt"
 CACHED_WORDS, CACHED_LENGTH = 32_768, 32  # at most so many words, of at most so many characters: some 40 MB at worst
 QUOTED_IDS = 64  # a warning about a truncated prompt quotes so much of what was dropped
 

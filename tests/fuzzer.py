@@ -25,7 +25,8 @@ from PIL import Image
 from sd.checkpoint import read_state_dict
 from sd.images import read_image
 from sd.inpainting import read_mask
-from sd.model_loader import DATA, load_models
+from sd.model_loader import load_models
+from sd.paths import DATA
 from tests import model_mutations, mutations, picture_mutations
 from tests.auditing import watching
 

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Opens the notebooks in a browser: sh scripts/notebooks.sh [options of jupyter lab]
+# The first run makes a Python environment in .venv, if there is none yet, and installs what they need into it.
+set -eu
+
+script=$0
+while [ -L "$script" ]; do # started through a symbolic link
+    target=$(readlink "$script")
+    case $target in
+        /*) script=$target ;;
+        *) script=$(dirname "$script")/$target ;;
+    esac
+done
+root=$(cd -P "$(dirname "$script")/.." && pwd)
+. "$root/scripts/setup.sh"
+
+make_environment
+install_from requirements.txt
+install_from requirements-notebooks.txt
+exec "$python" -m jupyterlab --notebook-dir "$root/scripts/notebooks" "$@"
