@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.arguments import check_request, check_size
+from sd.conditioning import encode_prompt
 from sd.diffusion import DeepCache
 from sd.finite import check_finite, run_half
 from sd.guidance import ImageLoss, by_loss, classifier_free
@@ -27,7 +28,6 @@ from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
 from sd.inpainting import Known, read_mask, read_mask_image, without_masked
 from sd.memory import advice
 from sd.model_loader import Device, Models, awake, best_device, load_models, place
-from sd.prompts import layout, weigh
 from sd.sampler import Sampler, draw_noise, make_generators
 from sd.samplers import SAMPLERS
 from sd.strips import InStrips, needed
@@ -107,34 +107,6 @@ def generate(
         images = decode_latents(models, latents)
     images = known.paste(images) if known else images
     return images[0] if isinstance(prompt, str) else images
-
-
-@torch.no_grad()
-def encode_prompt(
-    models: Models, prompt: str | list[str], uncond_prompt: str | list[str] | None = "", plain: bool = False
-) -> Tensor:
-    """B prompts -> context (2B, 77 k, W), the unconditional half first; (B, 77 k, W) where `uncond_prompt` is None.
-
-    One `uncond_prompt` serves all prompts; of a list each has its own. Weights, as in "(word:1.3)", and BREAK are
-    obeyed, and k is the number of chunks that the longest prompt takes: see `sd.prompts`. With `plain` they are words
-    like any other, a prompt that is longer than 75 tokens is truncated, with a warning, and k is 1.
-
-    Raises ValueError as `prompts.layout` does, and NotFiniteError if the text encoder gives NaN or infinity.
-    """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    unconds = [] if uncond_prompt is None else uncond_prompt
-    unconds = [unconds] * len(prompts) if isinstance(unconds, str) else unconds
-    texts = [*unconds, *prompts]
-    if plain:
-        return _read(models, models.tokenizer(texts))  # (2B, 77, W)
-    tokens, weights = layout(texts, models.tokenizer)  # (2B, k, 77) both
-    context = weigh(_read(models, tokens.flatten(0, 1)), weights.flatten(0, 1))  # (2B k, 77, W)
-    return context.unflatten(0, tokens.shape[:2]).flatten(1, 2)  # (2B, 77 k, W)
-
-
-def _read(models: Models, tokens: Tensor) -> Tensor:
-    """Token ids (N, 77) -> their context (N, 77, W)."""
-    return check_finite(models.clip(tokens.to(place(models.clip)[0])), models.clip, "text encoder")
 
 
 def begin(

@@ -1,20 +1,26 @@
 r"""Prompts with weights, and prompts of any length: text -> ids and weights, chunk by chunk.
 
-In: prompts in the notation of the widely used AUTOMATIC1111 web UI. Out: ids and weights, both (B, k, 77), for the text
-encoder to read one chunk at a time, and for `weigh` to apply to what it makes of them.
+In: prompts in the notation of the widely used AUTOMATIC1111 web UI. Out: ids and weights of N chunks, both (N, 77), for
+the text encoder to read and for `weigh` to apply to what it makes of them; `join_chunks` makes one context of each
+prompt's chunks again.
 
     (word) counts 1.1 times    ((word)) 1.1 * 1.1 times    (word:1.3) 1.3 times    [word] 1 / 1.1 times
     \( \) \[ \] \\ \:  are the characters themselves       BREAK starts a new chunk
 
 A chunk is what the text encoder reads at once: a start token, up to 75 tokens of the prompt, an end token and padding.
 It was trained on one; that several, encoded apart and set side by side, work too is experience, not theory.
+
+The contexts of a batch must be equally long. A shorter one is repeated, which changes nothing: attention is a mean of
+values, weighted by exp(q k), and that stays the same where every key and value is there r times. ComfyUI does so too.
+The web UI, where it makes lengths equal, appends chunks of the empty prompt, and these get a share of the attention.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 
 import torch
@@ -27,6 +33,7 @@ MAX_WEIGHT = 1e30  # beyond it, products with the context would not be finite in
 BACKTRACK = 20  # so many tokens after a comma may move to the next chunk, to stay with the rest of their phrase
 QUOTED = 40  # characters of a prompt that an error quotes
 MOST_CHARACTERS, MOST_CHUNKS = 30_000, 100  # of a prompt: far beyond any use, and still quick to read and to attend to
+MOST_REPEATED = 60  # chunks of a context that is repeated: lcm(1, ..., 6), so prompts of up to six chunks go together
 
 BREAK = re.compile(r"\bBREAK\b")
 MARK = re.compile(r"""(?xs)                                    # every character of a prompt belongs to one mark
@@ -160,24 +167,48 @@ def chunks_of(text: str, tokenizer: Tokenizer) -> list[Sequence[Token]]:
     return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]  # nothing follows the last BREAK
 
 
-def layout(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """B prompts -> ids (LongTensor) and weights (float32), both (B, k, 77), with k the chunks of the longest prompt.
+def layout(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor, list[int]]:
+    """B prompts -> the ids (LongTensor) and weights (float32) of all their N chunks, both (N, 77), the first prompt's
+    first, and how many chunks each prompt has, B numbers for `join_chunks`.
 
-    The others are filled up with chunks of the empty prompt. Raises as `chunks_of` does.
+    Raises as `chunks_of` does, and ValueError for prompts that cannot be drawn together: the least common multiple of
+    their numbers of chunks would be above both 60 and the largest of them.
     """
     length, start, end = tokenizer.context_length, (tokenizer.start_token_id, 1.0), (tokenizer.end_token_id, 1.0)
     prompts = [chunks_of(text, tokenizer) for text in texts]
-    count = max(map(len, prompts), default=1)
+    counts = [len(chunks) for chunks in prompts]
+    _check_counts(counts)
     tokens = []
-    for chunks in prompts:
-        chunks += [[]] * (count - len(chunks))
-        for chunk in chunks:
-            padding = [(tokenizer.pad_token_id, 1.0)] * (length - 2 - len(chunk))
-            tokens += [start, *chunk, end, *padding]  # 77
-    shape = (len(prompts), count, length)
+    for chunk in chain(*prompts):
+        padding = [(tokenizer.pad_token_id, 1.0)] * (length - 2 - len(chunk))
+        tokens += [start, *chunk, end, *padding]  # 77
+    shape = (sum(counts), length)
     ids = torch.tensor([token for token, _ in tokens], dtype=torch.long).view(shape)
     weights = torch.tensor([weight for _, weight in tokens], dtype=torch.float32).view(shape)
-    return ids, weights
+    return ids, weights, counts
+
+
+def _check_counts(counts: list[int]) -> None:
+    """Raises ValueError if a common length of contexts of so many chunks would take too much attention."""
+    most, together = max(MOST_REPEATED, *counts, 0), math.lcm(*counts)
+    if together > most:
+        numbers = ", ".join(map(str, sorted(set(counts))))
+        raise ValueError(
+            "Prompts and negative prompts that are drawn together should have numbers of chunks whose least common "
+            f"multiple is at most {most}, not {together} like that of {numbers}: draw those prompts one at a time, or "
+            "shorten one."
+        )
+
+
+def join_chunks(context: Tensor, counts: Sequence[int]) -> Tensor:
+    """The context of N chunks, (N, 77, W), and how many of them each of B prompts has -> that of the prompts,
+    (B, 77 k, W), where k is the least common multiple of the counts.
+
+    A prompt of c chunks has its own, side by side, k / c times over: to the U-Net that is the same as once.
+    """
+    k = math.lcm(*counts)
+    prompts = context.split(list(counts))  # each (c, 77, W)
+    return torch.stack([chunks.flatten(0, 1).repeat(k // len(chunks), 1) for chunks in prompts])
 
 
 def weigh(context: Tensor, weights: Tensor) -> Tensor:

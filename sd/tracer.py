@@ -111,19 +111,25 @@ class Tracer:
         """
         return {stage: total / self._counts[stage] for stage, total in self._sums.items()}
 
+    @property
+    def tokens(self) -> int:
+        """How long the context was that the U-Net read. Raises ValueError if no attention was recorded."""
+        if not self._sums:
+            raise ValueError("attention should be True when the Tracer is made, and the U-Net should have run since.")
+        return next(iter(self._sums.values())).shape[-1]
+
     def token_map(self, positions: int | list[int], row: int = -1) -> Tensor:
         """Where the U-Net looked at some tokens: float32 (H, W), the size of the picture, in [0, 1].
 
         Position 0 is the start token. The shares of all `positions` are added, then averaged over the stages, each map
         enlarged to the picture (after 2210.04885). `row` is a row of the U-Net's batch; the last is the last prompt's.
+        Where the context of a prompt is repeated (see `sd.prompts`), so are its tokens: each has several positions, and
+        its share is the sum of theirs.
 
         Raises ValueError if no attention was recorded, or there is no such token.
         """
         positions = [positions] if isinstance(positions, int) else positions
-        attention = self.attention
-        if not attention:
-            raise ValueError("attention should be True when the Tracer is made, and the U-Net should have run since.")
-        tokens = next(iter(attention.values())).shape[-1]
+        attention, tokens = self.attention, self.tokens
         if not positions or not all(0 <= position < tokens for position in positions):
             raise ValueError(f"positions should be from 0 to {tokens - 1}, not {positions}.")
         size = [side * self._downscale for side in self._last("diffusion").shapes["in"][2:]]  # (H, W)
@@ -132,8 +138,11 @@ class Tracer:
         return torch.stack(large).mean(0)
 
     def word_map(self, word: str, prompt: str, row: int = -1) -> Tensor:
-        """`token_map` of a word, or of several in a row, wherever `prompt` has them. Raises ValueError if nowhere."""
-        return self.token_map(word_positions(self._tokenizer, word, prompt), row)
+        """`token_map` of a word, or of several in a row, wherever `prompt` has them. Raises ValueError if nowhere.
+
+        It is the same for a prompt alone and in a batch with longer ones, which have its context repeated.
+        """
+        return self.token_map(word_positions(self._tokenizer, word, prompt, self.tokens), row)
 
     def _last(self, network: str) -> Call:
         for call in reversed(self.calls):
@@ -183,16 +192,18 @@ def attention_weights(module: CrossAttention, x: Tensor, context: Tensor) -> Ten
     return weights / module.heads
 
 
-def word_positions(tokenizer: Tokenizer, word: str, prompt: str) -> list[int]:
+def word_positions(tokenizer: Tokenizer, word: str, prompt: str, total: int | None = None) -> list[int]:
     """The positions in the context of `prompt`, as `encode_prompt` makes it, of the tokens of `word`, every time.
 
-    Raises ValueError if the prompt does not have the word.
+    `total` is the length of that context, 77 k, where it is repeated; its repetitions count too then. Raises ValueError
+    if the prompt does not have the word.
     """
     ids, wanted = layout([prompt], tokenizer)[0].flatten().tolist(), tokenizer.encode(word)
     starts = [i for i in range(len(ids)) if wanted and ids[i : i + len(wanted)] == wanted]
     if not starts:
         raise ValueError(f"word should be in the prompt, as a whole word: {word!r} is not in {prompt!r}.")
-    return [start + i for start in starts for i in range(len(wanted))]
+    repetitions = range(0, max(total or 0, len(ids)), len(ids))  # where each begins
+    return [again + start + i for again in repetitions for start in starts for i in range(len(wanted))]
 
 
 def feature_picture(features: Tensor) -> np.ndarray:

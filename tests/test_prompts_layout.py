@@ -2,11 +2,12 @@
 
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 
 from sd import generate, pipeline
-from sd.prompts import chunks_of, layout, split, weigh
+from sd.prompts import chunks_of, join_chunks, layout, split, weigh
 from sd.tokenizer import Tokenizer
 from tests.synthetic import MICRO, random_models
 
@@ -83,24 +84,27 @@ def test_break_starts_a_chunk(tokenizer, prompt, expected):
 
 
 def test_layout_token_by_token(tokenizer):
-    tokens, weights = layout(["a (cat:1.5) BREAK [dog]", "cat " * 75], tokenizer)
+    tokens, weights, counts = layout(["a (cat:1.5) BREAK [dog]", "cat " * 75], tokenizer)
+    assert counts == [2, 1]
     assert tokens.dtype == torch.long
     assert weights.dtype == torch.float32
     assert tokens.tolist() == [
-        [[START, 320, CAT, *[END] * 74], [START, 1929, *[END] * 75]],
-        [[START, *[CAT] * 75, END], [START, *[END] * 76]],
+        [START, 320, CAT, *[END] * 74],
+        [START, 1929, *[END] * 75],
+        [START, *[CAT] * 75, END],
     ]
-    expected = torch.ones(2, 2, 77)
-    expected[0, 0, 2], expected[0, 1, 1] = 1.5, 1 / 1.1
+    expected = torch.ones(3, 77)
+    expected[0, 2], expected[1, 1] = 1.5, 1 / 1.1
     assert torch.equal(weights, expected)
 
 
 def test_layout_takes_start_end_padding_and_length_from_the_tokenizer():
-    tokens, weights = layout(["(cat:2) cat cat"], Tokenizer(context_length=5, pad_token_id=0))
-    assert tokens.tolist() == [[[START, CAT, CAT, CAT, END]]]
-    tokens, weights = layout(["(cat:2) cat cat, cat"], Tokenizer(context_length=5, pad_token_id=0))
-    assert tokens.tolist() == [[[START, CAT, CAT, CAT, END], [START, COMMA, CAT, END, 0]]]
-    assert weights.tolist() == [[[1, 2, 1, 1, 1], [1, 1, 1, 1, 1]]]
+    tokens, weights, counts = layout(["(cat:2) cat cat"], Tokenizer(context_length=5, pad_token_id=0))
+    assert tokens.tolist() == [[START, CAT, CAT, CAT, END]]
+    tokens, weights, counts = layout(["(cat:2) cat cat, cat"], Tokenizer(context_length=5, pad_token_id=0))
+    assert tokens.tolist() == [[START, CAT, CAT, CAT, END], [START, COMMA, CAT, END, 0]]
+    assert weights.tolist() == [[1, 2, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert counts == [2]
 
 
 def test_a_chunk_has_room_for_one_token_at_least():
@@ -110,16 +114,51 @@ def test_a_chunk_has_room_for_one_token_at_least():
 
 def test_layout_of_short_plain_prompts_is_the_tokenizers_own(tokenizer):
     texts = ["", "A cat, at 10:30!", "cat " * 75, "café ☕ 'quoted'"]
-    tokens, weights = layout(texts, tokenizer)
-    assert torch.equal(tokens[:, 0], tokenizer(texts))
-    assert torch.equal(weights, torch.ones(4, 1, 77))
+    tokens, weights, counts = layout(texts, tokenizer)
+    assert torch.equal(tokens, tokenizer(texts))
+    assert torch.equal(weights, torch.ones(4, 77))
+    assert counts == [1, 1, 1, 1]
 
 
 def test_a_prompt_may_have_100_chunks(tokenizer):
-    assert layout(["cat " * 7500], tokenizer)[0].shape == (1, 100, 77)
+    assert layout(["cat " * 7500], tokenizer)[2] == [100]
     for text in ("a " * 7501, "a BREAK " * 101 + "a"):
         with pytest.raises(ValueError, match=r"^prompt should be at most 100 chunks of 75 tokens long, not 10[12]\.$"):
             layout([text], tokenizer)
+
+
+def of_chunks(count):
+    return " BREAK ".join(["cat"] * count)
+
+
+@pytest.mark.parametrize("counts", [[1, 2, 3, 4, 5, 6], [100, 1, 50], [61, 61], [20, 30, 60], [7, 8]])
+def test_prompts_of_unequal_lengths_go_together(tokenizer, counts):
+    assert layout(list(map(of_chunks, counts)), tokenizer)[2] == counts
+
+
+@pytest.mark.parametrize("counts, most, multiple, numbers", [([7, 9], 60, 63, "7, 9"), ([100, 3], 100, 300, "3, 100")])
+def test_lengths_that_would_take_too_many_repetitions_are_refused(models, counts, most, multiple, numbers):
+    sentence = (
+        "^Prompts and negative prompts that are drawn together should have numbers of chunks whose least common "
+        f"multiple is at most {most}, not {multiple} like that of {numbers}: draw those prompts one at a time, or "
+        "shorten one.$"
+    )
+    handle = models.clip.register_forward_pre_hook(lambda *_: pytest.fail("encoded before checking"))
+    try:
+        with pytest.raises(ValueError, match=sentence):
+            pipeline.encode_prompt(models, list(map(of_chunks, counts)), None)
+        with pytest.raises(ValueError, match=sentence):
+            generate(of_chunks(counts[0]), of_chunks(counts[1]), models=models, height=8, width=8)
+    finally:
+        handle.remove()
+
+
+def test_join_chunks_repeats_the_shorter_contexts():
+    context = torch.arange(6.0).view(6, 1, 1)  # six chunks of one token
+    joined = join_chunks(context, [1, 2, 3])
+    assert joined.shape == (3, 6, 1)
+    assert joined[..., 0].tolist() == [[0, 0, 0, 0, 0, 0], [1, 2, 1, 2, 1, 2], [3, 4, 5, 3, 4, 5]]
+    assert torch.equal(join_chunks(context, [3, 3])[..., 0], torch.tensor([[0.0, 1, 2], [3, 4, 5]]))
 
 
 def test_weigh_multiplies_and_restores_the_mean_of_each_chunk():
@@ -193,12 +232,38 @@ def test_long_prompts_are_encoded_chunk_by_chunk(models):
 
 
 @pytest.mark.parametrize("prompt, uncond", [("cat " * 160, "dog"), ("cat", "dog " * 160), ("cat", "BREAK BREAK dog")])
-def test_the_shorter_half_is_filled_up_with_the_empty_prompt(models, prompt, uncond):
+def test_the_context_of_the_shorter_half_is_repeated(models, prompt, uncond):
     context = pipeline.encode_prompt(models, prompt, uncond)
     assert context.shape == (2, 231, 32)
-    short = 0 if uncond == "dog" else 1
-    alone = models.clip(models.tokenizer([("dog", "cat")[short], "", ""]))
-    torch.testing.assert_close(context[short], alone.flatten(0, 1), rtol=0, atol=1e-5)
+    short, text = (0, "dog") if uncond == "dog" else (1, "cat")
+    alone = models.clip(models.tokenizer([text]))[0]  # (77, W)
+    torch.testing.assert_close(context[short], alone.repeat(3, 1), rtol=0, atol=1e-5)
+
+
+def test_every_chunk_is_encoded_once(models):
+    seen = []
+    handle = models.clip.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        assert pipeline.encode_prompt(models, [of_chunks(2), of_chunks(3)], None).shape == (2, 6 * 77, 32)
+    finally:
+        handle.remove()
+    assert [len(ids) for ids in seen] == [5]
+
+
+@pytest.mark.parametrize(
+    "prompts, unconds",
+    [
+        (["a cat", "a cat, " * 40 + "a dog"], ["", ""]),
+        (["a cat", "a dog"], ["blurry", "bad BREAK dark BREAK blurry"]),
+        (["a cat BREAK a dog", "a (house:1.5)"], ["a BREAK b BREAK c", "blurry"]),
+    ],
+)
+def test_a_picture_is_the_same_alone_and_beside_a_longer_prompt(models, prompts, unconds):
+    options = {"models": models, "n_inference_steps": 3, "height": 32, "width": 32}
+    together = generate(prompts, unconds, seed=7, **options)
+    for i, (prompt, uncond) in enumerate(zip(prompts, unconds)):
+        alone = generate(prompt, uncond, seed=7 + i, **options)
+        assert np.abs(together[i].astype(int) - alone).max() <= 1
 
 
 def test_plain_switches_it_all_off(models):

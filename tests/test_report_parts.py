@@ -46,6 +46,19 @@ def test_tokens(models):
     assert torch.equal(tokens[2].map.argmax(), F.avg_pool2d(trace.token_map(2)[None], 8).argmax())
 
 
+def test_the_shares_of_tokens_are_those_of_all_their_repetitions(models):
+    prompt, shares = "a red cat", []
+    for negative in ("", "a BREAK b BREAK c"):
+        with Tracer(models, attention=True) as trace:
+            record(prompt, negative, models, cfg_scale=1, **OPTIONS)  # without guidance
+        tokens = tokens_of(models, prompt, trace)
+        assert [token.text for token in tokens] == ["start", "a", "red", "cat", "end"]
+        shares.append([token.share for token in tokens])
+        assert sum(shares[-1]) == pytest.approx(1, abs=1e-4)
+    assert trace.tokens == 231
+    assert shares[1] == pytest.approx(shares[0], rel=1e-3)
+
+
 def test_bytes_that_are_no_text_are_in_hex(models):
     with Tracer(models, attention=True) as trace:
         record("𓂀", models=models, **OPTIONS)

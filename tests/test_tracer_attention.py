@@ -121,6 +121,25 @@ def test_words_that_are_not_there(models, word, prompt):
         word_positions(models.tokenizer, word, prompt)
 
 
+def test_positions_in_a_repeated_context(models):
+    assert word_positions(models.tokenizer, "cat", "a cat", 231) == [2, 79, 156]
+    long = "a " * 75 + "cat"
+    assert word_positions(models.tokenizer, "cat", long, 154) == [78]
+    assert word_positions(models.tokenizer, "cat", long, 308) == [78, 232]
+
+
+def test_a_words_map_is_the_same_alone_and_beside_a_longer_prompt(models):
+    short, long = "a cat", "a cat BREAK a dog BREAK a house"
+    maps = []
+    for prompts in ([short], [short, long]):
+        with Tracer(models, attention=True) as trace:
+            generate(prompts, models=models, **OPTIONS)
+        maps.append(trace.word_map("cat", short, row=-len(prompts)))
+    assert trace.tokens == 231
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(trace.token_map(2, row=-2), maps[0], rtol=0.1)  # a third of it
+
+
 def test_maps_of_weighted_and_long_prompts(models):
     prompt = "a " * 80 + "(cat:1.5)"
     with Tracer(models, attention=True) as trace:

@@ -35,14 +35,14 @@ def tokens_of(models: Models, prompt: str, trace: Tracer) -> list[Token]:
     length = models.tokenizer.context_length
     chunks = chunks_of(prompt, models.tokenizer)
     places = {c * length + 1 + i: token for c, chunk in enumerate(chunks) for i, token in enumerate(chunk)}
-    total = next(iter(trace.attention.values())).shape[-1]  # as many as the longer of prompt and negative prompt has
+    own, total = len(chunks) * length, trace.tokens  # the context is repeated if the negative prompt's is longer
     starts = list(range(0, total, length))
-    ends = [i for i in range(total) if i not in places and i not in starts]
+    ends = [i for i in range(total) if i % own not in places and i not in starts]
     tokens = [Token("start", None, 1, False, *_looked_at(models, trace, starts))]
     joined = False
     for place, (token, weight) in list(places.items())[:MOST_TOKENS]:
         text, ends_word = token_text(models.tokenizer, token)
-        tokens.append(Token(text, token, weight, joined, *_looked_at(models, trace, [place])))
+        tokens.append(Token(text, token, weight, joined, *_looked_at(models, trace, list(range(place, total, own)))))
         joined = not ends_word
     return [*tokens, Token("end", None, 1, False, *_looked_at(models, trace, ends))]
 
