@@ -28,7 +28,7 @@ QUOTED = 200  # characters of a value that an error quotes
 
 def check_request(
     prompt: str | list[str],
-    uncond_prompt: str | list[str] = "",
+    uncond_prompt: str | list[str] | None = "",
     input_image: object = None,
     mask_image: object = None,
     strength: float = 0.8,
@@ -48,7 +48,9 @@ def check_request(
     deep_cache: int = 1,
 ) -> None:
     """Raises ValueError, in one sentence, for the first of `generate`'s arguments that cannot be."""
-    _check_prompts([prompt] if isinstance(prompt, str) else prompt, uncond_prompt)
+    uncond_prompt = "" if uncond_prompt is None else uncond_prompt
+    check_prompts(prompt, uncond_prompt)
+    _check_notation(prompt, uncond_prompt)
     for name, picture in (("input_image", input_image), ("mask_image", mask_image)):
         _require(
             picture is None or _is_picture(picture), name, picture, "a path, an open file, a PIL image or an array"
@@ -61,7 +63,7 @@ def check_request(
     most = SD15.schedule.num_training_steps
     counted = n_inference_steps is None or _is_number(n_inference_steps, 1, most, whole=True)
     _require(counted, "n_inference_steps", n_inference_steps, f"a whole number from 1 to {most}")
-    _require(_is_number(deep_cache, 1, most, whole=True), "deep_cache", deep_cache, f"a whole number from 1 to {most}")
+    check_deep_cache(deep_cache)
     seeded = seed is None or _is_number(seed, 0, 2**63 - 1, whole=True)
     _require(seeded, "seed", seed, "a whole number from 0 to 2**63 - 1")
     check_size(height, width, SD15.vae.downscale)
@@ -79,6 +81,23 @@ def check_size(height: int | None, width: int | None, multiple: int) -> None:
         _require(size is None or size <= MOST_PIXELS, name, size, f"at most {MOST_PIXELS} pixels")
 
 
+def check_deep_cache(deep_cache: int) -> None:
+    """Raises ValueError unless it is a number of steps that can share what the deep stages of the U-Net make."""
+    most = SD15.schedule.num_training_steps
+    _require(_is_number(deep_cache, 1, most, whole=True), "deep_cache", deep_cache, f"a whole number from 1 to {most}")
+
+
+def check_prompts(prompt: str | list[str], uncond_prompt: str | list[str] | None) -> None:
+    """Raises ValueError unless these are texts, and as many of both, or one `uncond_prompt` for all, or None."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    _require(_is_texts(prompts), "prompt", prompt, "a text or a list of one text or more")
+    if uncond_prompt is None or isinstance(uncond_prompt, str):
+        return
+    _require(_is_texts(uncond_prompt), "uncond_prompt", uncond_prompt, "a text or a list of texts")
+    paired = len(uncond_prompt) == len(prompts)
+    _require(paired, "uncond_prompt", uncond_prompt, f"one text, or {len(prompts)} like the prompts")
+
+
 def _check_numbers(strength: float, cfg_scale: float, cfg_rescale: float, feather: float) -> None:
     _require(_is_number(strength, 0, 1) and strength > 0, "strength", strength, "a number above 0 and at most 1")
     _require(_is_number(feather, 0), "feather", feather, "a number of pixels, 0 or more")
@@ -88,14 +107,10 @@ def _check_numbers(strength: float, cfg_scale: float, cfg_rescale: float, feathe
     _require(_is_number(cfg_rescale, 0, 1), "cfg_rescale", cfg_rescale, "a number from 0 to 1")
 
 
-def _check_prompts(prompts: list[str], uncond_prompt: str | list[str]) -> None:
-    _require(_is_texts(prompts), "prompt", prompts, "a text or a list of one text or more")
-    unconds = [uncond_prompt] * len(prompts) if isinstance(uncond_prompt, str) else uncond_prompt
-    _require(_is_texts(unconds), "uncond_prompt", uncond_prompt, "a text or a list of texts")
-    paired = len(unconds) == len(prompts)
-    _require(paired, "uncond_prompt", uncond_prompt, f"one text, or {len(prompts)} like the prompts")
-    for name, texts in (("prompt", prompts), ("uncond_prompt", unconds)):
-        for text in dict.fromkeys(texts):
+def _check_notation(prompt: str | list[str], uncond_prompt: str | list[str]) -> None:
+    """Raises ValueError for a text that cannot be read, or whose brackets are not in pairs."""
+    for name, texts in (("prompt", prompt), ("uncond_prompt", uncond_prompt)):
+        for text in dict.fromkeys([texts] if isinstance(texts, str) else texts):
             for piece, _ in chain(*parse(text, name)):
                 _check_text(piece, name)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sd.arguments import check_prompts
 from sd.finite import check_finite
 from sd.model_loader import Models, place
 from sd.prompts import join_chunks, layout, weigh
@@ -24,8 +25,10 @@ def encode_prompt(
     takes fewer is repeated, which changes no picture: see `sd.prompts`. With `plain` brackets and BREAK are text like
     any other, a prompt that is longer than 75 tokens is truncated, with a warning, and k is 1.
 
-    Raises ValueError as `prompts.layout` does, and NotFiniteError if the text encoder gives NaN or infinity.
+    Raises ValueError for anything but texts, for another number of negative prompts than of prompts, and as
+    `prompts.layout` does; NotFiniteError if the text encoder gives NaN or infinity.
     """
+    check_prompts(prompt, uncond_prompt)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     unconds = [] if uncond_prompt is None else uncond_prompt
     unconds = [unconds] * len(prompts) if isinstance(unconds, str) else unconds

@@ -16,7 +16,9 @@ from sd.preview import SD15_PREVIEW
 from sd.recording import Recording, record
 
 
-def generate_film(prompt: str, uncond_prompt: str = "", **arguments: object) -> tuple[np.ndarray, list[np.ndarray]]:
+def generate_film(
+    prompt: str, uncond_prompt: str | None = "", **arguments: object
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """The picture that `generate` makes of the same arguments, uint8 (height, width, 3), and `frames` of it.
 
     Raises ValueError as `generate` does.

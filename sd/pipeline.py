@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.arguments import check_request, check_size
+from sd.arguments import check_deep_cache, check_request, check_size
 from sd.conditioning import encode_prompt
 from sd.diffusion import DeepCache
 from sd.finite import check_finite, run_half
@@ -50,7 +50,7 @@ class Step:
 @advice()
 def generate(
     prompt: str | list[str],
-    uncond_prompt: str | list[str] = "",
+    uncond_prompt: str | list[str] | None = "",
     input_image: Picture | None = None,
     mask_image: Picture | None = None,
     strength: float = 0.8,
@@ -71,11 +71,11 @@ def generate(
 ) -> np.ndarray:
     """A picture for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
-    A prompt may weigh its words, as in "a (red:1.3) house", and be very long: see `sd.prompts`. `uncond_prompt`
-    says what the picture should not show, and `cfg_scale` how much more it should follow the prompt than that; without
-    `do_cfg` neither counts. `cfg_rescale`, from 0 to 1, softens what a large scale overdoes. `input_image` is the
-    picture to start from, cropped to the size asked for; `strength`, in (0, 1], is how much of it may change, and
-    `mask_image` where: white is repainted, black stays to the byte, and the edges of the white are softened over
+    A prompt may weigh its words, as in "a (red:1.3) house", and be very long: see `sd.prompts`. `uncond_prompt` says
+    what the picture should not show (None is the same as ""), and `cfg_scale` how much more it should follow the prompt
+    than that; without `do_cfg` neither counts. `cfg_rescale`, from 0 to 1, softens what a large scale overdoes.
+    `input_image` is the picture to start from, cropped to the size asked for; `strength`, in (0, 1], is how much of it
+    may change, and `mask_image` where: white is repainted, black stays to the byte, and the edges are softened over
     `feather` pixels. `seed` makes the picture repeatable: to the byte on one machine with one number of threads and one
     torch, to a level or two elsewhere; picture i of a list is the one that `seed + i` would give alone. `height` and
     `width` are multiples of 8, by default the size that the model was trained on. `device` is where to compute, and
@@ -95,7 +95,7 @@ def generate(
     prompts = [prompt] if isinstance(prompt, str) else prompt
 
     with awake(models.clip, device, idle_device):
-        context = encode_prompt(models, prompts, uncond_prompt if do_cfg else None)
+        context = encode_prompt(models, prompts, (uncond_prompt or "") if do_cfg else None)
     with awake(models.encoder, device, idle_device):
         size_and_pictures = (height, width, input_image, mask_image, strength, feather)
         sampler, latents, known = begin(models, len(prompts), sampler_name, n_inference_steps, seed, *size_and_pictures)
@@ -225,9 +225,11 @@ def denoise(
     besides (`guidance.by_loss`), and `known` what inpainting must keep. `deep_cache` is how many steps share what the
     deep stages of the U-Net make: see `diffusion.DeepCache`.
 
-    Raises ValueError for a context of any other number of rows, and for an inpainting U-Net without `known`;
-    NotFiniteError, which names the step, if the U-Net gives NaN or infinity.
+    Raises ValueError for a context of any other number of rows, for a `deep_cache` that is not a whole number from 1 to
+    1000, and for an inpainting U-Net without `known`; NotFiniteError, which names the step, if the U-Net gives NaN or
+    infinity.
     """
+    check_deep_cache(deep_cache)
     if len(context) not in (len(latents), 2 * len(latents)):
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
     if known is None and models.config.unet.inpaints:

@@ -68,7 +68,7 @@ class Recording:
 @advice()
 def record(
     prompt: str,
-    uncond_prompt: str = "",
+    uncond_prompt: str | None = "",
     models: Models | None = None,
     sampler_name: str | None = None,
     do_cfg: bool = True,
@@ -83,7 +83,7 @@ def record(
     """
     guidance = {"cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale, "deep_cache": deep_cache}
     check_request(prompt, uncond_prompt, models=models, sampler_name=sampler_name, do_cfg=do_cfg, **guidance, **start)
-    models = models or load_models()
+    models, uncond_prompt = models or load_models(), uncond_prompt or ""
     cfg_scale = models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale
     costs: dict[str, Cost] = {}
     with _measured(costs, "encode_prompt", models):

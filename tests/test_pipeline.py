@@ -117,6 +117,32 @@ def test_steps_by_hand_refuse_what_cannot_be(models, picture):
     latents, sampler = pipeline.get_latents(models, 2), pipeline.SAMPLERS["ddpm"]()
     with pytest.raises(ValueError, match="context should have 2 or 4 rows, not 3"):
         next(pipeline.denoise(models, latents, torch.zeros(3, 77, 32), sampler))
+    for deep_cache in (0, -2, 1.5):
+        with pytest.raises(
+            ValueError, match=f"^deep_cache should be a whole number from 1 to 1000, not {deep_cache}.$"
+        ):
+            next(pipeline.denoise(models, latents, torch.zeros(2, 77, 32), sampler, deep_cache=deep_cache))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    "prompt, uncond, sentence",
+    [
+        (None, "", "prompt should be a text or a list of one text or more, not None."),
+        ([], None, r"prompt should be a text or a list of one text or more, not \[\]."),
+        (["a cat", 3], None, r"prompt should be a text or a list of one text or more, not \['a cat', 3\]."),
+        ("a cat", 3, "uncond_prompt should be a text or a list of texts, not 3."),
+        (["a", "b", "c"], ["x", "y"], r"uncond_prompt should be one text, or 3 like the prompts, not \['x', 'y'\]."),
+    ],
+)
+def test_encode_prompt_refuses_what_are_no_texts(models, prompt, uncond, sentence, plain):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        pipeline.encode_prompt(models, prompt, uncond, plain)
+
+
+def test_no_negative_prompt_is_the_empty_one(models):
+    pictures = [generate("a cat", uncond, models=models, seed=1, **QUICK) for uncond in (None, "")]
+    assert np.array_equal(*pictures)
 
 
 def test_denoise_without_guidance(models):

@@ -37,6 +37,12 @@ def test_the_picture_that_generate_makes(models, more):
     assert [moment.index for moment in recorded.moments] == [0, 1, 2]
 
 
+def test_no_negative_prompt_is_the_empty_one(models):
+    recorded = record("a cat", None, models, **OPTIONS)
+    assert recorded.uncond_prompt == ""
+    assert np.array_equal(recorded.picture, generate("a cat", models=models, **OPTIONS))
+
+
 def test_moments_are_what_the_unet_saw(models):
     seen = []
     handle = models.diffusion.register_forward_pre_hook(lambda _, args: seen.append(args[0][:1].clone()))
