@@ -260,7 +260,11 @@ def denoise(
 
 @torch.no_grad()
 def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
-    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_half` does."""
+    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_half` does.
+
+    It decodes in strips where memory is short, and large pictures in float32 on a CPU always, which gives the same but
+    for rounding. While a forward hook or a `Tracer` listens to the decoder, it works whole if memory allows.
+    """
     # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
     decoder = InStrips(models.decoder) if needed(models.decoder, latents) else models.decoder
     images = [run_half(decoder, "VAE decoder", one).cpu() for one in latents.split(1)]

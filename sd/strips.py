@@ -42,14 +42,23 @@ LARGE_MAP = 128 << 20  # bytes: the decoder's largest at 512x512 has 256 MB in f
 
 def needed(decoder: Decoder, latents: Tensor) -> bool:
     """Whether `decoder(latents)`, one of the batch at a time, might take more memory than is free on its device; or,
-    for large maps in float32 on a CPU, always: there strips save most and cost next to no time."""
+    for large maps in float32 on a CPU, always: there strips save most and cost next to no time.
+
+    Not always while somebody listens to the decoder through forward hooks, as a `Tracer` does: they would hear nothing.
+    """
     weight = decoder.conv_in.weight
     pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(decoder.levels) - 1)
     largest = decoder.levels[0].blocks[0].norm1.num_channels * pixels * weight.element_size()  # bytes
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and largest >= LARGE_MAP:
-        return True
     free = _free_memory(weight.device)
-    return MAPS_AT_ONCE * largest > (FREE_IF_UNKNOWN if free is None else free)
+    if MAPS_AT_ONCE * largest > (FREE_IF_UNKNOWN if free is None else free):
+        return True
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return on_cpu and largest >= LARGE_MAP and not _is_heard(decoder)
+
+
+def _is_heard(decoder: Decoder) -> bool:
+    """Whether a module of it has a forward hook. In strips, most modules are never called, only their weights read."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -8,7 +8,8 @@ maps.
     trace.shapes("diffusion")                     # [("in", (2, 4, 16, 16)), ("down.0", (2, 64, 16, 16)), ...]
     trace.word_map("house", "a red house")        # (128, 128): where the U-Net looked at "house"
 
-It listens through forward hooks and changes nothing: the networks compute the same bits with it as without.
+It listens through forward hooks and changes nothing: the networks compute the same bits with it as without. Only large
+pictures are decoded whole, if memory allows, and not in strips (`sd.strips`), which rounds differently.
 """
 
 from __future__ import annotations

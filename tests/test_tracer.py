@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sd import generate, pipeline
+from sd import generate, pipeline, strips
 from sd.config import SD15
 from sd.decoder import Decoder
 from sd.diffusion import Diffusion
@@ -131,6 +131,33 @@ def test_activations_are_what_the_module_gave(models):
     assert torch.equal(trace.calls[0].activations["levels.1"], kept[0])
     assert trace.activation("decoder.levels.1.blocks.0").shape == (1, 16, 8, 12)
     assert list(trace.calls[0].activations) == ["levels.1.blocks.0", "levels.1"]
+
+
+def test_large_pictures_are_decoded_whole_while_somebody_listens(models, monkeypatch):
+    """In strips, as large maps in float32 on a CPU always are, the decoder's modules are not called."""
+    monkeypatch.setattr(strips, "LARGE_MAP", 0)
+    monkeypatch.setattr(strips, "_free_memory", lambda device: 1 << 40)
+    latents, seen = torch.randn(1, 4, 4, 6), []
+    monkeypatch.setattr(strips, "decode_in_strips", lambda decoder, x: seen.append("strips") or decoder(x))
+    pictures = [pipeline.decode_latents(models, latents)]
+    assert seen == ["strips"]
+    with Tracer(models, activations=["decoder.levels.1"]) as trace:
+        pictures.append(pipeline.decode_latents(models, latents))
+    assert trace.activation("decoder.levels.1").shape == (1, 16, 32, 48)
+    assert trace.shapes("decoder")[-1] == ("conv_out", (1, 3, 32, 48))
+    handle = models.decoder.levels[1].register_forward_hook(lambda *_: seen.append("level"))
+    pictures.append(pipeline.decode_latents(models, latents))
+    handle.remove()
+    assert seen == ["strips", "level"]
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
+    pipeline.decode_latents(models, latents)
+    assert seen == ["strips", "level", "strips"]
+
+
+def test_no_listener_makes_a_picture_too_large_for_memory(models, monkeypatch):
+    monkeypatch.setattr(strips, "_free_memory", lambda device: 0)
+    with Tracer(models):
+        assert strips.needed(models.decoder, torch.zeros(1, 4, 4, 6))
 
 
 def test_bad_requests(models):
