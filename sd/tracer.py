@@ -14,6 +14,7 @@ pictures are decoded whole, if memory allows, and not in strips (`sd.strips`), w
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterable
@@ -72,15 +73,16 @@ class Tracer:
 
     def __enter__(self) -> Tracer:
         for name, network in self._networks.items():
-            self._handles.append(network.register_forward_pre_hook(partial(self._begin, name)))
+            self._handles.append(network.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True))
             for part, module in network.named_modules():
                 if STAGE.fullmatch(part) or f"{name}.{part}" in self._kept:
-                    self._handles.append(module.register_forward_hook(partial(self._record, name, part)))
+                    hook = partial(self._record, name, part)
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
                 if self._attention and isinstance(module, SpatialTransformer):
                     stage = part.rpartition(".")[0]
-                    attention = module.cross_attention
-                    self._handles.append(module.register_forward_pre_hook(partial(self._record_size, stage)))
-                    self._handles.append(attention.register_forward_hook(partial(self._record_attention, stage)))
+                    size, weights = partial(self._record_size, stage), partial(self._record_attention, stage)
+                    self._handles.append(module.register_forward_pre_hook(size, with_kwargs=True))
+                    self._handles.append(module.cross_attention.register_forward_hook(weights, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,17 +93,19 @@ class Tracer:
     def shapes(self, network: str) -> list[tuple[str, tuple[int, ...]]]:
         """What went into the network ("in") and came out of each stage, in its last call: (name, shape), in order.
 
-        Raises ValueError if it has not run.
+        That call may be of a few stages only, as with a `DeepCache`; "in" is then what went into the first of them.
+        Raises ValueError if the network has not run.
         """
         return list(self._last(network).shapes.items())
 
     def activation(self, name: str) -> Tensor:
-        """The output of the module of that name in its network's last call. Raises ValueError if it was not kept."""
+        """The output of the module of that name when it last ran. Raises ValueError if it was not kept."""
         network, _, part = name.partition(".")
-        activations = self._last(network).activations
-        if part not in activations:
-            raise ValueError(f"name should be among the Tracer's activations and have run, and {name!r} is not.")
-        return activations[part]
+        self._last(network)
+        for call in reversed(self.calls):
+            if call.network == network and part in call.activations:
+                return call.activations[part]
+        raise ValueError(f"name should be among the Tracer's activations and have run, and {name!r} is not.")
 
     @property
     def attention(self) -> dict[str, Tensor]:
@@ -152,22 +156,26 @@ class Tracer:
         ran = sorted({call.network for call in self.calls})
         raise ValueError(f"network should be one that has run, {ran}, not {network!r}.")
 
-    def _begin(self, network: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.calls.append(Call(network, {"in": tuple(args[0].shape)}))
+    def _begin(self, network: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.calls.append(Call(network, {"in": _first_shape(module, args, kwargs)}))
 
-    def _record(self, network: str, part: str, _module: nn.Module, _args: tuple, output: Tensor) -> None:
-        # Parts of a network can also be run without the whole, as `Encoder.moments` does: a call has each part once.
+    def _record(self, network: str, part: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        # Parts of a network can also be run without the whole, as `Encoder.moments` and `DeepCache` do, so that nothing
+        # announces the call: it has each part once, and its first stage says what went in.
         if not self.calls or self.calls[-1].network != network or part in self.calls[-1].shapes:
             self.calls.append(Call(network))
-        self.calls[-1].shapes[part] = tuple(output.shape)
+        call = self.calls[-1]
+        if "in" not in call.shapes and STAGE.fullmatch(part):
+            call.shapes = {"in": _first_shape(module, args, kwargs), **call.shapes}
+        call.shapes[part] = tuple(output.shape)
         if f"{network}.{part}" in self._kept:
-            self.calls[-1].activations[part] = output.detach().to("cpu", copy=True)
+            call.activations[part] = output.detach().to("cpu", copy=True)
 
-    def _record_size(self, stage: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._sizes[stage] = tuple(args[0].shape[2:])
+    def _record_size(self, stage: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._sizes[stage] = _first_shape(module, args, kwargs)[2:]
 
-    def _record_attention(self, stage: str, module: CrossAttention, args: tuple[Tensor, Tensor], _out: Tensor) -> None:
-        new = attention_weights(module, *args).unflatten(1, self._sizes[stage])  # (B, h, w, M)
+    def _record_attention(self, stage: str, module: CrossAttention, args: tuple, kwargs: dict, _out: Tensor) -> None:
+        new = attention_weights(module, *args, **kwargs).unflatten(1, self._sizes[stage])  # (B, h, w, M)
         total = self._sums.get(stage)
         if total is None or total.shape[1:] != new.shape[1:]:  # another size of picture or of prompt: begin again
             self._sums[stage], self._counts[stage] = new, 1
@@ -176,6 +184,12 @@ class Tracer:
         rows = min(len(total), len(new))
         self._sums[stage] = total[-rows:] + new[-rows:]
         self._counts[stage] += 1
+
+
+def _first_shape(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, ...]:
+    """The shape of the first argument that `module.forward` takes, however it was given."""
+    arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    return tuple(next(iter(arguments.values())).shape)
 
 
 @torch.no_grad()

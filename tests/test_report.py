@@ -92,6 +92,13 @@ def page(made):
     return Page(made[1])
 
 
+def test_a_deep_cache_shows_all_stages(models):
+    _, text = make(models, deep_cache=2)
+    _, plain = make(models)
+    table = [one[one.index("<svg") :].count('scope="row"') for one in (text, plain)]
+    assert table[0] == table[1] > 27
+
+
 def test_everything_is_in_the_page(page):
     for tag, attributes in page.elements:
         assert tag not in ("link", "iframe", "object", "embed", "base", "form")

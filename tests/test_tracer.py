@@ -71,7 +71,36 @@ def test_parts_that_run_without_the_whole(models):
         models.encoder.moments(image)
         models.clip.encode(torch.zeros(1, 5, 32))
     assert [call.network for call in trace.calls] == ["encoder", "encoder", "clip"]
-    assert trace.shapes("encoder")[0] == ("conv_in", (1, 16, 16, 16))
+    assert trace.shapes("encoder")[:2] == [("in", (1, 3, 16, 16)), ("conv_in", (1, 16, 16, 16))]
+    assert trace.shapes("clip")[0] == ("in", (1, 5, 32))
+
+
+def test_arguments_by_name(models):
+    arguments = {"latents": torch.randn(1, 4, 4, 5), "context": torch.randn(1, 77, 32), "timesteps": torch.tensor([9])}
+    with Tracer(models, attention=True) as trace:
+        models.diffusion(**arguments)
+        models.diffusion(**dict(reversed(arguments.items())))
+        models.diffusion.middle(torch.zeros(1, 32, 2, 3), time=torch.zeros(1, 64), context=arguments["context"])
+    with Tracer(models, attention=True) as expected:
+        models.diffusion(*arguments.values())
+    assert trace.calls[0] == trace.calls[1] == expected.calls[0]
+    assert torch.equal(trace.attention["down.1"], expected.attention["down.1"])
+    with Tracer(models, attention=True) as trace:
+        models.diffusion.middle[1](context=torch.zeros(1, 7, 32), x=torch.zeros(1, 32, 2, 3))
+    assert trace.attention["middle"].shape == (1, 2, 3, 7)
+
+
+def test_a_deep_cache(models):
+    """It runs all stages, and then the first and the last alone, without the network's own forward."""
+    with Tracer(models, activations=["diffusion.middle", "diffusion.time_embedding"], attention=True) as trace:
+        generate("a cat", models=models, deep_cache=2, **OPTIONS)
+    full, cached = (call.shapes for call in trace.calls if call.network == "diffusion")
+    assert len(full) == 28
+    assert list(cached) == ["in", "time_embedding", "down.0", "up.11", "conv_out"]
+    assert full["in"] == cached["in"] == (2, 4, 4, 5)
+    assert trace.shapes("diffusion")[0] == ("in", (2, 4, 4, 5))
+    assert trace.activation("diffusion.middle").shape == (2, 32, 1, 1)
+    assert trace.word_map("cat", "a cat").shape == (32, 40)
 
 
 @pytest.mark.parametrize(

@@ -226,12 +226,15 @@ def _schedule_parts(recording: Recording) -> dict[str, str]:
 
 
 def _unet_parts(trace: Tracer) -> dict[str, str]:
-    shapes = trace.shapes("diffusion")
+    runs_of_unet = [call for call in trace.calls if call.network == "diffusion"]
+    shapes = list(
+        max((call.shapes for call in runs_of_unet), key=len).items()
+    )  # a deep cache skips stages in some runs
     rows = [
         f'<tr><th scope="row">{name}</th>{"".join(f"<td>{size}</td>" for size in shape[1:])}</tr>\n'
         for name, shape in shapes
     ]
-    calls, batch = sum(call.network == "diffusion" for call in trace.calls), shapes[0][1][0]
+    calls, batch = len(runs_of_unet), shapes[0][1][0]
     runs = f"{calls} times" if calls > 1 else "once"
     runs += ", each time for two: with and without the prompt" if batch > 1 else ""
     return {"unet": unet_svg(shapes, set(trace.attention)), "shapes": "".join(rows), "runs": runs}
