@@ -10,8 +10,9 @@ from torch import Tensor, nn
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Scaled dot-product attention in `heads` independent heads: softmax(q k^T / sqrt(d)) v (1706.03762, eq. 1).
 
-    query (B, N, C), key and value (B, M, C) -> (B, N, C). The (N, M) matrix of scores is never stored whole.
-    `causal` lets position i see positions 0 to i only.
+    query (B, N, C), key and value (B, M, C) -> (B, N, C). `causal` lets position i see positions 0 to i only.
+    `scaled_dot_product_attention` has fused kernels (2205.14135) that never store the (N, M) matrix of scores whole;
+    where none fits the device, the dtype or the sizes, it falls back on the plain formula, which does.
     """
     # (B, N, C) -> (B, heads, N, C / heads)
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))

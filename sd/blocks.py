@@ -31,9 +31,10 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width with a convolution of stride 2. An odd side is rounded up.
+    """Halves height and width with a convolution of stride 2.
 
-    The U-Net pads one pixel on every side; the VAE was trained with padding on the right and at the bottom only.
+    `symmetric`, as in the U-Net, pads one pixel on every side, and half of an odd side is rounded up. The VAE was
+    trained with padding on the right and at the bottom only, and half of an odd side is rounded down.
     """
 
     def __init__(self, channels: int, symmetric: bool):

@@ -29,7 +29,7 @@ class VAEConfig:
     channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks_per_level: int = 2
     latent_channels: int = 4
-    groups: int = 32  # of every GroupNorm: 32 groups of a 32-channel network would be an instance norm
+    groups: int = 32  # of every GroupNorm
     scaling_factor: float = 0.18215  # brings the latents of the real VAE to unit variance
 
     @property
@@ -161,6 +161,7 @@ SD15 = ModelConfig()
 # The inpainting checkpoint's U-Net also sees the mask (1 channel) and the latents of the masked image (4).
 SD15_INPAINTING = replace(SD15, unet=replace(SD15.unet, in_channels=9))
 
+# 8 groups: with 32, the norms of 32 channels would be instance norms.
 TINY = ModelConfig(
     text=TextConfig(width=64, layers=3, heads=4),
     vae=VAEConfig(channels=(32, 32, 64, 64), groups=8, scaling_factor=1.0),

@@ -43,8 +43,10 @@ def check_finite(output: Tensor, network: nn.Module, name: str, inputs: Tensor |
 def run_half(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     """One half of the VAE on its inputs -> float32, finite. If it overflows in float16, it runs once more in float32.
 
-    Not in bfloat16, whose range is as wide: its 8 bits of precision would show as bands. The network itself stays in
-    float16, so that a picture depends on its own prompt and seed only, and not on the pictures that were made before.
+    Not in bfloat16, whose range is as wide: whole pictures in it are 0.4 of 255 levels off on average, against 0.04 in
+    float16 (tests/test_tiny_checkpoint.py). Neither is visible, but float32 loses nothing, and only this input pays
+    for it. The network itself stays in float16, so that a picture depends on its own prompt and seed only, and not on
+    the pictures that were made before.
 
     Raises NotFiniteError if float32 does not help, and at once in any other dtype.
     """

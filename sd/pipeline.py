@@ -42,9 +42,9 @@ class Step:
     timestep: int | float
     latents: Tensor  # after the step
     denoised: Tensor  # x_0 as predicted at this step: where the picture seems to be heading
-    noise: Tensor  # what the U-Net predicted, after guidance
-    noise_uncond: Tensor | None  # for the negative prompt; None without guidance
-    noise_cond: Tensor  # for the prompt
+    noise: Tensor  # what the U-Net predicted, after guidance: the noise, or v where it predicts v (2202.00512)
+    noise_uncond: Tensor | None  # likewise, for the negative prompt; None without guidance
+    noise_cond: Tensor  # likewise, for the prompt
 
 
 @advice()
@@ -77,7 +77,8 @@ def generate(
     `input_image` is the picture to start from, cropped to the size asked for; `strength`, in (0, 1], is how much of it
     may change, and `mask_image` where: white is repainted, black stays to the byte, and the edges are softened over
     `feather` pixels. `seed` makes the picture repeatable: to the byte on one machine with one number of threads and one
-    torch, to a level or two elsewhere; picture i of a list is the one that `seed + i` would give alone. `height` and
+    torch, to a level or two elsewhere; picture i of a list is the one that `seed + i` would give alone. (A decoder that
+    finds little memory free works in strips, which may change a picture of trained weights by a level.) `height` and
     `width` are multiples of 8, by default the size that the model was trained on. `device` is where to compute, and
     `idle_device` where networks wait for their turn. `models` defaults to the tiny model, `tokenizer` to the models'
     own, and `sampler_name`, `n_inference_steps` and `cfg_scale` to what their configuration says. With a `deep_cache`
@@ -130,7 +131,8 @@ def begin(
     generators = make_generators(seed, batch_size)
     usual = models.config.sampling
     sampler = SAMPLERS[sampler_name or usual.sampler](generators, schedule=models.config.schedule)
-    sampler.set_inference_timesteps(int(n_inference_steps or (sampler.default_steps if sampler_name else usual.steps)))
+    if n_inference_steps is not None or sampler_name is None:  # a sampler that is asked for has a default of its own
+        sampler.set_inference_timesteps(int(n_inference_steps or usual.steps))
     sampler.set_strength(strength)
     start = (models, batch_size, height, width, generators, input_image)
     if mask_image is None and not models.config.unet.inpaints:

@@ -38,8 +38,8 @@ class Moment:
     timestep: int | float
     latents: Tensor  # x_t: what the U-Net saw, before the step
     denoised: Tensor  # x_0 as predicted at this step
-    noise_uncond: Tensor | None  # for the negative prompt; None without guidance
-    noise_cond: Tensor  # for the prompt
+    noise_uncond: Tensor | None  # what the U-Net predicted, noise or v, for the negative prompt; None without guidance
+    noise_cond: Tensor  # likewise, for the prompt
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def karras_sigmas(n: int, sigma_max: float, sigma_min: float, rho: float = 7) ->
 class Sampler(ABC):
     """The base of all samplers: an algorithm adds `step`, and overrides the defaults below where its own are others."""
 
-    default_steps = 50
+    default_steps = 50  # or the number of training steps, if that is less
     spacing = "leading"
     steps_offset = 0  # of leading timesteps
     whole_timesteps = True  # False: the U-Net sees fractional ones, between those it was trained on
@@ -116,7 +116,7 @@ class Sampler(ABC):
         # Schedules are worked out by numpy in float64 and handed on as float32 tensors: MPS has no float64.
         a_t = self.alphas_cumprod.numpy().astype(float)
         self._training_sigmas = np.sqrt((1 - a_t) / a_t)  # (1000,)
-        self.set_inference_timesteps(self.default_steps)
+        self.set_inference_timesteps(min(self.default_steps, self.schedule.num_training_steps))
 
     def set_inference_timesteps(self, n: int) -> None:
         """Chooses the n timesteps to visit, noisiest first (for DDPM and n = 50: 980, 960, ... 20, 0).

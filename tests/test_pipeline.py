@@ -10,7 +10,7 @@ from PIL import Image
 
 from sd import generate, pipeline
 from sd.checkpoint import write_checkpoint
-from sd.config import SamplingConfig
+from sd.config import SamplingConfig, ScheduleConfig
 from sd.tokenizer import DEFAULT_MERGES, Tokenizer
 from tests.synthetic import MICRO, random_models, random_state
 
@@ -243,6 +243,8 @@ def test_the_configuration_says_how_pictures_are_made(models):
     assert np.array_equal(generate("a cat", models=usual, seed=1), expected)
     sampler, _, _ = pipeline.begin(usual, 1, "ddim")
     assert len(sampler.timesteps) == sampler.default_steps  # another sampler has a default of its own
+    short = replace(usual, config=replace(usual.config, schedule=ScheduleConfig(num_training_steps=20)))
+    assert len(pipeline.begin(short, 1, "ddim")[0].timesteps) == 20
 
 
 def test_a_scale_of_one_asks_the_unet_once(models):

@@ -139,6 +139,16 @@ def test_any_number_of_steps(name, steps):
     assert result.isfinite().all()
 
 
+@pytest.mark.parametrize("total", [1, 2, 20, 50])
+@every_sampler
+def test_a_schedule_may_be_shorter_than_the_default_number_of_steps(name, total):
+    sampler = SAMPLERS[name](None, num_training_steps=total)
+    timesteps = sampler.timesteps
+    assert timesteps.max() == total - 1
+    sampler.set_inference_timesteps(min(total, sampler.default_steps))
+    assert torch.equal(sampler.timesteps, timesteps)
+
+
 @every_sampler
 def test_default_steps(name):
     sampler = SAMPLERS[name]()
