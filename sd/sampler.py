@@ -16,6 +16,7 @@ scale sqrt(sigma_max^2 + 1); other implementations of them may start at sigma_ma
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -87,6 +88,21 @@ def karras_sigmas(n: int, sigma_max: float, sigma_min: float, rho: float = 7) ->
     return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n) ** rho
 
 
+def _warn_of_a_late_start(timesteps: np.ndarray, total: int) -> None:
+    """Warns unless the n timesteps, noisiest first, cover two thirds of all `total` with the steps that they begin.
+
+    Leading timesteps are total // n apart and cover n (total // n): two thirds at least for n up to total / 2, but 501
+    of 1000 where n is 501. A single one is 0 with most samplers. diffusers visits the same, so the numbers stay.
+    """
+    n, first = len(timesteps), timesteps[0]
+    if first + (first - timesteps[1] if n > 1 else 1) < 2 / 3 * total:
+        warnings.warn(
+            f"With {n} step{'s' * (n > 1)} this sampler starts at timestep {first:.4g}, where the U-Net expects less "
+            f"noise than a run starts from: take 2 to {total // 2} or {total} steps.",
+            stacklevel=3,
+        )
+
+
 class Sampler(ABC):
     """The base of all samplers: an algorithm adds `step`, and overrides the defaults below where its own are others."""
 
@@ -121,7 +137,9 @@ class Sampler(ABC):
     def set_inference_timesteps(self, n: int) -> None:
         """Chooses the n timesteps to visit, noisiest first (for DDPM and n = 50: 980, 960, ... 20, 0).
 
-        Raises ValueError unless 1 <= n <= the number of training steps.
+        Warns where more than the noisiest third of the timesteps is left out: a run starts from pure noise, which the
+        U-Net would take for a picture with noise on it. Raises ValueError unless 1 <= n <= the number of training
+        steps.
         """
         total = self.schedule.num_training_steps
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
@@ -137,6 +155,7 @@ class Sampler(ABC):
             self._all_timesteps = torch.tensor(timesteps, dtype=torch.float32)  # (n,)
         self._all_sigmas = np.append(sigmas, 0)  # (n + 1,): after the last step there is no noise
         self._start(0)
+        _warn_of_a_late_start(timesteps, total)
 
     def set_strength(self, strength: float) -> None:
         """Skips the first, noisiest steps, so that image-to-image keeps something of its image.

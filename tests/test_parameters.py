@@ -27,6 +27,8 @@ from tests.synthetic import MICRO, random_models
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 MASK = Image.new("L", (40, 24), 200)
+pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
+
 TOKENIZER = Tokenizer()
 
 plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="()[]\\:&"), max_size=20)

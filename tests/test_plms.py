@@ -8,6 +8,8 @@ from sd.ddim import DDIMSampler
 from sd.plms import ADAMS_BASHFORTH, PLMSSampler
 from tests.gaussian import order_of_convergence
 
+pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
+
 
 def make_sampler(steps, **schedule):
     sampler = PLMSSampler(schedule=ScheduleConfig(**schedule))

@@ -1,12 +1,19 @@
 """The noise schedule and what all samplers share."""
 
+import sys
+import warnings
+
 import pytest
 import torch
 
+from scripts import demo
+from sd.checkpoint import write_checkpoint
 from sd.config import ScheduleConfig
 from sd.ddpm import DDPMSampler
 from sd.euler import EulerKarrasSampler, EulerSampler
 from sd.sampler import draw_noise, karras_sigmas, make_betas, space_timesteps
+from sd.samplers import SAMPLERS
+from tests.synthetic import MICRO, random_state
 
 
 def make_sampler(**schedule):
@@ -41,7 +48,8 @@ def test_timesteps_lead():
     assert sampler.timesteps.tolist() == list(range(980, -1, -20))
     sampler.set_inference_timesteps(1000)
     assert sampler.timesteps.tolist() == list(range(999, -1, -1))
-    sampler.set_inference_timesteps(1)
+    with pytest.warns(UserWarning, match="^With 1 step"):
+        sampler.set_inference_timesteps(1)
     assert sampler.timesteps.tolist() == [0]
 
 
@@ -161,6 +169,54 @@ def test_a_generator_per_image_gives_what_it_gives_alone():
 def test_bad_steps(steps):
     with pytest.raises(ValueError, match="number of steps should be a whole number from 1 to 1000"):
         make_sampler().set_inference_timesteps(steps)
+
+
+@pytest.mark.parametrize(
+    "name, steps, first",
+    [
+        ("ddpm", 501, "500"),
+        ("ddim", 501, "501"),
+        ("plms", 600, "600"),
+        ("ddpm", 666, "665"),
+        ("ddpm", 1, "0"),
+        ("ddim", 1, "1"),
+        ("euler", 1, "0"),
+        ("heun_karras", 1, "0"),
+    ],
+)
+def test_a_run_that_starts_with_less_noise_than_there_is_warns(name, steps, first):
+    plural = "" if steps == 1 else "s"
+    sentence = (
+        f"^With {steps} step{plural} this sampler starts at timestep {first}, where the U-Net expects less noise than "
+        "a run starts from: take 2 to 500 or 1000 steps.$"
+    )
+    sampler = SAMPLERS[name]()
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        sampler.set_inference_timesteps(steps)
+    assert len(caught) == 1
+
+
+@pytest.mark.filterwarnings("default:With 1 step this sampler starts")
+def test_the_demo_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    write_checkpoint(tmp_path / "micro.ckpt", random_state(MICRO), MICRO.to_dict())
+    monkeypatch.chdir(tmp_path)
+    options = ["--checkpoint", "micro.ckpt", "--steps", "1", "--sampler", "euler", "--device", "cpu", "--dtype", "fp32"]
+    monkeypatch.setattr(sys, "argv", ["demo.py", "a cat", *options])
+    assert demo.main() == 0
+    said = [line for line in capsys.readouterr().err.split("\n") if line.startswith("demo.py: ")]
+    assert said == [
+        "demo.py: With 1 step this sampler starts at timestep 0, where the U-Net expects less noise than a run starts "
+        "from: take 2 to 500 or 1000 steps."
+    ]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_usual_numbers_of_steps_do_not_warn(name):
+    sampler = SAMPLERS[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steps in (*range(2, 501), 1000):
+            sampler.set_inference_timesteps(steps)
 
 
 @pytest.mark.parametrize("strength", [0, -0.1, 1.01, float("nan")])

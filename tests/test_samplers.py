@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_leaves
 from sd.config import ScheduleConfig
 from sd.samplers import SAMPLERS
 
+pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
+
 STOCHASTIC = ("ddpm", "euler_a", "dpm++2m_sde", "dpm++2m_sde_karras")
 ASKS_TWICE = ("plms", "heun", "heun_karras")
 

@@ -15,6 +15,8 @@ from tests.synthetic import MICRO, random_networks
 
 diffusers = pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
+
 SHAPE = (2, 4, 8, 8)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 
