@@ -36,7 +36,7 @@ MEASURES = {
     "import": "import, beyond torch, s",
     "tokenizer": "tokenizer, prompts a second",
     "tiny": "tiny model, cold process to picture, s",
-    "load": "load, s",
+    "load": "load, once all is imported, s",
     "first": "cold process to the first step, s",
     "step": "U-Net step, batch of 2 at 64x64, s",
     "decode": "VAE decode, 512x512, s",
@@ -167,14 +167,15 @@ def run(*command: str | Path) -> str:
 
 
 def cold_starts(options: argparse.Namespace, contestants: list[tuple], results: Results) -> None:
-    """Loading, and the way to the first step and through it, each in a fresh process. The files are in the system's
-    cache, and weights that are mapped come from there during that step."""
+    """Importing, loading, and the way to the first step and through it, each in a fresh process. The files are in the
+    system's cache, and weights that are mapped come from there during that step."""
     for _ in range(min(3, options.runs)):
         for contestant in contestants:
             with workers([contestant]) as (worker,):
-                seconds = worker.ask("load")["seconds"]
+                imports, loading = worker.ask("imports")["seconds"], worker.ask("load")["seconds"]
                 if "load" in options.only:
-                    results.add("load", worker.name, seconds)
+                    results.add("imports", worker.name, imports)
+                    results.add("load", worker.name, loading)
                 if "first" in options.only:
                     worker.ask("read")
                     results.add("first", worker.name, time.perf_counter() - worker.started)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 import time
 from functools import partial
@@ -24,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from sd.memory import OutOfMemory, advice
+
+if sys.platform != "win32":
+    import resource
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROMPT = "a photograph of an astronaut riding a horse"
@@ -53,6 +55,9 @@ class Contestant:
 class Ours(Contestant):
     """This project."""
 
+    def imports(self) -> None:
+        import sd.pipeline  # noqa: F401
+
     def load(self) -> None:
         from sd import load_models
 
@@ -71,7 +76,9 @@ class Ours(Contestant):
         self.models.encoder(self.random(1, 3, 8 * self.side, 8 * self.side))
 
     def decode(self) -> None:
-        self.models.decoder(self.random(1, 4, self.side, self.side))
+        from sd.pipeline import decode_latents
+
+        decode_latents(self.models, self.random(1, 4, self.side, self.side))  # in strips, where pictures are
 
     def picture(self, steps: int = 1, count: int = 1) -> None:
         from sd import generate
@@ -84,10 +91,17 @@ class Ours(Contestant):
 class Diffusers(Contestant):
     """diffusers, as its documentation recommends it: in 16 bits with the networks in channels-last order."""
 
+    def imports(self) -> None:
+        from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+        from transformers import CLIPTextModel  # noqa: F401
+
     def load(self) -> None:
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel
 
+        from sd.tokenizer import Tokenizer
+
+        self.tokenizer = Tokenizer()  # each library has its own; ours is as quick as any
         parts = {"text": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}
         for name, kind in parts.items():
             network = kind.from_pretrained(f"{self.path}/{name}", torch_dtype=self.dtype).to(self.device).eval()
@@ -101,9 +115,7 @@ class Diffusers(Contestant):
 
     def read(self) -> torch.Tensor:
         """The negative prompt, and the prompt."""
-        from sd.tokenizer import Tokenizer
-
-        return self.text(Tokenizer()(["", PROMPT]).to(self.device))[0]
+        return self.text(self.tokenizer(["", PROMPT]).to(self.device))[0]
 
     def step(self) -> None:
         timesteps = torch.tensor([500, 500], device=self.device)
@@ -155,8 +167,10 @@ def timed(device: torch.device, function) -> float:
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """The most memory that this process has had so far, in GB: resident, and on the device."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    peak = {}
+    if sys.platform != "win32":
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device) / 1e9
     return peak

@@ -80,6 +80,9 @@ def download(weights: Weights, folder: Path, url: str, sleep: Callable[[float], 
     folder.mkdir(parents=True, exist_ok=True)
     with locked(partial) as file:
         complete(file, weights, url, sleep)
+        if fcntl:  # under the lock, so that no other download begins in between
+            os.replace(partial, target)
+    if not fcntl:  # Windows renames no file that is open
         os.replace(partial, target)
     return f"{target} is complete, and its SHA-256 is right."
 
@@ -115,23 +118,33 @@ def difference(file: HashedFile, weights: Weights) -> str:
 @contextmanager
 def locked(partial: Path) -> Iterator[BinaryIO]:
     """Open the partial file for appending, for one process at a time. If the process dies, the system unlocks it."""
-    with open(partial, "a+b") as file:
-        if fcntl:
+    empty = False
+    try:
+        with open(partial, "a+b") as file:
+            if fcntl:
+                _lock(file, partial)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DownloadError(f"Another download into {partial} is under way: wait for its end.") from None
-            except OSError:
-                pass  # a network drive without locks
-            # Between opening and locking it, another download may have ended, and given it its final name.
-            if not partial.exists() or not os.path.samestat(os.stat(partial), os.fstat(file.fileno())):
-                raise DownloadError(f"Another download into {partial} has just ended: run this again.")
-        try:
-            yield file
-        finally:
-            file.flush()
-            if os.fstat(file.fileno()).st_size == 0:
-                partial.unlink(missing_ok=True)
+                yield file
+            finally:
+                file.flush()
+                empty = os.fstat(file.fileno()).st_size == 0
+                if fcntl and empty:  # under the lock
+                    partial.unlink(missing_ok=True)
+    finally:
+        if empty and not fcntl:  # Windows removes no file that is open
+            partial.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO, partial: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DownloadError(f"Another download into {partial} is under way: wait for its end.") from None
+    except OSError:
+        pass  # a network drive without locks
+    # Between opening and locking it, another download may have ended, and given it its final name.
+    if not partial.exists() or not os.path.samestat(os.stat(partial), os.fstat(file.fileno())):
+        raise DownloadError(f"Another download into {partial} has just ended: run this again.")
 
 
 def main(arguments: list[str] | None = None) -> int:

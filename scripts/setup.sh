@@ -4,7 +4,10 @@
 # What they say goes to standard error: standard output belongs to the caller.
 
 environment=$root/.venv
-python=$environment/bin/python
+case $(uname -s) in
+    MINGW* | MSYS* | CYGWIN*) python=$environment/Scripts/python.exe ;; # Git's shell on Windows
+    *) python=$environment/bin/python ;;
+esac
 
 say() {
     printf '%s\n' "$*" >&2

@@ -12,7 +12,10 @@ from contextlib import contextmanager
 import torch
 
 # What torch's RuntimeErrors say: the CPU's allocator has no error class of its own, and MPS has none either.
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+SIGNS = (
+    *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"),
+    *("Invalid buffer size", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
 ADVICE = (
     "ask for a smaller height and width or for fewer prompts at once, load the model with dtype=torch.float16 "
     "(torch.bfloat16 on a CPU), or let the networks wait elsewhere with idle_device='cpu'"
@@ -39,6 +42,8 @@ def advice() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     raise OutOfMemory(f"There is not enough memory ({reason or 'none is left'}): {ADVICE}.")
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from sd.blocks import ResidualBlock, Upsample
 from sd.decoder import Decoder
+from sd.tuning import is_compiled
 
 # How many of its largest map `Decoder.forward` takes, with some to spare. Measured on the CPU: 3.2 in channels-last
 # order, 3.9 in contiguous order in float32, 5.4 in contiguous order in bfloat16.
@@ -45,6 +46,7 @@ def needed(decoder: Decoder, latents: Tensor) -> bool:
     for large maps in float32 on a CPU, always: there strips save most and cost next to no time.
 
     Not always while somebody listens to the decoder through forward hooks, as a `Tracer` does: they would hear nothing.
+    Nor if it is compiled, for then it is faster whole.
     """
     weight = decoder.conv_in.weight
     pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(decoder.levels) - 1)
@@ -53,7 +55,7 @@ def needed(decoder: Decoder, latents: Tensor) -> bool:
     if MAPS_AT_ONCE * largest > (FREE_IF_UNKNOWN if free is None else free):
         return True
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and largest >= LARGE_MAP and not _is_heard(decoder)
+    return on_cpu and largest >= LARGE_MAP and not _is_heard(decoder) and not is_compiled(decoder)
 
 
 def _is_heard(decoder: Decoder) -> bool:
@@ -199,7 +201,8 @@ def _statistics(norm: nn.GroupNorm, x: FeatureMap) -> tuple[Tensor, Tensor]:
     """
     shares, means, variances = [], [], []
     for top, bottom in x.strips():
-        mean, variance = torch.zeros(2, norm.num_channels, device=x.stored.device)
+        # One by one: halves of one tensor are views, which MPS would update in a copy.
+        mean, variance = (torch.zeros(norm.num_channels, device=x.stored.device) for _ in range(2))
         _batch_norm(norm, x.read(top, bottom), mean, variance, measure=True)
         count = (bottom - top) * x.width
         shares.append((bottom - top) / x.height)

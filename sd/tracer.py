@@ -31,6 +31,7 @@ from sd.diffusion import SpatialTransformer
 from sd.model_loader import Models
 from sd.prompts import layout
 from sd.tokenizer import Tokenizer
+from sd.tuning import is_compiled
 
 NETWORKS = ("clip", "encoder", "diffusion", "decoder")
 STAGE = re.compile(r"(layers|levels|down|up)\.\d+|middle|conv_in|conv_out")
@@ -52,13 +53,15 @@ class Tracer:
     module of a network has a name (`named_modules`). They are kept for every call, so mind the memory. `attention`
     records what each pixel of the latents attends to in the prompt.
 
-    Raises ValueError for a name that no module has.
+    Raises ValueError for a name that no module has, and for models that were compiled.
     """
 
     def __init__(self, models: Models, activations: Iterable[str] = (), attention: bool = False):
         self.calls: list[Call] = []
         self._tokenizer, self._downscale = models.tokenizer, models.config.vae.downscale
         self._networks: dict[str, nn.Module] = {name: getattr(models, name) for name in NETWORKS}
+        if any(map(is_compiled, self._networks.values())):
+            raise ValueError("models should be loaded without compiled=True for a Tracer: it could hear nothing.")
         self._kept = set(activations)
         known = {f"{name}.{part}" for name, network in self._networks.items() for part, _ in network.named_modules()}
         if unknown := sorted(self._kept - known):

@@ -51,8 +51,10 @@ def keep_freed_memory() -> None:
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether packed weights help here: on a CPU, in bfloat16, where torch has oneDNN."""
-    here = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return here and dtype == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    # Without AVX-512 or its like, oneDNN has kernels that compute in bfloat16, but none that packs.
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def settle(module: nn.Module, place: Callable[[Tensor], Tensor], packs: bool) -> None:
@@ -111,6 +113,11 @@ class PackedGEGLU(nn.Module):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}proj.weight"] = torch.cat([self.value.to_dense(), self.gate.to_dense()])
         destination[f"{prefix}proj.bias"] = self.bias.detach()
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether `compile_networks` was there: its modules then run without being called, and hooks in it hear nothing."""
+    return network._compiled_call_impl is not None
 
 
 def compile_networks(networks: list[nn.Module], device: torch.device, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,26 @@ def test_one_download_at_a_time(server, tmp_path):
     message = r"Another download into .*model\.ckpt\.part is under way: wait"
     with script.locked(tmp_path / "model.ckpt.part"), pytest.raises(DownloadError, match=message):
         run(server, tmp_path)
+    run(server, tmp_path)
+    assert files(tmp_path) == {"model.ckpt": BODY}
+
+
+def test_without_locks_a_file_is_renamed_and_removed_only_once_it_is_closed(server, tmp_path, monkeypatch):
+    """As Windows wants it."""
+    opened = []
+    monkeypatch.setattr(script, "fcntl", None)
+
+    def remembering(*args):
+        opened.append(open(*args))  # noqa: SIM115
+        return opened[-1]
+
+    monkeypatch.setattr(script, "open", remembering, raising=False)
+    replace, unlink = os.replace, Path.unlink
+    monkeypatch.setattr(script.os, "replace", lambda *paths: opened[-1].closed and replace(*paths))
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: opened[-1].closed and unlink(path, **options))
+    with script.locked(tmp_path / "model.ckpt.part"):
+        pass
+    assert files(tmp_path) == {}
     run(server, tmp_path)
     assert files(tmp_path) == {"model.ckpt": BODY}
 

@@ -1,5 +1,10 @@
 """Tuned networks compute what plain ones do, give back their weights, and can be had without."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,9 +12,11 @@ from sd import generate, load_models
 from sd.checkpoint import write_checkpoint
 from sd.diffusion import Diffusion
 from sd.model_converter import to_compvis
+from sd.tracer import Tracer
 from sd.tuning import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, settle
-from tests.synthetic import MICRO, random_networks, random_state
+from tests.synthetic import MICRO, random_models, random_networks, random_state
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
@@ -92,6 +99,23 @@ def test_a_tuned_picture_is_the_plain_one_but_for_rounding(checkpoint):
         for tuned in (True, False)
     ]
     assert abs(pictures[0] - pictures[1]).mean() < 3
+
+
+def test_a_processor_without_the_instructions_packs_nothing(checkpoint):
+    """oneDNN has no packed bfloat16 for AVX2 alone: loading would raise."""
+    code = (
+        "import torch; from sd import load_models;"
+        f"models = load_models({str(checkpoint)!r}, 'cpu', torch.bfloat16);"
+        "models.diffusion(torch.zeros(1, 4, 8, 8).bfloat16(), torch.zeros(1, 77, 32).bfloat16(), torch.tensor([5]))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, cwd=ROOT)
+
+
+def test_a_tracer_refuses_compiled_networks():
+    models = random_models(MICRO)
+    models.decoder.compile(backend="eager")
+    with pytest.raises(ValueError, match="should be loaded without compiled=True for a Tracer"):
+        Tracer(models)
 
 
 @pytest.mark.slow

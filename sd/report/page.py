@@ -227,9 +227,8 @@ def _schedule_parts(recording: Recording) -> dict[str, str]:
 
 def _unet_parts(trace: Tracer) -> dict[str, str]:
     runs_of_unet = [call for call in trace.calls if call.network == "diffusion"]
-    shapes = list(
-        max((call.shapes for call in runs_of_unet), key=len).items()
-    )  # a deep cache skips stages in some runs
+    fullest = max((call.shapes for call in runs_of_unet), key=len)  # a deep cache skips stages in some runs
+    shapes = list(fullest.items())
     rows = [
         f'<tr><th scope="row">{name}</th>{"".join(f"<td>{size}</td>" for size in shape[1:])}</tr>\n'
         for name, shape in shapes
