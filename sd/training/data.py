@@ -6,6 +6,7 @@ In: how many scenes to draw, or a folder of somebody's own pictures. Out: `Pictu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -100,17 +101,37 @@ def load_folder(folder: Path, cache: Path, size: int) -> Pictures:
     else in one text file beside each picture, `cat.txt`, a caption a line. Raises DataError if there is no folder, no
     picture in it, a picture without a caption, or one that cannot be read; OSError if the cache cannot be written.
     """
+    captions = read_captions(folder)
+    pictures = (_read_picture(folder / name, size) for name in captions)
+    path = cache / "folder.npy"
+    cache.mkdir(parents=True, exist_ok=True)
+    _write_pixels(path, pictures, len(captions), size, "reading pictures")
+    return Pictures(np.load(path, mmap_mode="r"), list(captions.values()))
+
+
+def read_captions(folder: Path) -> dict[str, list[str]]:
+    """The captions of each picture in a folder, by the name of its file. Raises DataError as `load_folder` does."""
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}: give one with pictures and their captions.")
     listed = folder / "captions.jsonl"
     captions = _read_jsonl(listed) if listed.exists() else _read_texts(folder)
     if not captions:
         raise DataError(f"{folder} holds no pictures: it needs files such as cat.png with cat.txt beside each.")
-    pictures = (_read_picture(folder / name, size) for name in captions)
-    path = cache / "folder.npy"
-    cache.mkdir(parents=True, exist_ok=True)
-    _write_pixels(path, pictures, len(captions), size, "reading pictures")
-    return Pictures(np.load(path, mmap_mode="r"), list(captions.values()))
+    return captions
+
+
+def fingerprint(folder: Path, captions: dict[str, list[str]]) -> str:
+    """The SHA-256 of pictures and their captions. Raises DataError for a picture that is not there."""
+    digest = hashlib.sha256(json.dumps(captions).encode())
+    for name in captions:
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"There is no file {path}: every caption needs its picture.")
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
+    return digest.hexdigest()
 
 
 def _read_picture(path: Path, size: int) -> np.ndarray:

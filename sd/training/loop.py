@@ -66,10 +66,20 @@ class TrainingError(ValueError):
 class Training:
     """A stage on its way. `run` trains to the end; `state_path` is where it is kept meanwhile and thereafter."""
 
-    def __init__(self, stage: Stage, out: Path, device: torch.device, minutes: float, steps: int | None, seed: int):
-        """Resumes if `out` holds a state of this stage, whose own budget then counts. Raises TrainingError if that is
-        of another configuration, OSError if `out` cannot be written."""
-        self.stage, self.device = stage, device
+    def __init__(
+        self,
+        stage: Stage,
+        out: Path,
+        device: torch.device,
+        minutes: float,
+        steps: int | None,
+        seed: int,
+        record: dict | None = None,
+    ):
+        """Resumes if `out` holds a state of this stage, whose own budget then counts. `record` says what the run is on
+        (record.py); it is kept in the state. Raises TrainingError if that is of another configuration, OSError if `out`
+        cannot be written."""
+        self.stage, self.device, self.record = stage, device, record
         self.state_path = out / f"{stage.name}.state"
         self.minutes, self.total, self.step, self.seconds, self.loss = minutes, steps, 0, 0.0, math.nan
         self.networks = stage.networks.to(device)
@@ -157,6 +167,7 @@ class Training:
         """Writes the state, which appears complete or not at all. Raises OSError if it cannot be written."""
         state = {
             "config": self.stage.config,
+            "record": self.record,
             "step": self.step,
             "total": self.total,
             "seconds": self.seconds,
@@ -213,10 +224,11 @@ def save_atomically(state: dict, path: Path) -> None:
         raise OSError(f"{path} cannot be written ({reason}); what was there before is kept.") from error
 
 
-def load_state(path: Path) -> dict:
-    """What `save_atomically` wrote. Raises TrainingError if there is none, or if it is damaged."""
+def load_state(path: Path, mapped: bool = False) -> dict:
+    """What `save_atomically` wrote; with `mapped`, tensors are read only when used. Raises TrainingError if there is
+    none, or if it is damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise TrainingError(f"There is no {path}: train stage {path.stem} first.") from None
     except Exception as error:

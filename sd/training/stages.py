@@ -31,6 +31,7 @@ from sd.tokenizer import Tokenizer
 from sd.training.data import Pictures, load_folder, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Progress, Stage, Training, TrainingError, load_state, save_atomically
+from sd.training.record import check_folder, make_record
 from sd.training.text import CaptionEncoder, TextStage, retrieval, silence_unknown_tokens, tokenise
 from sd.training.vae import DecoderStage, VAEStage, encode_all, normalise_latents, psnr, reconstruct
 
@@ -56,21 +57,24 @@ class Workshop:
     ):
         """`save_every` is in minutes. `start` is a checkpoint: its text encoder and autoencoder stay as they are, and
         `diffusion`, the only stage then, begins with its U-Net. Raises FileNotFoundError or CheckpointError for a
-        `start` that cannot be read, ValueError for pictures that cannot be used, OSError for `out`."""
+        `start` that cannot be read, ValueError for pictures that cannot be used or an `out` that holds another run,
+        OSError for `out`."""
         self.out, self.seed, self.save_every = out, seed, save_every
         self.device = best_device(device)
         self.start = start and load_models(start, "cpu", torch.float32, tuned=False)
         self.source = start or out / "vae.state"  # of the latents
         self.config = self.start.config if self.start else config
         self.tokenizer = Tokenizer()
+        self.record = make_record(scenes, folder, seed, start, self.start)
+        if self.record["pictures"] < FEWEST:
+            raise TrainingError(f"{self.record['pictures']} pictures are too few to train on: {FEWEST} are the least.")
+        check_folder(out, self.record)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise TrainingError(f"The folder {out} cannot be used: a file of that name is in the way.") from None
         size = config.image_size
         everything = load_folder(folder, out, size) if folder else load_scenes(out, scenes, size)
-        if len(everything) < FEWEST:
-            raise TrainingError(f"{len(everything)} pictures are too few to train on: {FEWEST} are the least.")
         held_back = min(HELD_BACK, -(-len(everything) // 10))
         split = len(everything) - held_back
         self.pictures = Pictures(everything.pixels[:split], everything.captions[:split])
@@ -81,7 +85,9 @@ class Workshop:
         if self.start and name != "diffusion":
             raise TrainingError(f"A finished model can go on with only stage diffusion, not {name}.")
         torch.manual_seed(self.seed)
-        training = Training(self._stage(name), self.out, self.device, minutes, steps, self.seed)
+        training = Training(self._stage(name), self.out, self.device, minutes, steps, self.seed, self.record)
+        if training.done:
+            log.info("%s is finished, after %d steps.", name, training.step)
         look = {"text": self._look_at_text, "diffusion": self._look_at_diffusion}.get(name, self._look_at_vae)
         with tqdm(total=training.total, initial=training.step, desc=name, mininterval=1) as bar:
 
@@ -148,14 +154,14 @@ class Workshop:
         return clip.eval().requires_grad_(False)
 
     def _latents(self) -> tuple[Tensor, Tensor]:
-        """The latents of all pictures, made once for each autoencoder."""
+        """The latents of all pictures, made once for each autoencoder and training set."""
         path, source = self.out / "latents.state", self.source.stat().st_mtime_ns
         if path.exists():
             known = load_state(path)
-            if known["source"] == source and len(known["means"]) == len(self.pictures):
+            if known["source"] == source and known.get("record") == self.record:
                 return known["means"], known["stds"]
         means, stds = encode_all(self.vae[0].to(self.device), self.pictures, self.device)
-        save_atomically({"source": source, "means": means, "stds": stds}, path)
+        save_atomically({"source": source, "record": self.record, "means": means, "stds": stds}, path)
         return means, stds
 
     def _look_at_vae(self, training: Training) -> str:
