@@ -30,7 +30,8 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import Parser
+from scripts.command_line import Parser, exit_status
+from scripts.output_files import write_json
 
 MEASURES = {
     "import": "import, beyond torch, s",
@@ -89,7 +90,9 @@ class Worker:
         self.name = " ".join([library, dtype, *how])
         command = [sys.executable, ROOT / "scripts/benchmark_worker.py", library, dtype, device, path, *how]
         self.started = time.perf_counter()
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        # In a session of its own: Ctrl-C is for this process alone, which then ends the workers.
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
 
     def ask(self, *command: object) -> dict[str, float]:
         self.process.stdin.write(json.dumps(command) + "\n")
@@ -251,19 +254,11 @@ def make_weights(options: argparse.Namespace, reference: bool) -> tuple[Path, Pa
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        results = benchmark(options)
-    except (OSError, ValueError) as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        return 2
-    machine = describe_machine()
-    print(f"{machine}\n\n{results.table()}")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "figures": results.figures}, indent=2) + "\n")
-    return 0
+    return exit_status("benchmark.py", lambda: benchmark(options), "interrupted; nothing was written.")
 
 
-def benchmark(options: argparse.Namespace) -> Results:
+def benchmark(options: argparse.Namespace) -> None:
+    """Measures what the options ask for, prints the table, and writes the file."""
     from sd.model_loader import best_device, best_dtype
 
     results = Results()
@@ -282,7 +277,10 @@ def benchmark(options: argparse.Namespace) -> Results:
             contestants += [(library, fast, str(device), path, True) for library, path in libraries]
         if LARGE & set(options.only):
             large_things(options, contestants, results)
-    return results
+    machine = describe_machine()
+    print(f"{machine}\n\n{results.table()}")
+    if options.json:
+        write_json(options.json, {"machine": machine, "figures": results.figures})
 
 
 def describe_machine() -> str:

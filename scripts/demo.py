@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.captions import DTYPES, command, details, grid, parameters
-from scripts.command_line import Parser
+from scripts.command_line import Parser, import_torch
 from scripts.output_files import candidates, check_free, first_path, save
 
 TINY_PROMPT = "a red lighthouse by the sea at sunset, on the right, with the sun"
@@ -119,6 +119,7 @@ def make_pictures(options: argparse.Namespace) -> None:
     """Checks everything, loads the weights, and writes one picture after the other."""
     first = first_path(options.out, options.overwrite)
     check_files(options)
+    import_torch()
     from sd import images  # not before: torch takes a second, and bad input should not have to wait
     from sd.prompt_matrix import expand
     from sd.report import write_report

@@ -148,7 +148,7 @@ def _lock(file: BinaryIO, partial: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("download.py", __doc__)
+    parser = Parser("download.py", __doc__, packages=["tqdm"])
     parser.add_argument("which", nargs="?", choices=WEIGHTS, default="safetensors", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=DATA, metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--url", metavar="ADDRESS", help="another place where the same file is")

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from PIL import Image
+from scripts.command_line import Parser, exit_status
+from scripts.output_files import make_folder
 
-from scripts.command_line import Parser
-from sd import generate, load_models, pipeline
-from sd.images import write_png
-from sd.model_loader import Models
-from sd.sheets import contact_sheet
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sd.model_loader import Models
+
+# torch and sd are imported inside the functions: Ctrl-C, or a Python without torch, is then one line of main's.
 
 PROMPTS = [
     "a red house on green hills at noon, on the left",
@@ -35,6 +38,9 @@ SAMPLER_STEPS = (5, 10, 20, 50)
 
 def prompts_sheet(models: Models) -> Image.Image:
     """Eight prompts, four seeds each, all alike in everything else."""
+    from sd import generate
+    from sd.sheets import contact_sheet
+
     seeds = range(4)
     rows = [list(generate([prompt] * len(seeds), models=models, seed=0)) for prompt in PROMPTS]
     # The prompt runs over its whole row: it is the label of the first picture.
@@ -43,6 +49,9 @@ def prompts_sheet(models: Models) -> Image.Image:
 
 def steps_sheet(models: Models, prompt: str = PROMPTS[0]) -> Image.Image:
     """One picture coming to be: the latents decoded, and where they seem to be heading, at every fourth step."""
+    from sd import pipeline
+    from sd.sheets import contact_sheet
+
     generators = pipeline.make_generators(0, 1)
     sampler = pipeline.SAMPLERS["dpm++2m"](generators, schedule=models.config.schedule)
     sampler.set_inference_timesteps(20)
@@ -58,6 +67,11 @@ def steps_sheet(models: Models, prompt: str = PROMPTS[0]) -> Image.Image:
 
 def changes_sheet(models: Models) -> Image.Image:
     """A picture made again from itself: with another time of day, without clouds, with a part repainted."""
+    from PIL import Image
+
+    from sd import generate
+    from sd.sheets import contact_sheet
+
     height = width = models.config.image_size
     noon = generate(PROMPTS[0] + ", with clouds", models=models, seed=0)
     house = "a red house on green hills at night, on the left, with the moon"
@@ -73,6 +87,9 @@ def changes_sheet(models: Models) -> Image.Image:
 
 def samplers_sheet(models: Models, prompt: str = PROMPTS[2]) -> Image.Image:
     """The same prompt and seed under every sampler, with more and more steps."""
+    from sd import generate, pipeline
+    from sd.sheets import contact_sheet
+
     rows, labels = [], []
     for name in pipeline.SAMPLERS:
         options = {"models": models, "seed": 0, "sampler_name": name}
@@ -81,16 +98,25 @@ def samplers_sheet(models: Models, prompt: str = PROMPTS[2]) -> Image.Image:
     return contact_sheet(rows, labels)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = Parser("make_gallery.py", __doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "images", metavar="DIR")
-    out = parser.parse_args().out
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(__file__).resolve().parent.parent / "images", metavar="DIR")
+    out = parser.parse_args(arguments).out
+    return exit_status("make_gallery.py", lambda: make(out), "interrupted; the pictures printed above are complete.")
+
+
+def make(out: Path) -> None:
+    make_folder("--out", out)
+    from sd import load_models
+    from sd.images import write_png
+
     models = load_models()
     sheets = {"steps": steps_sheet, "changes": changes_sheet, "prompts": prompts_sheet, "samplers": samplers_sheet}
-    for name, make in sheets.items():
-        write_png(out / f"{name}.png", make(models), overwrite=True)
+    for name, draw in sheets.items():
+        write_png(out / f"{name}.png", draw(models), overwrite=True)
         print(out / f"{name}.png")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

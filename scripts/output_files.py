@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +41,18 @@ def check_folder(flag: str, path: Path) -> None:
         raise ValueError(f"{flag} should be in a folder of yours: {folder} {reason}.")
 
 
+def make_folder(flag: str, folder: Path) -> None:
+    """Makes a folder, if it is missing. Raises ValueError or OSError for one that nothing can be written into."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{flag} should be a folder: {folder} cannot be one, a file is in the way.") from None
+    except OSError as error:
+        raise OSError(f"{flag} {folder} cannot be written to ({error.strerror or error}).") from None
+
+
 def candidates(first: Path) -> Iterator[Path]:
     """picture.png, picture-2.png, picture-3.png, ..."""
     yield first
@@ -53,3 +67,11 @@ def save(write: Callable[..., None], names: Iterator[Path], replaced: Path | Non
         with contextlib.suppress(FileExistsError):
             write(path, *contents, overwrite=path == replaced)
             return path
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file whole or not at all, in place of one that is there. Raises OSError."""
+    from sd.files import write_whole  # not before: sd imports torch
+
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()), overwrite=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command_line import Parser
+from scripts.command_line import Parser, exit_status
 
 if TYPE_CHECKING:
     import torch
@@ -60,16 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
     options: argparse.Namespace = parser.parse_args(arguments)
     if options.out.exists():
         parser.error(f"{options.out} is there already: choose another name.")
-    from sd.checkpoint import write_checkpoint
+    return exit_status("synthetic_checkpoint.py", lambda: write(options), "interrupted; nothing was written.")
+
+
+def write(options: argparse.Namespace) -> None:
+    from sd.checkpoint import TORCH_SUFFIXES, write_checkpoint
     from sd.config import SD15
 
-    try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(options.out, random_state(SD15, options.seed))
-    except (ValueError, OSError) as error:
-        print(f"synthetic_checkpoint.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if options.out.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise ValueError(f"The name of {options.out} should end in .safetensors, {', '.join(TORCH_SUFFIXES)}.")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(options.out, random_state(SD15, options.seed))
 
 
 if __name__ == "__main__":

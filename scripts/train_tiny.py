@@ -1,12 +1,12 @@
 """Trains the tiny model from nothing, on scenes that it draws itself or on your own pictures -> tiny.ckpt.
 
-python scripts/train_tiny.py all --minutes 90 --out runs/tiny
-python scripts/train_tiny.py vae --minutes 20 --out runs/mine --folder my_pictures
+python scripts/train_tiny.py all --minutes 96 --out runs/tiny
+python scripts/train_tiny.py all --folder my_pictures --out runs/mine
 python scripts/train_tiny.py diffusion --start data/tiny.ckpt --minutes 30 --out runs/further
 
 Stages are vae, text and diffusion, in this order, and a last polish of the decoder; `all` is the four in a row. A run
-that was stopped goes on where it was when the same command is given again. With --start, the U-Net of a finished model
-learns further.
+that was stopped goes on where it was when the same command is given again; another training set, --seed or --start
+needs another --out. With --start, the U-Net of a finished model learns further.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command_line import Parser
+from scripts.command_line import Parser, exit_status
 
 SHARES = {"vae": 0.295, "text": 0.093, "diffusion": 0.568, "decoder": 0.044}  # of the minutes given to `all`
 
@@ -42,6 +42,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:  # NaN neither
             parser.error(f"--{name.replace('_', '-')} should be a number above 0, not {value}.")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed should be a whole number from 0 to 2**63 - 1, not {options.seed}.")
     if options.start and options.stage != "diffusion":
         parser.error(f"--start is for stage diffusion, not {options.stage}: the other networks stay as they are.")
     return options
@@ -49,33 +51,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     names = list(SHARES) if options.stage == "all" else [options.stage]
-    try:
-        with logging_redirect_tqdm():
-            train(options, names)
-    except KeyboardInterrupt:
-        print("train_tiny.py: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"train_tiny.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    interrupted = "interrupted; the same command goes on from the last checkpoint."
+    return exit_status("train_tiny.py", lambda: train(options, names), interrupted)
 
 
 def train(options: argparse.Namespace, names: list[str]) -> None:
     """The stages in turn; once there is a state of each, everything in one file."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from sd.training.stages import Workshop  # not before: torch takes a second, and a mistyped option should not wait
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     pictures = (options.folder, options.scenes)
-    workshop = Workshop(options.out, *pictures, options.device, options.seed, options.save_every, start=options.start)
-    for name in names:
-        minutes = options.minutes * (SHARES[name] if options.stage == "all" else 1)
-        workshop.train(name, minutes, options.steps)
-    if workshop.complete:
-        print(workshop.write_checkpoint())
+    with logging_redirect_tqdm():
+        workshop = Workshop(
+            options.out, *pictures, options.device, options.seed, options.save_every, start=options.start
+        )
+        for name in names:
+            minutes = options.minutes * (SHARES[name] if options.stage == "all" else 1)
+            workshop.train(name, minutes, options.steps)
+        if workshop.complete:
+            print(workshop.write_checkpoint())
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHUNK = 1 << 20  # bytes read at once
 TIMEOUT = 30  # seconds without a byte
@@ -66,6 +67,8 @@ class HashedFile:
 
 
 def progress(label: str, total: int | None, start: int = 0) -> tqdm:
+    from tqdm import tqdm  # not before: download.py is to say where it is missing
+
     return tqdm(desc=label, total=total, initial=start, unit="B", unit_scale=True, disable=total == 0)
 
 

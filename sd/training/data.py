@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -58,11 +59,20 @@ def load_scenes(cache: Path, count: int, size: int, first_seed: int = 0, held_ou
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         jobs = ((seed, size, held_out) for seed in range(first_seed, first_seed + count))
-        with ProcessPoolExecutor() as pool:
-            _write_pixels(path, pool.map(_draw, jobs, chunksize=64), count, size, "drawing scenes")
+        with ProcessPoolExecutor(initializer=_leave_interrupts) as pool:
+            try:
+                _write_pixels(path, pool.map(_draw, jobs, chunksize=64), count, size, "drawing scenes")
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # or it would draw to the end first
+                raise
     seeds = range(first_seed, first_seed + count)
     captions = [scene_and_captions(seed, CAPTIONS_PER_SCENE, held_out)[1] for seed in seeds]
     return Pictures(np.load(path, mmap_mode="r"), captions)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches every process: the one that waits for the pictures answers it for all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _draw(job: tuple[int, int, bool | None]) -> np.ndarray:

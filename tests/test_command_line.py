@@ -1,0 +1,159 @@
+"""What the scripts share: one line and no traceback, for Ctrl-C, bad input and a Python without the packages."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from scripts import benchmark, make_gallery, synthetic_checkpoint, train_tiny
+from scripts.command_line import exit_status
+from sd import files
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRIES = ["demo", "download", "train_tiny", "evaluate_tiny", "make_gallery", "benchmark", "synthetic_checkpoint"]
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (KeyboardInterrupt(), 130, "x.py: interrupted.\n"),
+        (ValueError("This cannot be."), 2, "x.py: This cannot be.\n"),
+        (ChildProcessError("It ended."), 2, "x.py: It ended.\n"),
+        (MemoryError("Too little."), 2, "x.py: Too little.\n"),
+    ],
+)
+def test_errors_are_one_line(capsys, error, status, line):
+    def work():
+        raise error
+
+    assert exit_status("x.py", work, "interrupted.") == status
+    assert capsys.readouterr().err == line
+
+
+def test_work_that_is_done_says_nothing(capsys):
+    assert exit_status("x.py", lambda: "a result", "interrupted.") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_interruption_while_torch_is_imported_counts_afterwards(tmp_path, monkeypatch, capsys):
+    """Torch imports numpy from C, which forgets the error."""
+    code = """
+        import contextlib, signal
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    """
+    (tmp_path / "torch.py").write_text(textwrap.dedent(code))
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    assert exit_status("x.py", lambda: pytest.fail("went on"), "interrupted.") == 130
+    assert capsys.readouterr().err == "x.py: interrupted.\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_bugs_are_not_hidden():
+    with pytest.raises(KeyError):
+        exit_status("x.py", lambda: {}["nothing"], "interrupted.")
+
+
+@pytest.mark.parametrize(
+    "script, function, arguments",
+    [
+        (train_tiny, "train", []),
+        (make_gallery, "prompts_sheet", ["--out", "gallery"]),
+        (benchmark, "benchmark", []),
+        (synthetic_checkpoint, "random_state", ["new/weights.safetensors"]),
+    ],
+)
+def test_an_interruption_is_one_line_and_status_130(tmp_path, monkeypatch, capsys, script, function, arguments):
+    monkeypatch.chdir(tmp_path)
+    for name in ("steps_sheet", "changes_sheet"):
+        monkeypatch.setattr(make_gallery, name, lambda models: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(script, function, interrupt)
+    assert script.main(arguments) == 130
+    error = capsys.readouterr().err
+    assert error.startswith(f"{Path(script.__file__).name}: interrupted; ")
+    assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.rglob("*.*")} <= {"steps.png", "changes.png"}
+
+
+def test_a_checkpoint_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(synthetic_checkpoint, "random_state", lambda *_: {"a": torch.zeros(9)})
+    monkeypatch.setattr(files.os, "fsync", interrupt)
+    assert synthetic_checkpoint.main([str(tmp_path / "a.safetensors")]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_python_without_packages_says_where_there_is_one(name, tmp_path):
+    arguments = [tmp_path / "new.ckpt"] if name == "synthetic_checkpoint" else []
+    command = [sys.executable, "-I", "-S", ROOT / f"scripts/{name}.py", *arguments]  # without site-packages
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    lacks = "tqdm" if name == "download" else "torch, numpy, PIL, tqdm, regex, ftfy"
+    assert result.stderr == (
+        f"{name}.py: this Python lacks {lacks}: `sh scripts/demo.sh` makes an environment with all that is needed, and "
+        f"`.venv/bin/python scripts/{name}.py` uses it.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_help_needs_no_packages(name):
+    command = [sys.executable, "-I", "-S", ROOT / f"scripts/{name}.py", "--help"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.startswith(f"usage: {name}.py")
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
+def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
+    """As a terminal does it: to the script, and to the processes that draw scenes for it."""
+    command = [sys.executable, ROOT / "scripts/train_tiny.py", "vae", "--out", tmp_path / "out"]
+    log = tmp_path / "log"
+    with open(log, "w") as opened:
+        process = subprocess.Popen(command, stderr=opened, start_new_session=True)
+    for _ in range(1000):
+        if "drawing scenes:   0%" in log.read_text() and "/20000" in log.read_text():
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "train_tiny.py: interrupted; the same command goes on from the last checkpoint."
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "script, arguments, sentence",
+    [
+        (make_gallery, ["--out", "exists.png"], "--out should be a folder: exists.png cannot be one, a file is in the"),
+        (train_tiny, ["--scenes", "4"], "4 pictures are too few to train on: 8 are the least."),
+        (train_tiny, ["--seed", "-1"], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
+        (synthetic_checkpoint, ["new/a.png"], "The name of new/a.png should end in .safetensors, .ckpt, .pt, .pth."),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(tmp_path, monkeypatch, capsys, script, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    Path("exists.png").write_text("kept")
+    monkeypatch.setattr(make_gallery, "steps_sheet", lambda *_: pytest.fail("drawn before checking"))
+    try:
+        status = script.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith(f"{Path(script.__file__).name}: {sentence}")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["exists.png"]
+    assert Path("exists.png").read_text() == "kept"
