@@ -1,23 +1,24 @@
-"""Measures how well the tiny model does what it is told -> a table, and evaluation.json.
+"""Measures how well the tiny model, or one trained like it, does what it is told -> a table, and evaluation.json.
 
-python scripts/evaluate_tiny.py --out runs/tiny
-python scripts/evaluate_tiny.py --out runs/tiny --prompts 800 --cfg-scales 3 5 7.5 --samplers ddpm
+python scripts/evaluate_tiny.py
+python scripts/evaluate_tiny.py --checkpoint runs/tiny/tiny.ckpt --out runs/tiny
+python scripts/evaluate_tiny.py --prompts 200 --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
 
-A judge is trained first, once, on fresh renders: a minute or two.
+A judge is trained first, once, on fresh renders: a minute or two. Where the text.state of its own training lies beside
+a checkpoint, the encoders in it give a second opinion.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command_line import Parser
+from scripts.command_line import Parser, exit_status
+from scripts.output_files import make_folder, write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,40 +26,78 @@ if TYPE_CHECKING:
     from sd.model_loader import Models
 
 JUDGE_SCENES, TEST_SCENES = 6000, 500
+FOLDER = "runs/evaluation"
+
+# What `generate` calls its arguments, and what they are called here.
+FLAGS = {
+    "n_inference_steps": "--steps",
+    "deep_cache": "--deep-cache",
+    "device": "--device",
+    "sampler_name": "--samplers",
+    "cfg_scale": "--cfg-scales",
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("evaluate_tiny.py", __doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="FILE", help="what to evaluate (default: the tiny model)")
-    add("--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="for the judge and the result (runs/tiny)")
+    add("--checkpoint", type=Path, metavar="FILE", help="what to evaluate (default: the tiny model in data/)")
+    add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"for the judge and the result ({FOLDER})")
     add("--prompts", type=int, default=400, metavar="N", help="seen, and as many held-out (400: intervals under 0.03)")
-    add("--cfg-scales", type=float, nargs="+", default=[5.0], metavar="S", help="guidance scales (5)")
-    add("--samplers", nargs="+", default=["ddpm"], metavar="NAME", help="sampling algorithms (ddpm)")
-    add("--steps", type=int, default=20, metavar="N", help="sampling steps (20)")
+    add("--cfg-scales", type=float, nargs="+", metavar="S", help="guidance scales (the model's own; tiny model: 5)")
+    add("--samplers", nargs="+", metavar="NAME", help="sampling algorithms (the model's own; tiny model: dpm++2m)")
+    add("--steps", type=int, metavar="N", help="sampling steps (the model's own; tiny model: 20)")
     add("--deep-cache", type=int, default=1, metavar="N", help="steps that share the U-Net's deep features (1)")
-    add("--judge-steps", type=int, default=600, metavar="N", help="how long to train the judge (600)")
+    add(
+        "--judge-steps", type=int, default=600, metavar="N", help="how long to train a judge, if none is in --out (600)"
+    )
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
     options = parser.parse_args(arguments)
-    for name in ("prompts", "steps", "deep_cache", "judge_steps"):
+    for name in ("prompts", "judge_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} should be at least 1, not {getattr(options, name)}.")
-    if not all(math.isfinite(scale) for scale in options.cfg_scales):
-        parser.error("--cfg-scales should be numbers; 1 to 14 are usual.")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        evaluate(options)
-    except KeyboardInterrupt:
-        print("evaluate_tiny.py: interrupted.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"evaluate_tiny.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    interrupted = "interrupted; the same command goes on with the judge, and draws the pictures anew."
+    return exit_status("evaluate_tiny.py", lambda: evaluate(options), interrupted)
+
+
+def prepare(options: argparse.Namespace) -> Models:
+    """The model to evaluate, whose own sampling fills what the options leave open; and the folder `out`.
+
+    Raises ValueError or OSError for what cannot be, before the judge is trained and anything is drawn.
+    """
+    from sd import load_models
+
+    check(options)
+    models = load_models(options.checkpoint, options.device)
+    if models.config.unet.inpaints:
+        raise ValueError("--checkpoint should make pictures from text alone: this one is made for inpainting.")
+    usual, most = models.config.sampling, models.config.schedule.num_training_steps
+    options.samplers = options.samplers or [usual.sampler]
+    options.cfg_scales = options.cfg_scales or [usual.cfg_scale]
+    options.steps = options.steps or usual.steps
+    if options.steps > most:
+        raise ValueError(f"--steps should be at most {most} with this checkpoint, not {options.steps}.")
+    make_folder("--out", options.out)
+    return models
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that `generate` would not take, under their names here."""
+    from sd.arguments import check_request
+
+    settings = {"n_inference_steps": options.steps, "deep_cache": options.deep_cache, "device": options.device}
+    for sampler in options.samplers or [None]:
+        for scale in options.cfg_scales or [None]:
+            try:
+                check_request("", sampler_name=sampler, cfg_scale=scale, **settings)
+            except ValueError as error:
+                name, _, rest = str(error).partition(" ")
+                raise ValueError(f"{FLAGS[name]} {rest}") from None
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -66,14 +105,10 @@ def evaluate(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from sd import load_models
-    from sd.pipeline import SAMPLERS
     from sd.training import evaluation
 
-    for name in options.samplers:
-        if name not in SAMPLERS:
-            raise ValueError(f"--samplers should be among {', '.join(SAMPLERS)}, not {name!r}.")
-    models = load_models(options.checkpoint, options.device)
+    models = prepare(options)
+    encoders = options.checkpoint and evaluation.load_encoders(options.checkpoint.parent / "text.state", models)
     judge = train_judge(options)
     rows, decibels = judge_renders(options, models, judge)
 
@@ -86,17 +121,22 @@ def evaluate(options: argparse.Namespace) -> None:
         name = f"{sampler} {options.steps} steps, scale {cfg_scale:g}, {'held out' if held_out else 'seen'}"
         rows[name] = evaluation.judge_accuracy(judge, pictures, wanted)
         rows[name]["lights"] = evaluation.lights_accuracy(pictures, scenes)
-        text_state = options.out / "text.state"
-        if text_state.exists():
-            second[name] = evaluation.second_opinion(text_state, models.tokenizer, pictures, prompts)
+        if encoders:
+            second[name] = evaluation.second_opinion(encoders, models.tokenizer, pictures, prompts)
 
     margin = evaluation.interval(0.95, options.prompts)
     print(table(rows), f"\nVAE: {decibels:.2f} dB. A share of .95 is known to within {margin:.3f}.")
     for name, share in second.items():
         print(f"{name}: {share:.1%} of the pictures find their prompt among {options.prompts}.")
-    result = {"psnr": decibels, "prompts": options.prompts, "interval_at_95": margin, "accuracy": rows}
+    result = {
+        "checkpoint": str(options.checkpoint or "data/tiny.ckpt"),
+        "psnr": decibels,
+        "prompts": options.prompts,
+        "interval_at_95": margin,
+        "accuracy": rows,
+    }
     result["retrieval"] = second
-    (options.out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out / "evaluation.json", result)
 
 
 def judge_renders(options: argparse.Namespace, models: Models, judge: nn.Module) -> tuple[dict[str, dict], float]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import benchmark, make_gallery, synthetic_checkpoint, train_tiny
+from scripts import benchmark, evaluate_tiny, make_gallery, synthetic_checkpoint, train_tiny
 from scripts.command_line import exit_status
 from sd import files
 
@@ -71,6 +71,7 @@ def test_bugs_are_not_hidden():
     "script, function, arguments",
     [
         (train_tiny, "train", []),
+        (evaluate_tiny, "evaluate", []),
         (make_gallery, "prompts_sheet", ["--out", "gallery"]),
         (benchmark, "benchmark", []),
         (synthetic_checkpoint, "random_state", ["new/weights.safetensors"]),
@@ -137,6 +138,14 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "script, arguments, sentence",
     [
+        (evaluate_tiny, ["--steps", "5000"], "--steps should be a whole number from 1 to 1000, not 5000."),
+        (evaluate_tiny, ["--deep-cache", "5000"], "--deep-cache should be a whole number from 1 to 1000, not 5000."),
+        (evaluate_tiny, ["--cfg-scales", "5", "nan"], "--cfg-scales should be a number; 1 to 14 is usual, not nan."),
+        (evaluate_tiny, ["--samplers", "ddpm", "magic"], "--samplers should be one of ddpm, "),
+        (evaluate_tiny, ["--device", "abacus"], "--device should be one that torch can use here, such as 'cpu', not"),
+        (evaluate_tiny, ["--checkpoint", "no.ckpt"], "There is no checkpoint no.ckpt: "),
+        (evaluate_tiny, ["--out", "exists.png"], "--out should be a folder: exists.png cannot be one, a file is in"),
+        (evaluate_tiny, ["--out", "exists.png/in"], "--out should be a folder: exists.png/in cannot be one, a file is"),
         (make_gallery, ["--out", "exists.png"], "--out should be a folder: exists.png cannot be one, a file is in the"),
         (train_tiny, ["--scenes", "4"], "4 pictures are too few to train on: 8 are the least."),
         (train_tiny, ["--seed", "-1"], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
@@ -146,6 +155,7 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
 def test_bad_input_is_one_sentence_before_any_work(tmp_path, monkeypatch, capsys, script, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     Path("exists.png").write_text("kept")
+    monkeypatch.setattr(evaluate_tiny, "train_judge", lambda *_: pytest.fail("trained before checking"))
     monkeypatch.setattr(make_gallery, "steps_sheet", lambda *_: pytest.fail("drawn before checking"))
     try:
         status = script.main(arguments)

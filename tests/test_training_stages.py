@@ -1,5 +1,6 @@
 """The stages on a model as small as can be: they learn, resume to the same numbers, and end in a checkpoint."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,19 +10,20 @@ import torch
 from PIL import Image
 
 import sd
-from scripts import train_tiny
+from scripts import evaluate_tiny, train_tiny
+from sd.checkpoint import write_checkpoint
 from sd.clip import CLIP
 from sd.decoder import Decoder
 from sd.encoder import Encoder
 from sd.tokenizer import Tokenizer
-from sd.training import stages
+from sd.training import evaluation, stages
 from sd.training.data import load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Training, TrainingError
 from sd.training.stages import Workshop
 from sd.training.text import end_states, pick_captions, retrieval, shrink, silence_unknown_tokens, tokenise
 from sd.training.vae import VAEStage, encode_all, normalise_latents, psnr
-from tests.synthetic import MICRO
+from tests.synthetic import MICRO, random_state
 
 CPU = torch.device("cpu")
 SMALL = replace(MICRO, vae=replace(MICRO.vae, scaling_factor=1.0))
@@ -222,6 +224,32 @@ def test_bad_options_exit_with_code_2(arguments, capsys):
         train_tiny.main(arguments)
     assert exit_.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoders_are_those_that_the_model_was_trained_with(trained, tmp_path, dtype):
+    models = sd.load_models(trained / "tiny.ckpt", "cpu", dtype)
+    encoders = evaluation.load_encoders(trained / "text.state", models)
+    pictures = torch.zeros(4, 3, 64, 64)
+    assert 0 <= evaluation.second_opinion(encoders, models.tokenizer, pictures, ["a red house"] * 4) <= 1
+    assert evaluation.load_encoders(tmp_path / "text.state", models) is None
+    write_checkpoint(tmp_path / "other.ckpt", random_state(SMALL), SMALL.to_dict())
+    other = sd.load_models(tmp_path / "other.ckpt", "cpu", dtype)
+    assert evaluation.load_encoders(trained / "text.state", other) is None
+
+
+def test_a_model_is_evaluated_as_it_makes_pictures(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_tiny, "JUDGE_SCENES", 64)
+    monkeypatch.setattr(evaluate_tiny, "TEST_SCENES", 8)
+    model = trained / "tiny.ckpt"
+    arguments = ["--checkpoint", model, "--out", tmp_path, "--prompts", 2, "--judge-steps", 2, "--device", "cpu"]
+    assert evaluate_tiny.main([*map(str, arguments)]) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    names = [f"dpm++2m 20 steps, scale 7.5, {kind}" for kind in ("seen", "held out")]  # as the checkpoint says it
+    assert list(result["accuracy"]) == ["renders", "through the VAE", *names]
+    assert list(result["retrieval"]) == names
+    assert result["checkpoint"] == str(model)
+    assert names[1] in capsys.readouterr().out
 
 
 def test_shares_of_the_minutes_are_all_of_them():

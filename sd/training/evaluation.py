@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd.checkpoint import read_state_dict
-from sd.config import TINY
 from sd.model_loader import Models
 from sd.pipeline import SAMPLERS, decode_latents, denoise, encode_prompt, get_latents, make_generators
 from sd.tokenizer import Tokenizer
@@ -154,14 +153,27 @@ def load_judge(path: Path) -> PictureEncoder:
     return judge.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def second_opinion(text_state: Path, tokenizer: Tokenizer, pictures: Tensor, prompts: list[str]) -> float:
-    """How often a picture's own prompt is the likeliest of all N, in the eyes of the contrastive encoders of stage 2.
+def load_encoders(text_state: Path, models: Models) -> nn.ModuleDict | None:
+    """The contrastive encoders of stage 2, if they are those with which the text encoder of `models` was trained.
 
-    pictures (N, 3, H, W) in [-1, 1] -> a share in 0..1. Raises TrainingError if that stage has not been trained.
+    None if there is no such file, or if it holds another training's. Raises TrainingError if it is damaged.
     """
-    state = load_state(text_state)["average"]
-    networks = nn.ModuleDict({"pictures": PictureEncoder(), "captions": CaptionEncoder(TINY.text)}).eval()
+    if not text_state.exists():
+        return None
+    state, own = load_state(text_state)["average"], models.clip.position_embedding.weight.cpu()
+    # Its token embeddings were changed since; these were only rounded, to the 16 bits of the checkpoint.
+    if not torch.equal(state["captions.clip.position_embedding.weight"].half().to(own.dtype), own):
+        return None
+    networks = nn.ModuleDict({"pictures": PictureEncoder(), "captions": CaptionEncoder(models.config.text)}).eval()
     networks.load_state_dict({name: tensor for name, tensor in state.items() if name != "log_scale"})
-    seen = torch.cat([networks["pictures"](part) for part in pictures.split(64)])
-    return retrieval(seen, networks["captions"](tokenizer(prompts)))
+    return networks
+
+
+@torch.no_grad()
+def second_opinion(encoders: nn.ModuleDict, tokenizer: Tokenizer, pictures: Tensor, prompts: list[str]) -> float:
+    """How often a picture's own prompt is the likeliest of all N, in the eyes of these encoders.
+
+    pictures (N, 3, H, W) in [-1, 1] -> a share in 0..1.
+    """
+    seen = torch.cat([encoders["pictures"](part) for part in pictures.split(64)])
+    return retrieval(seen, encoders["captions"](tokenizer(prompts)))
