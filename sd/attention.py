@@ -3,8 +3,12 @@
 In: tokens (B, N, width), and for cross-attention the context (B, M, context_width). Out: tokens (B, N, width).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+STORING = ("mps",)  # devices on which the scores of all heads may be stored, in float32
+MOST_SCORES = 1 << 30  # bytes of them at a time
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -12,11 +16,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: boo
 
     query (B, N, C), key and value (B, M, C) -> (B, N, C). `causal` lets position i see positions 0 to i only.
     `scaled_dot_product_attention` has fused kernels (2205.14135) that never store the (N, M) matrix of scores whole;
-    where none fits the device, the dtype or the sizes, it falls back on the plain formula, which does.
+    where none fits the dtype or the sizes, it falls back on the plain formula, which does. On MPS, where it may have
+    none, some queries attend at a time.
     """
     # (B, N, C) -> (B, heads, N, C / heads)
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    if query.device.type in STORING and not causal:
+        rows = max(1, MOST_SCORES // (4 * query[:, :, 0, 0].numel() * key.shape[2]))
+        parts = [F.scaled_dot_product_attention(part, key, value) for part in query.split(rows, dim=2)]
+        out = torch.cat(parts, dim=2)  # (B, heads, N, C / heads)
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     return out.transpose(1, 2).flatten(2)  # (B, N, C)
 
 

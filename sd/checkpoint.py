@@ -85,6 +85,8 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         raise FileNotFoundError(f"There is no checkpoint at {path}.") from None
     except PermissionError:
         raise PermissionError(f"{path} may not be read by this user.") from None
+    except OSError as error:  # a disk that fails, or a system that has no memory to map the file
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a damaged file can break any step in any way
         reason = " ".join(str(error)[:200].split()) or type(error).__name__
         raise CheckpointError(f"{path} is damaged, or not a checkpoint: {reason}.") from error

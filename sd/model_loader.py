@@ -193,8 +193,16 @@ def place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 @contextmanager
 def awake(network: nn.Module, device: torch.device, idle_device: Device = None) -> Iterator[None]:
-    """The network on `device` while it works, and on `idle_device`, if there is one, once it has."""
-    network.to(device)
+    """The network on `device` while it works, and on `idle_device`, if there is one, once it has.
+
+    Raises ValueError for packed weights, which stay where they are (`sd.tuning`).
+    """
+    try:
+        network.to(device)
+    except NotImplementedError:
+        raise ValueError(
+            f"Packed weights cannot move to {device}: load the models there, or with tuned=False."
+        ) from None
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ from sd.sampler import Sampler, draw_noise, make_generators
 from sd.samplers import SAMPLERS
 from sd.strips import InStrips, needed
 from sd.tokenizer import Tokenizer
+from sd.tuning import is_compiled
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def generate(
     mask_image = None if mask_image is None else read_mask_image(mask_image, input_image)
     models = models or load_models(device=device)
     device = models.device if device is None else best_device(device)
+    if idle_device is not None and is_compiled(models.diffusion):
+        raise ValueError("idle_device should be None for compiled models: their graphs know where the weights lie.")
     models = replace(models, tokenizer=tokenizer or models.tokenizer, device=device)
     prompts = [prompt] if isinstance(prompt, str) else prompt
 
@@ -241,12 +244,13 @@ def denoise(
     latents, context = latents.to(device), context.to(device, dtype)
     unet = models.diffusion if deep_cache == 1 else DeepCache(models.diffusion, deep_cache)
     first, last = (share * len(sampler.timesteps) for share in cfg_interval)
+    seen = sampler.timesteps.to(device)  # once: a GPU would have to stop for every one of them
     for index, timestep in enumerate(sampler.timesteps):
         guided = len(context) > len(latents) and first <= index < last and cfg_scale != 1
         rows = context if guided else context[-len(latents) :]  # (2B, 77, W), or the conditional half (B, 77, W)
         inputs = latents if known is None else known.beside(latents)  # (B, 4 or 9, h, w)
         inputs = inputs.to(dtype).repeat(len(rows) // len(inputs), 1, 1, 1)  # (2B, 4 or 9, h, w)
-        noise = unet(inputs, rows, timestep.to(device).expand(len(rows))).float()  # (2B, 4, h, w)
+        noise = unet(inputs, rows, seen[index].expand(len(rows))).float()  # (2B, 4, h, w)
         check_finite(noise, models.diffusion, "U-Net", inputs, f" at step {index + 1} of {len(sampler.timesteps)}")
         noise_uncond, noise_cond = noise.chunk(2) if guided else (None, noise)
         if guided:

@@ -12,12 +12,13 @@ from sd import generate, load_models
 from sd.checkpoint import write_checkpoint
 from sd.diffusion import Diffusion
 from sd.model_converter import to_compvis
+from sd.model_loader import awake
 from sd.tracer import Tracer
 from sd.tuning import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, settle
 from tests.synthetic import MICRO, random_models, random_networks, random_state
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+CPU, CUDA, MPS, META = torch.device("cpu"), torch.device("cuda"), torch.device("mps"), torch.device("meta")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,22 @@ def test_a_processor_without_the_instructions_packs_nothing(checkpoint):
         "models.diffusion(torch.zeros(1, 4, 8, 8).bfloat16(), torch.zeros(1, 77, 32).bfloat16(), torch.tensor([5]))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, cwd=ROOT)
+
+
+def test_packed_weights_cannot_move(checkpoint):
+    unet = load_models(checkpoint, "cpu", torch.bfloat16).diffusion
+    with (
+        pytest.raises(ValueError, match="Packed weights cannot move to meta: load the models there"),
+        awake(unet, META),
+    ):
+        pass
+
+
+def test_compiled_networks_stay_where_they_are():
+    models = random_models(MICRO)
+    models.diffusion.compile(backend="eager")
+    with pytest.raises(ValueError, match="idle_device should be None for compiled models"):
+        generate("a cat", models=models, idle_device="cpu")
 
 
 def test_a_tracer_refuses_compiled_networks():
