@@ -37,7 +37,7 @@ MEASURES = {
     "import": "import, beyond torch, s",
     "tokenizer": "tokenizer, prompts a second",
     "tiny": "tiny model, cold process to picture, s",
-    "load": "load, once all is imported, s",
+    "load": "load, once all is imported, s",  # with it goes "imports", what came before
     "first": "cold process to the first step, s",
     "step": "U-Net step, batch of 2 at 64x64, s",
     "decode": "VAE decode, 512x512, s",
@@ -177,7 +177,7 @@ def cold_starts(options: argparse.Namespace, contestants: list[tuple], results: 
             with workers([contestant]) as (worker,):
                 imports, loading = worker.ask("imports")["seconds"], worker.ask("load")["seconds"]
                 if "load" in options.only:
-                    results.add("imports", worker.name, imports)
+                    results.add("imports beyond torch, s", worker.name, imports)
                     results.add("load", worker.name, loading)
                 if "first" in options.only:
                     worker.ask("read")
