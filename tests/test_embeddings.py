@@ -111,6 +111,8 @@ def test_slerp_of_parallel_vectors_is_linear():
     others = torch.tensor([[1.0, 2.0], [3.0, 6.0], [0.0, 0.0], [-1.0, 0.0]])
     expected = torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.0, 0.0], [0.0, 0.0]])
     torch.testing.assert_close(slerp(ends, others, 0.5), expected)
+    quarter = torch.tensor([[1.0, 2.0], [1.5, 3.0], [0.0, 0.0], [0.5, 0.0]])
+    torch.testing.assert_close(slerp(ends, others, 0.25), quarter)
     nearly = torch.tensor([1.0, 1e-4])
     torch.testing.assert_close(slerp(nearly, torch.tensor([2.0, 0.0]), 0.5), torch.tensor([1.5, 0.5e-4]))
 

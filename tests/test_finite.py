@@ -113,6 +113,20 @@ def test_no_picture_comes_of_a_decoder_that_overflows_in_any_dtype(models, dtype
         generate("a cat", models=models, **QUICK)
 
 
+def test_a_decoder_that_overflows_in_bfloat16_does_not_run_again(models, monkeypatch):
+    """Its range is that of float32, which would not help. Here it would: so nobody has tried."""
+    forward, dtypes = models.decoder.forward, []
+
+    def overflow(latents):
+        dtypes.append(latents.dtype)
+        return forward(latents) * (1 if latents.dtype == torch.float32 else float("inf"))
+
+    monkeypatch.setattr(models.decoder.bfloat16(), "forward", overflow)
+    with pytest.raises(NotFiniteError, match="^The VAE decoder gave NaN or infinity, in bfloat16: load the model with"):
+        pipeline.decode_latents(models, torch.zeros(1, 4, 4, 4))
+    assert dtypes == [torch.bfloat16]
+
+
 def test_sound_networks_are_neither_searched_nor_warned_about(models, monkeypatch):
     for name in NETWORKS:
         monkeypatch.setattr(getattr(models, name), "state_dict", lambda: pytest.fail("searched"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sd import model_loader
-from sd.checkpoint import CheckpointError, write_checkpoint
+from sd.checkpoint import Checkpoint, CheckpointError, write_checkpoint
 from sd.config import SD15_INPAINTING
 from sd.model_converter import compvis_shapes, to_compvis
 from sd.model_loader import best_device, best_dtype, load_models, preload_models_from_standard_weights
@@ -50,6 +50,20 @@ def test_dtype(folder, dtype):
     models = load_models(folder / "micro.ckpt", "cpu", dtype)
     assert {p.dtype for p in models.diffusion.parameters()} == {dtype}
     assert {p.dtype for p in models.clip.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["micro.ckpt", "micro.safetensors"])
+def test_the_file_leaves_memory_as_copies_grow(folder, monkeypatch, name):
+    limit, released = 100_000, []
+    monkeypatch.setattr(model_loader, "RELEASE_AFTER", limit)
+    monkeypatch.setattr(Checkpoint, "release", lambda _: released.append(1))
+    models = load_models(folder / name, "cpu", torch.float16, tuned=False)
+    networks = (models.clip, models.encoder, models.decoder, models.diffusion)
+    copied = sum(4 * weight.numel() for network in networks for weight in network.parameters())  # bytes of the file
+    assert 10 < len(released) - 1 <= copied / limit  # one more at the end
+    released.clear()
+    load_models(folder / name, "cpu", torch.float32, tuned=False)
+    assert len(released) == 1  # nothing was copied
 
 
 def test_a_sampler_that_nobody_knows_is_refused(tmp_path, state):
