@@ -1,6 +1,10 @@
-"""What every test needs: the `--slow` option, no network for the reference libraries, Hypothesis without a clock."""
+"""What every test needs: the `--slow` option, no network for the reference libraries, Hypothesis without a clock.
+
+And the fixtures that several files share.
+"""
 
 import os
+import sys
 
 import pytest
 from hypothesis import settings
@@ -41,3 +45,33 @@ def server(monkeypatch):
     monkeypatch.setattr(transfer, "CHUNK", 10_000)
     with running() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory):
+    from sd.checkpoint import write_checkpoint
+    from tests.synthetic import MICRO, random_state
+
+    path = tmp_path_factory.mktemp("weights") / "micro.ckpt"
+    write_checkpoint(path, random_state(MICRO), MICRO.to_dict())
+    return path
+
+
+@pytest.fixture
+def run_demo(monkeypatch, tmp_path, capsys, demo_checkpoint):
+    """Runs the demo in an empty folder -> exit code, standard output, standard error."""
+    from scripts import demo
+
+    quick = ["--steps", "2", "--width", "32", "--height", "40", "--device", "cpu", "--dtype", "fp32"]
+    monkeypatch.chdir(tmp_path)
+
+    def run_demo(*arguments):
+        given = [*quick, "--checkpoint", demo_checkpoint, *arguments]
+        monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, given)])
+        try:
+            code = demo.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run_demo

@@ -1,10 +1,6 @@
-"""The demo script, as a person runs it."""
+"""The demo script, as a person runs it. Its grids, films and reports are tested in test_demo_other_files.py."""
 
-import base64
-import html
-import io
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,43 +10,13 @@ import pytest
 from PIL import Image
 
 from scripts import demo
-from sd.checkpoint import write_checkpoint
-from tests.synthetic import MICRO, random_state
+from tests.demo_results import names, prompt_and_seed
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["--steps", "2", "--width", "32", "--height", "40", "--device", "cpu", "--dtype", "fp32"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "micro.ckpt"
-    write_checkpoint(path, random_state(MICRO), MICRO.to_dict())
-    return str(path)
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, capsys, checkpoint):
-    """Runs the demo in an empty folder -> exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        quick = [*QUICK, "--checkpoint", checkpoint]
-        monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, quick), *map(str, arguments)])
-        try:
-            code = demo.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def names():
-    return sorted(path.name for path in Path().iterdir())
-
-
-def test_writes_a_picture_and_says_where(run):
-    code, out, _ = run("a cat", "--negative", "a dog", "--seed", 5, "--cfg-scale", 3)
+def test_writes_a_picture_and_says_where(run_demo):
+    code, out, _ = run_demo("a cat", "--negative", "a dog", "--seed", 5, "--cfg-scale", 3)
     assert code == 0
     path, _, seed, seconds, _ = out.split()
     assert (path, seed) == ("picture.png", "5")
@@ -64,57 +30,45 @@ def test_writes_a_picture_and_says_where(run):
     assert names() == ["picture.png"]
 
 
-def test_never_overwrites_by_itself(run):
+def test_never_overwrites_by_itself(run_demo):
     for expected in (["picture.png"], ["picture-2.png", "picture.png"]):
-        assert run("a cat")[0] == 0
+        assert run_demo("a cat")[0] == 0
         assert names() == expected
 
 
-def test_several_pictures_are_those_of_their_seeds(run):
-    run("a cat", "--n", 3, "--seed", 7, "--out", "cat.png")
+def test_several_pictures_are_those_of_their_seeds(run_demo):
+    run_demo("a cat", "--n", 3, "--seed", 7, "--out", "cat.png")
     assert names() == ["cat-2.png", "cat-3.png", "cat.png"]
-    run("a cat", "--seed", 8, "--out", "alone.png")
+    run_demo("a cat", "--seed", 8, "--out", "alone.png")
     alone, second = (np.asarray(Image.open(name)) for name in ("alone.png", "cat-2.png"))
     assert np.array_equal(alone, second)
 
 
-def test_out_may_be_a_folder(run):
-    assert run("a cat", "--out", "new/folder")[0] == 0
+def test_out_may_be_a_folder(run_demo):
+    assert run_demo("a cat", "--out", "new/folder")[0] == 0
     assert Path("new/folder/picture.png").exists()
-    assert run("a cat", "--out", "new")[0] == 0
+    assert run_demo("a cat", "--out", "new")[0] == 0
     assert Path("new/picture.png").exists()
 
 
-def test_overwrite_only_when_told(run):
+def test_overwrite_only_when_told(run_demo):
     Path("cat.png").write_text("precious")
-    code, _, err = run("a cat", "--out", "cat.png")
+    code, _, err = run_demo("a cat", "--out", "cat.png")
     assert code == 2
     assert "cat.png is there already" in err
     assert Path("cat.png").read_text() == "precious"
-    assert run("a cat", "--out", "cat.png", "--overwrite")[0] == 0
+    assert run_demo("a cat", "--out", "cat.png", "--overwrite")[0] == 0
     assert Image.open("cat.png").size == (32, 40)
 
 
-def test_only_the_file_that_was_named_is_overwritten(run):
-    precious = ["picture.png", "cat-2.png", "cat-grid.png"]
-    for name in (*precious, "cat.png"):
-        Path(name).write_text("precious")
-    assert run("a cat", "--film", "cat.gif", "--overwrite")[0] == 0
-    assert run("a cat", "--n", 2, "--grid", "--out", "cat.png", "--overwrite")[0] == 0
-    assert run("a cat", "--out", ".", "--overwrite")[0] == 0
-    assert [Path(name).read_text() for name in precious] == ["precious"] * 3
-    assert names() == sorted(
-        [*precious, "cat.png", "cat.gif", "picture-2.png", "picture-3.png", "cat-3.png", "cat-grid-2.png"]
-    )
-
-
-def test_a_picture_that_loses_much_is_a_line(run):
+def test_a_picture_that_loses_much_is_a_line(run_demo):
     Image.new("RGB", (90, 30)).save("wide.png")
     Image.new("RGB", (64, 82)).save("nearly.png")
     assert (
-        "wide.png, 90 x 30, is cropped about its centre to the shape of 32 x 40" in run("a", "--image", "wide.png")[2]
+        "wide.png, 90 x 30, is cropped about its centre to the shape of 32 x 40"
+        in run_demo("a", "--image", "wide.png")[2]
     )
-    assert "cropped" not in run("a", "--image", "nearly.png")[2]
+    assert "cropped" not in run_demo("a", "--image", "nearly.png")[2]
 
 
 def test_letters_that_the_terminal_has_not(tmp_path):
@@ -125,32 +79,26 @@ def test_letters_that_the_terminal_has_not(tmp_path):
     assert (ran.returncode, len(list(tmp_path.glob("*.png")))) == (0, 2)
 
 
-def test_image_to_image(run):
+def test_image_to_image(run_demo):
     Image.new("RGB", (50, 30), "red").save("red.jpg")
-    assert run("a cat", "--image", "red.jpg", "--strength", 0.5, "--out", "cat.png")[0] == 0
+    assert run_demo("a cat", "--image", "red.jpg", "--strength", 0.5, "--out", "cat.png")[0] == 0
     with Image.open("cat.png") as picture:
         assert picture.text["parameters"].endswith("Denoising strength: 0.5")
 
 
-def test_inpainting(run):
+def test_inpainting(run_demo):
     Image.new("RGB", (32, 40), "red").save("red.png")
     mask = Image.new("L", (32, 40))
     mask.paste(255, (0, 0, 32, 20))
     mask.save("mask.png")
-    assert run("a cat", "--image", "red.png", "--mask", "mask.png", "--out", "cat.png")[0] == 0
+    assert run_demo("a cat", "--image", "red.png", "--mask", "mask.png", "--out", "cat.png")[0] == 0
     pixels = np.asarray(Image.open("cat.png"))
     assert (pixels[20:] == (255, 0, 0)).all()
     assert (pixels[:18] != (255, 0, 0)).any()
 
 
-def prompt_and_seed(name):
-    with Image.open(name) as picture:
-        lines = picture.text["parameters"].split("\n")
-    return lines[0], int(lines[-1].split("Seed: ")[1].split(",")[0])
-
-
-def test_every_prompt_with_every_seed(run):
-    code, out, _ = run("a {red|blue} cat", "--n", 2, "a dog", "--seed", 5)  # a prompt may stand behind a flag
+def test_every_prompt_with_every_seed(run_demo):
+    code, out, _ = run_demo("a {red|blue} cat", "--n", 2, "a dog", "--seed", 5)  # a prompt may stand behind a flag
     assert code == 0
     lines = out.splitlines()
     assert lines[0].startswith("picture.png  seed 5  ")
@@ -158,82 +106,9 @@ def test_every_prompt_with_every_seed(run):
     found = [prompt_and_seed(line.split()[0]) for line in lines]
     assert found == [(prompt, seed) for prompt in ("a red cat", "a blue cat", "a dog") for seed in (5, 6)]
     assert len(names()) == 6
-    run("a blue cat", "--seed", 6, "--out", "alone.png")
+    run_demo("a blue cat", "--seed", 6, "--out", "alone.png")
     alone, fourth = (np.asarray(Image.open(name)) for name in ("alone.png", "picture-4.png"))
     assert np.array_equal(alone, fourth)
-
-
-@pytest.mark.parametrize(
-    "arguments, rows, columns",
-    [(["a cat", "--n", 3], 2, 2), (["a {red|blue} cat", "a dog"], 2, 2), (["a {red|blue|green} cat", "--n", 2], 3, 2)],
-)
-def test_grid(run, arguments, rows, columns):
-    code, out, _ = run(*arguments, "--grid", "--seed", 5, "--out", "cats.png")
-    assert code == 0
-    count = len(names()) - 1
-    assert out.splitlines()[-1] == f"cats-grid.png  {count} pictures"
-    with Image.open("cats-grid.png") as sheet:
-        assert sheet.width == columns * (32 + 4) - 4
-        assert rows * 40 < sheet.height < rows * (40 + 50)
-        assert "Seed: 5" in sheet.text["parameters"]
-        pixels = np.asarray(sheet)
-    first, last = np.asarray(Image.open("cats.png")), np.asarray(Image.open(f"cats-{count}.png"))
-    top = next(y for y in range(len(pixels)) if np.array_equal(pixels[y : y + 40, :32], first))
-    assert top > 10
-    x = (count - 1) % columns * 36
-    assert np.array_equal(pixels[-40:, x : x + 32], last)
-
-
-@pytest.mark.parametrize("suffix", [".webp", ".gif"])
-def test_film(run, suffix):
-    code, out, _ = run("a cat", "--n", 2, "--seed", 5, "--film", f"cat{suffix}")
-    assert code == 0
-    assert names() == sorted([f"cat-2{suffix}", f"cat{suffix}", "picture-2.png", "picture.png"])
-    assert out.splitlines()[1] == f"cat{suffix}  3 frames"
-    with Image.open(f"cat-2{suffix}") as film:
-        assert film.size == (32, 40)
-        assert film.is_animated
-    assert prompt_and_seed("picture-2.png") == ("a cat", 6)
-    run("a cat", "--n", 2, "--seed", 5, "--out", "again.png")
-    for one, other in (("picture.png", "again.png"), ("picture-2.png", "again-2.png")):
-        assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
-
-
-def test_films_overwrite_only_when_told(run):
-    Path("cat.gif").write_text("precious")
-    code, _, err = run("a cat", "--film", "cat.gif")
-    assert code == 2
-    assert "--film cat.gif is there already" in err
-    assert names() == ["cat.gif"]
-    assert run("a cat", "--film", "cat.gif", "--overwrite")[0] == 0
-    assert Image.open("cat.gif").size == (32, 40)
-
-
-def test_reports(run):
-    code, out, _ = run("a {red|blue} cat", "--seed", 5, "--report", "cat.html", "--film", "cat.gif")
-    assert code == 0
-    assert names() == sorted(["cat.html", "cat-2.html", "cat.gif", "cat-2.gif", "picture.png", "picture-2.png"])
-    assert out.splitlines()[2] == "cat.html  0.1 MB"
-    page = Path("cat-2.html").read_text(encoding="utf-8")
-    assert "<bdi>a blue cat</bdi>" in page
-    (line,) = (line for line in page.splitlines() if "<code>" in line)
-    command = html.unescape(line.partition("<code>")[2].partition("</code>")[0])
-    assert run(*shlex.split(command)[2:], "--out", "again.png")[0] == 0
-    run("a {red|blue} cat", "--seed", 5, "--out", "without.png")
-    for one in ("picture-2.png", "again.png", "without-2.png"):
-        with Image.open(one) as picture:
-            uri = base64.b64decode(page.partition("data:image/png;base64,")[2].partition('"')[0])
-            assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(uri))))
-
-
-def test_reports_overwrite_only_when_told(run, monkeypatch):
-    Path("cat.html").write_text("precious")
-    code, _, err = run("a cat", "--report", "cat.html")
-    assert code == 2
-    assert "--report cat.html is there already" in err
-    assert names() == ["cat.html"]
-    assert run("a cat", "--report", "cat.html", "--overwrite")[0] == 0
-    assert Path("cat.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 @pytest.mark.parametrize(
@@ -280,10 +155,10 @@ def test_reports_overwrite_only_when_told(run, monkeypatch):
         (["--magic"], "unrecognized arguments: --magic"),
     ],
 )
-def test_bad_input_is_one_sentence(run, arguments, sentence):
+def test_bad_input_is_one_sentence(run_demo, arguments, sentence):
     Path("text.png").write_text("not a picture")
     Path("page.ckpt").write_text("<!DOCTYPE html><html></html>")
-    code, out, err = run("a cat", *arguments)
+    code, out, err = run_demo("a cat", *arguments)
     assert code == 2
     assert out == ""
     assert sentence in err
@@ -293,31 +168,31 @@ def test_bad_input_is_one_sentence(run, arguments, sentence):
 
 
 @pytest.mark.filterwarnings("default")
-def test_long_prompts_and_weights_simply_work(run):
-    code, _, err = run("a (cat:1.3) " * 50, "--negative", "[dog]")
+def test_long_prompts_and_weights_simply_work(run_demo):
+    code, _, err = run_demo("a (cat:1.3) " * 50, "--negative", "[dog]")
     assert code == 0
     assert names() == ["picture.png"]
     assert "demo.py" not in err
 
 
-def test_a_bracket_that_is_not_closed_is_refused_before_any_weight_is_loaded(run, monkeypatch):
+def test_a_bracket_that_is_not_closed_is_refused_before_any_weight_is_loaded(run_demo, monkeypatch):
     from sd import pipeline
 
     monkeypatch.setattr(pipeline, "load_models", lambda *_: pytest.fail("loaded before checking"))
-    code, _, err = run("a cat", "--negative", "a (dog")
+    code, _, err = run_demo("a cat", "--negative", "a (dog")
     assert code == 2
     assert err.startswith("demo.py: --negative should have its brackets in pairs: nothing closes the '(' of '(dog'")
     assert err.count("\n") == 1
 
 
-def test_interruption_leaves_nothing_half_written(run, monkeypatch):
+def test_interruption_leaves_nothing_half_written(run_demo, monkeypatch):
     from sd import pipeline
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "decode_latents", interrupt)
-    code, out, err = run("a cat")
+    code, out, err = run_demo("a cat")
     assert code == 130
     assert out == ""
     assert "interrupted" in err
