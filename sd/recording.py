@@ -60,7 +60,7 @@ class Recording:
     models: Models
     picture: np.ndarray  # uint8 (H, W, 3)
     moments: list[Moment]  # 60 at most, evenly spaced, the first and the last step among them
-    sampler: Sampler  # its timesteps are those of all steps
+    sampler: Sampler  # its timesteps are those of all steps; `skipped` says how many strength left out
     known: Known | None  # what inpainting kept
     costs: dict[str, Cost]  # of "encode_prompt", "begin", "denoise" and "decode_latents"
 

@@ -228,6 +228,7 @@ class Sampler(ABC):
         n = len(self._all_timesteps)
         visits = [first + i for i in self._visits(n - first)]
         sigmas = self._all_sigmas[[*visits, n]]
+        self.skipped = first  # how many of the n timesteps strength left out
         self.timesteps = self._all_timesteps[visits]  # (m,)
         self.sigmas = torch.tensor(sigmas, dtype=torch.float32)  # (m + 1,)
         self.a = torch.tensor(1 / (1 + sigmas**2), dtype=torch.float32)  # (m + 1,): a_t at each, and 1 at the end

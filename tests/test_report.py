@@ -259,6 +259,30 @@ def test_from_a_picture(config):
     assert f"in: {config.unet.in_channels} × 4 × 5" in page.texts["title"]
 
 
+PICTURE = {"input_image": RED, "strength": 0.7}
+
+
+@pytest.mark.parametrize(
+    "more, late",
+    [
+        ({"sampler_name": "ddpm"}, False),  # its first timestep is 666, and no step is skipped
+        ({"sampler_name": "ddim", "strength": 0.7}, False),  # without a picture, strength counts for nothing
+        ({"sampler_name": "plms"}, False),
+        ({"sampler_name": "ddpm", **PICTURE}, True),
+        ({"sampler_name": "heun", **PICTURE}, True),
+        ({"sampler_name": "ddpm", **PICTURE, "mask_image": Image.new("L", (40, 32), "white")}, True),
+        ({"sampler_name": "ddpm", **PICTURE, "strength": 1}, False),
+        ({"n_inference_steps": 1, **PICTURE}, False),  # the only step is never skipped
+    ],
+)
+def test_only_what_strength_skips_is_said_to_be_skipped(models, more, late):
+    recorded, text = make(models, **more)
+    assert ("It begins late" in text) == late
+    hatched = [a for a in Page(text).all("span") if a.get("class") == "unvisited"]
+    start = 100 * (1 - recorded.moments[0].timestep / 999)
+    assert [a["style"] for a in hatched] == [f"width:{start:.2f}%"] * late
+
+
 def test_long_runs_are_thinned_out(models, monkeypatch):
     monkeypatch.setattr(recording, "MOST_MOMENTS", 4)
     _, text = make(models, n_inference_steps=9, height=8, width=8)

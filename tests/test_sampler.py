@@ -120,10 +120,13 @@ def test_strength_skips_the_noisiest_steps():
     sampler.set_inference_timesteps(50)
     sampler.set_strength(0.6)
     assert sampler.timesteps.tolist() == list(range(580, -1, -20))
+    assert sampler.skipped == 20
     sampler.set_strength(1)  # not of what was left, but of all steps
     assert len(sampler.timesteps) == 50
+    assert sampler.skipped == 0
     sampler.set_strength(0.001)
     assert sampler.timesteps.tolist() == [0]
+    assert sampler.skipped == 49
 
 
 def test_add_noise_is_the_forward_process():

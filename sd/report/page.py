@@ -216,7 +216,7 @@ def _schedule_parts(recording: Recording) -> dict[str, str]:
     places = [100 * (1 - timestep / last) for timestep in sampler.timesteps.tolist()]
     skipped = ""
     ticks = "".join(f'<span class="visited" style="left:{x:.2f}%"></span>' for x in places)
-    if places[0] > 1:  # image-to-image starts late
+    if sampler.skipped:  # a late first timestep alone says nothing: leading spacing has one too
         ticks = f'<span class="unvisited" style="width:{places[0]:.2f}%"></span>{ticks}'
         skipped = " It begins late, from the picture that was given, under so much noise: the hatched part is skipped."
     alt = f"Two curves over the timesteps, from {last} to 0: the share of noise falls from 1 to nearly 0, that of the "
