@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from sd import generate, recording
 from sd.film import frames
+from sd.preview import preview_for
 from sd.recording import record
 from sd.report import report
 from sd.tracer import Tracer
@@ -156,6 +158,15 @@ def test_one_entry_for_every_step(made, page):
     assert all(image["src"] == steps[1][image["id"]] for image in panels)  # what is seen before any script has run
 
 
+def test_what_the_prompt_adds_is_as_strong_as_noise(models, made, page):
+    pushes = [moment.noise_cond - moment.noise_uncond for moment in made[0].moments]
+    strongest = max(push.std() for push in pushes)
+    assert strongest < 0.9  # or this would tell nothing
+    preview = preview_for(models)
+    for step, push in zip(page.data["steps"], pushes, strict=True):
+        assert np.array_equal(pixels(step["push"]), preview(push / strongest)[0])
+
+
 def test_the_picture_is_that_of_generate(models, made, page):
     picture = pixels(page.one(id="picture")["src"])
     assert np.array_equal(picture, made[0].picture)
@@ -200,6 +211,14 @@ def test_a_prompt_is_text(models, page, prompt):
     assert "".join(found.texts["code"]) == f"demo.py '{prompt}'"
     assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
     assert len(found.data["maps"]) == len([a for a in found.all("button") if "token" in a.get("class", "")])
+
+
+def test_a_token_is_text_in_what_its_button_says(models):
+    _, text = make(models, 'a " <b> & cat', n_inference_steps=1)
+    buttons = [a for a in Page(text).all("button") if "token" in a.get("class", "")]
+    assert {tuple(a) for a in buttons} == {("type", "class", "aria-pressed", "style", "data-says")}
+    said = [re.fullmatch(r"“(.+)” got \d+\.\d% of the attention\.", a["data-says"]) for a in buttons[1:-1]]
+    assert [match and match[1] for match in said] == ["a", '"', "<", "b", ">", "&", "cat"]
 
 
 def test_settings_and_commands_are_text(models):

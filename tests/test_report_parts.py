@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from sd.recording import record
 from sd.report import write_report
+from sd.report.figures import schedule_svg
 from sd.report.pictures import encode, encode_exactly, encode_maps
 from sd.report.tokens import tokens_of
 from sd.tracer import Tracer
@@ -64,6 +66,13 @@ def test_bytes_that_are_no_text_are_in_hex(models):
         record("𓂀", models=models, **OPTIONS)
     texts = [token.text for token in tokens_of(models, "𓂀", trace)[1:-1]]
     assert bytes.fromhex("".join(texts)).decode() == "𓂀"
+
+
+def test_curves_are_shares_and_not_variances():
+    svg = schedule_svg([0.64, 0.36, 0])  # of timesteps 0, 1 and 2
+    drawn = dict(re.findall(r'class="(\w+)" d="([^"]+)"', svg))
+    assert drawn["signal"] == "M0.00,100.00 L50.00,40.00 L100.00,20.00"  # 1 - 0, 1 - 0.6 and 1 - 0.8
+    assert drawn["noise"] == "M0.00,0.00 L50.00,20.00 L100.00,40.00"  # 1 - 1, 1 - 0.8 and 1 - 0.6
 
 
 def noise_picture(seed: int, side: int = 64) -> np.ndarray:
