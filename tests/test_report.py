@@ -158,6 +158,27 @@ def test_one_entry_for_every_step(made, page):
     assert all(image["src"] == steps[1][image["id"]] for image in panels)  # what is seen before any script has run
 
 
+def test_without_scripts_the_step_shown_first_is_complete(page):
+    slider, step = page.one(id="step"), page.data["steps"][1]
+    assert slider["value"] == "1"
+    assert page.texts["output"] == [step["title"]]
+    assert slider["aria-valuetext"] == step["title"]
+    assert step["mixture"] in page.texts["figcaption"]
+    left = f"left:{step['x']:.2f}%"
+    assert page.one(id="mark")["style"] == left
+    assert page.one(id="signal-dot")["style"] == f"{left};top:{100 - 100 * step['signal']:.2f}%"
+    assert page.one(id="noise-dot")["style"] == f"{left};top:{100 - 100 * step['noise']:.2f}%"
+
+
+def test_without_scripts_it_is_said_what_does_not_work_and_shares_are_read(page):
+    tags = [tag for tag, a in page.elements if tag in ("noscript", "input") or "token" in a.get("class", "").split()]
+    shares = ["button", "noscript"] * 5  # start, a, red, cat, end
+    assert tags == ["noscript", *shares, "noscript", "input"]
+    said = [re.search(r"\d+\.\d%", a["data-says"])[0] for a in page.all("button") if "data-says" in a]
+    assert [text for text in page.texts["noscript"] if text.endswith("%")] == said
+    assert len([text for text in page.texts["noscript"] if "JavaScript" in text]) == 2
+
+
 def test_what_the_prompt_adds_is_as_strong_as_noise(models, made, page):
     pushes = [moment.noise_cond - moment.noise_uncond for moment in made[0].moments]
     strongest = max(push.std() for push in pushes)

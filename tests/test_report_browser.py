@@ -125,6 +125,29 @@ def test_the_slider_moves_pictures_and_mark(page):
     assert until(lambda: state(page)["loaded"])
 
 
+def test_without_scripts_the_middle_step_is_shown(page):
+    before = state(page)
+    mixture = page.find_element(By.ID, "mixture").text
+    switch = lambda off: page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": off})  # noqa: E731
+    switch(True)
+    try:
+        page.refresh()
+        after = {name: page.find_element(By.ID, name) for name in ("now", "mixture", "mark", "signal-dot", "noise-dot")}
+        assert (after["now"].text, after["mixture"].text) == (before["now"], mixture)
+        lines = page.find_element(By.CLASS_NAME, "player").text.splitlines()
+        assert lines[0].startswith("The slider needs JavaScript.")
+        for token in tokens(page):
+            assert token.text.splitlines()[-1] in token.get_attribute("data-says")
+        for name, wanted in zip(("signal-dot", "noise-dot"), before["dots"], strict=True):
+            style = after[name].get_attribute("style")
+            assert float(style.partition("top: ")[2].partition("%")[0]) == pytest.approx(wanted, abs=0.01)
+        for name in ("mark", "signal-dot", "noise-dot"):
+            left = after[name].get_attribute("style").partition("left: ")[2].partition("%")[0]
+            assert float(left) == pytest.approx(before["mark"], abs=0.01)
+    finally:
+        switch(False)
+
+
 def test_the_dots_lie_on_the_curves(page):
     slider = page.find_element(By.ID, "step")
     slider.send_keys(Keys.HOME)

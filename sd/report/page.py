@@ -61,13 +61,12 @@ def report(
         "width": str(width),
         "height": str(height),
         "ratio": f"{width / height:.4f}",
-        "last": str(len(steps) - 1),
-        "chosen": str(len(steps) // 2),
         "steps_note": steps_note,
         "settings": "".join(f"<dt>{escape(k)}</dt><dd><bdi>{escape(v)}</bdi></dd>\n" for k, v in settings.items()),
         "command": escape(command),
         **_prompt_parts(recording, tokens),
         **_picture_parts(recording),
+        **_slider_parts(steps),
         **_step_parts(recording, steps[len(steps) // 2]),
         **_schedule_parts(recording),
         **_unet_parts(trace),
@@ -113,10 +112,11 @@ def _token_buttons(tokens: list[Token]) -> str:
         name = f"“{token.text}”" if token.id is not None else f"The {token.text} of the prompt"
         says = f"{name} got {token.share:.1%} of the attention."
         below = "tokens" if token.id is None else f"{token.id}{weight}"
+        below = f"<small>{below}</small><noscript><small>{token.share:.1%}</small></noscript>"
         share = 0 if token.id is None else token.share / most
         buttons.append(
             f'<button type="button" class="{" ".join(classes)}" aria-pressed="false" style="--share:{share:.3f}" '
-            f'data-says="{escape(says)}"><bdi>{escape(token.text)}</bdi><small>{below}</small></button>\n'
+            f'data-says="{escape(says)}"><bdi>{escape(token.text)}</bdi>{below}</button>\n'
         )
     return "".join(buttons)
 
@@ -174,6 +174,21 @@ def _mixture(recording: Recording, timestep: float) -> tuple[float, float]:
     """sqrt(a_t) and sqrt(1 - a_t)."""
     a_t = float(recording.sampler.a_at(torch.tensor(timestep)))
     return a_t**0.5, (1 - a_t) ** 0.5
+
+
+def _slider_parts(steps: list[dict]) -> dict[str, str]:
+    """Where the slider stands at first, and what the script shows there: without scripts it stays so."""
+    chosen = len(steps) // 2
+    step = steps[chosen]
+    return {
+        "last": str(len(steps) - 1),
+        "chosen": str(chosen),
+        "now": step["title"],
+        "mixture": step["mixture"],
+        "x": f"{step['x']:.2f}",
+        "signal_y": f"{100 - 100 * step['signal']:.2f}",
+        "noise_y": f"{100 - 100 * step['noise']:.2f}",
+    }
 
 
 def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
