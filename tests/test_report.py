@@ -1,12 +1,9 @@
-"""Reports: whole pages that need nothing else, on which a prompt is never anything but text."""
+"""Reports: whole pages that need nothing else, with and without scripts."""
 
 import base64
 import hashlib
-import io
-import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -19,69 +16,13 @@ from sd.preview import preview_for
 from sd.recording import record
 from sd.report import report
 from sd.tracer import Tracer
+from tests.pages import OPTIONS, RED, Page, make, pixels
 from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
-
-OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}
-RED = Image.new("RGB", (40, 32), "red")
-VOID = {"meta", "img", "input", "br", "link", "hr"}
-
-
-class Page(HTMLParser):
-    """Reads a page, and fails at one whose elements are not properly nested."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: dict[str, list[str]] = {}  # by the element that they stand in
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        if self.open:
-            for tag in set(self.open):
-                self.texts.setdefault(tag, []).append(text)
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def one(self, **wanted: str) -> dict[str, str]:
-        (found,) = (a for _, a in self.elements if wanted.items() <= a.items())
-        return found
-
-    @property
-    def data(self) -> dict:
-        return json.loads(self.texts["script"][0])
 
 
 @pytest.fixture(scope="module")
 def models():
     return random_models(MICRO)
-
-
-def make(models, prompt="a red cat", uncond_prompt="", **more) -> tuple[recording.Recording, str]:
-    with Tracer(models, attention=True) as trace:
-        recorded = record(prompt, uncond_prompt, models, **OPTIONS | more)
-    settings = {"Prompt": prompt, "Seed": "3"}
-    return recorded, report(recorded, frames(recorded), trace, settings, f"demo.py '{prompt}'")
-
-
-def pixels(uri: str) -> np.ndarray:
-    head, _, body = uri.partition(";base64,")
-    assert head in ("data:image/png", "data:image/webp")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(body, validate=True))))
 
 
 @pytest.fixture(scope="module")
@@ -201,57 +142,6 @@ def test_without_guidance_there_is_one_prediction(models):
     assert page.one(id="cond")
     assert "a dog" not in text
     assert "each time for two" not in text
-
-
-HOSTILE = [
-    "<script>document.title = 'owned'</script>",
-    "</script><script>alert(1)</script>",
-    "</title></style><img src=x onerror=alert(1)>",
-    '" onmouseover="alert(1)" x="',
-    "' onfocus='alert(1)",
-    "&lt;b&gt; &amp;amp; <!-- -->",
-    "$style ${data} $$ %s {0}",
-    "http://example.com/x.png and //example.com",
-    "naïve café 🦊 猫 \u202eright to left\u202c",
-    "two\nlines\tand a tab",
-    "",
-]
-
-
-@pytest.mark.parametrize("prompt", HOSTILE)
-def test_a_prompt_is_text(models, page, prompt):
-    _, text = make(models, prompt, prompt or "x", n_inference_steps=1)
-    assert text.encode("utf-8")
-    found = Page(text)
-    harmless = ("button", "small", "bdi", "span", "p", "noscript")  # how many of these there are hangs on the prompt
-    tags, wanted = ([tag for tag, _ in one.elements if tag not in harmless] for one in (found, page))
-    assert [tag for tag in tags if tag not in ("dt", "dd")] == [tag for tag in wanted if tag not in ("dt", "dd")]
-    shown = " ".join(prompt.split())
-    assert "".join(found.texts["h1"]) == (shown or "(an empty prompt)")
-    assert shown in found.one(id="picture")["alt"]
-    assert "".join(found.texts["code"]) == f"demo.py '{prompt}'"
-    assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
-    assert len(found.data["maps"]) == len([a for a in found.all("button") if "token" in a.get("class", "")])
-
-
-def test_a_token_is_text_in_what_its_button_says(models):
-    _, text = make(models, 'a " <b> & cat', n_inference_steps=1)
-    buttons = [a for a in Page(text).all("button") if "token" in a.get("class", "")]
-    assert {tuple(a) for a in buttons} == {("type", "class", "aria-pressed", "style", "data-says")}
-    said = [re.fullmatch(r"“(.+)” got \d+\.\d% of the attention\.", a["data-says"]) for a in buttons[1:-1]]
-    assert [match and match[1] for match in said] == ["a", '"', "<", "b", ">", "&", "cat"]
-
-
-def test_settings_and_commands_are_text(models):
-    with Tracer(models, attention=True) as trace:
-        recorded = record("a cat", models=models, **OPTIONS | {"n_inference_steps": 1})
-    half = "\ud83d.png"  # what a file name can hold and no page
-    page = Page(
-        report(recorded, frames(recorded), trace, {"<b>": "<i>", "Image": half}, f"demo.py --image {half} '<b>'")
-    )
-    assert "".join(page.texts["code"]) == "demo.py --image ?.png '<b>'"
-    assert page.texts["dt"] == ["<b>", "Image"]
-    assert page.texts["dd"] == ["<i>", "?.png"]
 
 
 def test_pieces_of_a_word_stand_together(models):
