@@ -22,7 +22,8 @@ MAP_SIDES = (64, 32, 16)
 def encode(pictures: list[np.ndarray], budget: int) -> tuple[list[str], str]:
     """Pictures of the steps -> their URIs, by the first of WAYS in which all of them together fit into `budget` bytes.
 
-    Also what that did to them, in words: "exact", or for instance "at quality 90" or "128 pixels wide".
+    Also what that did to them, in words: "exact", or for instance "at most 128 pixels long, at WebP quality 90", or
+    one of these two alone.
     """
     return _first_that_fits([Image.fromarray(picture) for picture in pictures], budget, WAYS)
 
