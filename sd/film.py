@@ -1,6 +1,6 @@
 """How a picture came to be, as moving pictures: where it seemed to be heading at every step.
 
-In: a `Recording`, or what `generate` takes, for one picture. Out: frames for `images.write_animation`.
+In: a `Recording`. Out: frames for `images.write_animation`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,7 @@ from sd import pipeline
 from sd.config import SD15
 from sd.model_loader import Models
 from sd.preview import SD15_PREVIEW
-from sd.recording import Recording, record
-
-
-def generate_film(
-    prompt: str, uncond_prompt: str | None = "", **arguments: object
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The picture that `generate` makes of the same arguments, uint8 (height, width, 3), and `frames` of it.
-
-    Raises ValueError as `generate` does.
-    """
-    recording = record(prompt, uncond_prompt, **arguments)
-    return recording.picture, frames(recording)
+from sd.recording import Recording
 
 
 def frames(recording: Recording) -> list[np.ndarray]:

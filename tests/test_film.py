@@ -1,4 +1,4 @@
-"""Films of the denoising: the picture is the one that `generate` makes, and the frames lead up to it."""
+"""Films of the denoising: the frames lead up to the picture that `generate` makes."""
 
 from dataclasses import replace
 
@@ -8,7 +8,8 @@ from PIL import Image
 
 from sd import generate, pipeline, recording
 from sd.config import SD15
-from sd.film import generate_film
+from sd.film import frames
+from sd.recording import record
 from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
 
 OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}
@@ -29,34 +30,33 @@ def half_mask() -> Image.Image:
 @pytest.mark.parametrize(
     "more", [{}, {"input_image": PICTURE, "strength": 0.7, "sampler_name": "ddpm", "cfg_scale": 2}]
 )
-def test_the_picture_that_generate_makes(models, more):
-    picture, frames = generate_film("a cat", "a dog", models=models, **OPTIONS, **more)
-    assert np.array_equal(picture, generate("a cat", "a dog", models=models, **OPTIONS, **more))
-    assert len(frames) == (3 if more else 4)
-    assert all(frame.shape == (32, 40, 3) and frame.dtype == np.uint8 for frame in frames)
-    assert np.array_equal(frames[-1], picture)
-    assert not np.array_equal(frames[0], frames[1])
+def test_it_ends_with_the_picture_that_generate_makes(models, more):
+    film = frames(record("a cat", "a dog", models, **OPTIONS, **more))
+    assert len(film) == (3 if more else 4)
+    assert all(frame.shape == (32, 40, 3) and frame.dtype == np.uint8 for frame in film)
+    assert np.array_equal(film[-1], generate("a cat", "a dog", models=models, **OPTIONS, **more))
+    assert not np.array_equal(film[0], film[1])
 
 
 @pytest.mark.parametrize("config", [MICRO, INPAINTING_MICRO])
 def test_inpainting_keeps_what_stays_in_every_frame(config):
     models = random_models(config)
     more = {"input_image": PICTURE, "mask_image": half_mask(), "feather": 4}
-    picture, frames = generate_film("a cat", models=models, **OPTIONS, **more)
-    assert np.array_equal(picture, generate("a cat", models=models, **OPTIONS, **more))
-    for frame in frames:
+    film = frames(record("a cat", models=models, **OPTIONS, **more))
+    assert np.array_equal(film[-1], generate("a cat", models=models, **OPTIONS, **more))
+    for frame in film:
         assert (frame[:, 20:] == (255, 0, 0)).all()
         assert (frame[:, :16] != (255, 0, 0)).any()
 
 
 def test_frames_are_the_predicted_pictures(models):
-    _, frames = generate_film("a cat", models=models, **OPTIONS)
+    film = frames(record("a cat", models=models, **OPTIONS))
     generators = pipeline.make_generators(3, 1)
     sampler = pipeline.SAMPLERS["dpm++2m"](generators, schedule=models.config.schedule)
     sampler.set_inference_timesteps(3)
     latents = pipeline.get_latents(models, 1, 32, 40, generators)
     for step in pipeline.denoise(models, latents, pipeline.encode_prompt(models, "a cat"), sampler):
-        assert np.array_equal(frames[step.index], pipeline.decode_latents(models, step.denoised)[0])
+        assert np.array_equal(film[step.index], pipeline.decode_latents(models, step.denoised)[0])
 
 
 def test_large_decoders_run_once(models, monkeypatch):
@@ -64,21 +64,13 @@ def test_large_decoders_run_once(models, monkeypatch):
     calls = []
     decode = pipeline.decode_latents
     monkeypatch.setattr(pipeline, "decode_latents", lambda *args: calls.append(1) or decode(*args))
-    picture, frames = generate_film("a cat", models=models, **OPTIONS)
+    film = frames(record("a cat", models=models, **OPTIONS))
     assert len(calls) == 1
-    assert [frame.shape for frame in frames] == [picture.shape] * 4
+    assert [frame.shape for frame in film] == [(32, 40, 3)] * 4
 
 
 @pytest.mark.parametrize("steps, count", [(2, 3), (3, 4), (4, 4), (7, 4)])
 def test_long_runs_have_no_more_frames(models, monkeypatch, steps, count):
     monkeypatch.setattr(recording, "MOST_MOMENTS", 3)
     options = {"n_inference_steps": steps, "height": 8, "width": 8, "seed": 0}
-    _, frames = generate_film("a cat", models=models, **options)
-    assert len(frames) == count  # at most 3 steps, and the picture
-
-
-def test_bad_input_is_told_before_any_work():
-    with pytest.raises(ValueError, match="strength should be a number above 0 and at most 1, not 2."):
-        generate_film("a cat", strength=2)
-    with pytest.raises(ValueError, match="input_image should be given with mask_image"):
-        generate_film("a cat", mask_image=half_mask())
+    assert len(frames(record("a cat", models=models, **options))) == count  # at most 3 steps, and the picture

@@ -105,5 +105,7 @@ def test_bad_input_is_told_before_any_work(monkeypatch):
     monkeypatch.setattr(recording, "load_models", lambda: pytest.fail("loaded before checking"))
     with pytest.raises(ValueError, match="strength should be a number above 0 and at most 1, not 2."):
         record("a cat", strength=2)
+    with pytest.raises(ValueError, match="input_image should be given with mask_image"):
+        record("a cat", mask_image=np.zeros((8, 8), dtype=np.uint8))
     with pytest.raises(ValueError, match="cfg_scale should be a number"):
         record("a cat", cfg_scale="much")
