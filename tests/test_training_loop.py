@@ -139,6 +139,19 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     assert not (tmp_path / "line.state").exists()
 
 
+def test_a_gradient_that_is_no_number_stops_the_run_before_any_weight_changes(tmp_path):
+    class Steep(Line):
+        def loss(self, x):
+            return super().loss(x) + (0 * self.networks["line"].weight.sum()).sqrt()  # 0, with an infinite slope
+
+    stage = Steep()
+    before = stage.networks["line"].weight.detach().clone()
+    with pytest.raises(TrainingError, match="The gradient of stage line is nan at step 0"):
+        train(tmp_path, stage=stage)
+    assert torch.equal(stage.networks["line"].weight, before)
+    assert not (tmp_path / "line.state").exists()
+
+
 def test_halves_of_a_batch_give_the_gradients_of_the_whole(tmp_path):
     gradients = []
     for workers in (1, 2):

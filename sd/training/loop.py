@@ -100,7 +100,8 @@ class Training:
 
     def run(self, report: Callable[[Progress], None], save_every: float, pause: Callable[[], None]) -> None:
         """Trains to the end of the budget. `report` is called at every step; every `save_every` seconds the state is
-        saved and then `pause` called, which may look at `average`. Raises TrainingError if the loss is not finite."""
+        saved and then `pause` called, which may look at `average`. Raises TrainingError if the loss or its gradient is
+        not finite."""
         threads = torch.get_num_threads()
         saved = time.monotonic()
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -130,7 +131,9 @@ class Training:
             raise TrainingError(f"The loss of stage {self.stage.name} is {self.loss} at step {self.step}.")
         for parameter, *shares in zip(self.parameters, *gradients):
             parameter.grad = sum(shares[1:], shares[0])  # always in the same order, so that a run can be repeated
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
+        if not math.isfinite(norm):  # every gradient is divided by it: no weight would be left
+            raise TrainingError(f"The gradient of stage {self.stage.name} is {norm} at step {self.step}.")
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = self.stage.learning_rate * self._warmth()
             optimizer.step()
