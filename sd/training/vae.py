@@ -79,13 +79,13 @@ class DecoderStage:
 
 @torch.no_grad()
 def encode_all(encoder: Encoder, pictures: Pictures, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every picture once -> mean and standard deviation of its latents, float16 (N, 4, H/8, W/8) each."""
+    """Every picture once -> mean and standard deviation of its scaled latents, float16 (N, 4, H/8, W/8) each."""
     means, stds = [], []
     for indices in tqdm(torch.arange(len(pictures)).split(32), "encoding pictures", leave=False):
         with mixed_precision(device):
             mean, log_variance = encoder.moments(pictures.batch(indices).to(device))
-        means.append(mean.half().cpu())
-        stds.append((0.5 * log_variance.float()).exp().half().cpu())
+        means.append((mean.float() * encoder.scaling_factor).half().cpu())
+        stds.append(((0.5 * log_variance.float()).exp() * encoder.scaling_factor).half().cpu())
     return torch.cat(means), torch.cat(stds)
 
 
@@ -93,10 +93,11 @@ def encode_all(encoder: Encoder, pictures: Pictures, device: torch.device) -> tu
 def normalise_latents(encoder: Encoder, decoder: Decoder, mean: Tensor, std: Tensor) -> None:
     """Gives the latents mean 0 and variance 1 in every channel, by folding both into the 1x1 convolutions next to them.
 
-    mean and std are those over a whole training set, (4,) each: z' = (z - mean) / std after the encoder, and
-    z = std z' + mean before the decoder, so that pictures come through as before.
+    mean and std are those of the scaled latents of a whole training set, (4,) each: z' = (z - mean) / std after the
+    encoder, and z = std z' + mean before the decoder, so that pictures come through as before.
     """
     channels = len(mean)
+    mean = mean / encoder.scaling_factor  # the convolutions are on the other side of the factor
     quant, post = encoder.quant_conv, decoder.post_quant_conv
     quant.weight[:channels] /= std[:, None, None, None]
     quant.bias[:channels] = (quant.bias[:channels] - mean) / std
