@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 from pathlib import Path
 
@@ -48,6 +49,34 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match=r"cannot be written \(No space left on device\): 3 MB are needed"):
         load_scenes(tmp_path, 1000, 32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_in_one_folder_do_not_disturb_each_other(tmp_path):
+    """The second begins and ends while the first is half way."""
+    path, pictures = tmp_path / "scenes.npy", np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
+
+    def first():
+        yield from pictures[:2]
+        data._write_pixels(path, iter(pictures), 4, 2, "second")
+        yield from pictures[2:]
+
+    data._write_pixels(path, first(), 4, 2, "first")
+    assert np.array_equal(np.load(path, mmap_mode="r"), pictures)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DataError])
+def test_pictures_that_are_not_finished_leave_nothing_behind(tmp_path, monkeypatch, error):
+    """Nor do they on Windows, where a file that is still mapped can be neither removed nor renamed."""
+
+    def broken():
+        yield np.zeros((2, 2, 3), np.uint8)
+        raise error
+
+    monkeypatch.setattr(mmap, "mmap", lambda *_, **__: pytest.fail("the file is mapped while it is written"))
+    with pytest.raises(error):
+        data._write_pixels(tmp_path / "scenes.npy", broken(), 4, 2, "drawing")
     assert list(tmp_path.iterdir()) == []
 
 

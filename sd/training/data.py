@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sd.files import whole_file
 from sd.images import image_to_tensor, read_image, tensor_to_array
 from sd.training.render import render
 from sd.training.scenes import scene_and_captions
@@ -81,27 +84,28 @@ def _draw(job: tuple[int, int, bool | None]) -> np.ndarray:
 
 
 def _write_pixels(path: Path, pictures: Iterable[np.ndarray], count: int, size: int, what: str) -> None:
-    """Fills an array file picture by picture. It gets its name when it is complete."""
-    temporary = path.with_suffix(".tmp")
+    """Fills an array file picture by picture. It gets its name when it is complete.
+
+    It is written, not mapped: Windows renames no file that is mapped, and a mapped file that somebody else cuts short
+    kills the process.
+    """
+    shape = (count, size, size, 3)
     try:
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, size, size, 3))
-        _claim(temporary)
-        for i, picture in enumerate(tqdm(pictures, what, count)):
-            pixels[i] = picture
-        pixels.flush()
-        os.replace(temporary, path)
+        with whole_file(path, overwrite=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            _claim(file, math.prod(shape))
+            for picture in tqdm(pictures, what, count):
+                file.write(picture.astype(np.uint8).tobytes())
     except OSError as error:
-        megabytes, reason = count * size * size * 3 / 1e6, error.strerror or error
+        megabytes, reason = math.prod(shape) / 1e6, error.strerror or error
         raise OSError(f"{path} cannot be written ({reason}): {megabytes:.0f} MB are needed.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _claim(path: Path) -> None:
-    """Takes the file's space on the disk at once: a disk that is full later would kill the process without a word."""
+def _claim(file: BinaryIO, size: int) -> None:
+    """Takes the space on the disk at once for so many bytes more: a full disk is noticed before all the drawing."""
     if hasattr(os, "posix_fallocate"):  # not on macOS
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        os.posix_fallocate(file.fileno(), 0, file.tell() + size)
 
 
 def load_folder(folder: Path, cache: Path, size: int) -> Pictures:
