@@ -179,6 +179,13 @@ def test_latents_are_of_the_pictures_that_there_are(finished, tmp_path):
     assert not torch.equal(first, second)
 
 
+def test_the_unet_begins_alike_whether_or_not_there_are_latents_already(out):
+    (out / "latents.state").unlink()
+    first, second = (workshop(out)._stage("diffusion").networks.state_dict() for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
 @pytest.mark.parametrize("count", [3, 7])
 def test_too_few_pictures_are_refused_before_anything_is_written(tmp_path, count):
     mine = make_folder(tmp_path / "mine", count)

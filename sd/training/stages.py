@@ -84,7 +84,6 @@ class Workshop:
         """Trains one stage, or goes on with it. Raises TrainingError if it cannot, OSError if `out` is full."""
         if self.start and name != "diffusion":
             raise TrainingError(f"A finished model can go on with only stage diffusion, not {name}.")
-        torch.manual_seed(self.seed)
         training = Training(self._stage(name), self.out, self.device, minutes, steps, self.seed, self.record)
         if training.done:
             log.info("%s is finished, after %d steps.", name, training.step)
@@ -101,6 +100,10 @@ class Workshop:
             training.run(report, 60 * self.save_every, lambda: log.info(look(training)))
 
     def _stage(self, name: str) -> Stage:
+        """The stage at its beginning, which depends on nothing but the seed and the files of the stages before."""
+        # First of all, for networks are built on the way, and those of the latents only where there are none yet.
+        ready = self._frozen() if name == "diffusion" else ()
+        torch.manual_seed(self.seed)
         if name == "vae":
             return VAEStage(self.config.vae, self.pictures)
         if name == "text":
@@ -109,9 +112,12 @@ class Workshop:
             encoder, decoder = self._plain_vae()
             whole = VAEStage(self.config.vae, self.pictures, crop=self.config.image_size)
             return DecoderStage(whole, encoder.to(self.device), decoder)
-        clip, empty = self.clip.to(self.device), self.tokenizer([""])
-        start = self.start and self.start.diffusion
-        return DiffusionStage(self.config.unet, self.config.schedule, self._latents(), self.tokens, empty, clip, start)
+        return DiffusionStage(self.config.unet, self.config.schedule, *ready, self.start and self.start.diffusion)
+
+    def _frozen(self) -> tuple[tuple[Tensor, Tensor], list[Tensor], Tensor, CLIP]:
+        """What the U-Net learns from: latents, tokens, those of the empty caption, and the text encoder."""
+        clip = self.clip.to(self.device)
+        return self._latents(), self.tokens, self.tokenizer([""]), clip
 
     @cached_property
     def tokens(self) -> list[Tensor]:
