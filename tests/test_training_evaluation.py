@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from sd.training import loop
+from sd.training.data import Pictures
 from sd.training.evaluation import (
     ABSENT,
     CLASSES,
+    JudgeStage,
     count_lights,
     interval,
     judge_accuracy,
@@ -52,6 +55,20 @@ def test_accuracy_counts_what_was_asked_for():
     assert all(shares[name] == 1 for name in ATTRIBUTES if name != "colour")
     assert shares["mean"] == pytest.approx(6.5 / 7)
     assert shares["all"] == pytest.approx(2 / 3)
+
+
+def test_the_judge_learns_alike_on_any_number_of_cores(tmp_path, monkeypatch):
+    """One part of the batch may have fewer scenes with a colour than another, or none."""
+    monkeypatch.setattr(loop.os, "cpu_count", lambda: 2)
+    torch.manual_seed(0)
+    scenes = [HOUSE, EMPTY, EMPTY, EMPTY]
+    stage = JudgeStage(Pictures(np.zeros((4, 64, 64, 3), np.uint8), [[""]] * 4), scenes)
+    training = loop.Training(stage, tmp_path, torch.device("cpu"), 1.0, 5, seed=0)
+    batch = torch.randn(64, 3, 64, 64), torch.tensor([targets(scene) for scene in scenes]).repeat_interleave(16, dim=0)
+    parts = zip(*(tensor.chunk(training.workers) for tensor in batch))
+    with torch.no_grad():
+        shares = sum(stage.loss(*part).item() * len(part[0]) / 64 for part in parts)
+        assert shares == pytest.approx(stage.loss(*batch).item(), rel=1e-4)
 
 
 def lights_of_a_render(scene, seed, mirror=False):

@@ -45,7 +45,7 @@ class JudgeStage:
 
     name = "judge"
     learning_rate = 2e-3
-    divisible = True
+    divisible = False  # each attribute is averaged over the scenes that have it, and parts have unlike many
     ema = 0.99
     batch_size = 64
 
