@@ -67,6 +67,12 @@ def test_bfloat16_only_where_the_processor_multiplies_it(tmp_path, monkeypatch, 
     assert set(seen) == {mixed}
 
 
+def test_no_bfloat16_on_apple_gpus():
+    device = torch.device("mps")
+    assert precision.product_dtype(device) == torch.float32
+    assert isinstance(precision.mixed_precision(device), contextlib.nullcontext)
+
+
 def test_the_loss_falls_and_the_average_follows(tmp_path):
     losses, training = train(tmp_path, steps=90, save_every=60.0)
     assert losses[-1] < 0.3 * losses[0]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sd.clip import CLIP
 from sd.decoder import Decoder
 from sd.encoder import Encoder
 from sd.tokenizer import Tokenizer
-from sd.training import evaluation, stages
+from sd.training import evaluation, stages, text
 from sd.training.data import Pictures, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Training, TrainingError
@@ -149,6 +150,17 @@ def test_shrunk_pictures(pictures):
     small = shrink(pictures, side=16)
     assert small.shape == (32, 3, 16, 16)
     assert small.float().mean() == pytest.approx(pictures.pixels.mean(), abs=1)
+
+
+def test_pictures_on_apple_gpus_are_shrunk_on_the_cpu(monkeypatch):
+    """Where torch 2.4 has no such operation. They come back to where they were."""
+    images = Mock(device=torch.device("mps"))
+    interpolate = Mock()
+    monkeypatch.setattr(text.F, "interpolate", interpolate)
+    small = text.resize(images, 16)
+    assert interpolate.call_args.args == (images.cpu(),)
+    interpolate().to.assert_called_once_with(images.device)
+    assert small is interpolate().to()
 
 
 def test_retrieval_counts_the_pictures_that_find_their_caption():

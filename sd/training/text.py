@@ -37,7 +37,7 @@ class PictureEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> (B, out_width). Seen at 64 x 64, enough to tell scenes apart."""
-        x = F.interpolate(images, size=64, mode="bilinear", antialias=True) if images.shape[-1] != 64 else images
+        x = resize(images, 64) if images.shape[-1] != 64 else images
         x = F.silu(self.levels(x))  # (B, 96, 4, 4)
         return self.out(x.flatten(1))
 
@@ -113,9 +113,15 @@ def shrink(pictures: Pictures, side: int = 64) -> Tensor:
     """All pictures at the size at which they are compared, uint8 (N, 3, side, side)."""
     parts = []
     for indices in torch.arange(len(pictures)).split(256):
-        small = F.interpolate(pictures.batch(indices), size=side, mode="bilinear", antialias=True)
+        small = resize(pictures.batch(indices), side)
         parts.append(((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(parts)
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Pictures (B, 3, H, W) -> (B, 3, side, side), without the patterns that left out pixels would make."""
+    near = images.cpu() if images.device.type == "mps" else images  # torch 2.4 cannot do it there
+    return F.interpolate(near, size=side, mode="bilinear", antialias=True).to(images.device)
 
 
 @torch.no_grad()
