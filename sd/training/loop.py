@@ -208,7 +208,9 @@ class StoredAttention(TorchFunctionMode):
 
 
 def make_optimizers(networks: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the networks, AdamW for vectors, embeddings and the first and last layers."""
+    """AdamW for vectors and, by their names, for embeddings, the autoencoder's first and last layers, the U-Net's last
+    and the captions' last; Muon for all other matrices, the U-Net's first layer and the picture encoder's among them.
+    """
     inner, rest = [], []
     for name, parameter in networks.named_parameters():
         outer = any(part in name for part in ("embedding", "conv_in", "conv_out", "quant_conv", "captions.out"))
