@@ -13,7 +13,7 @@ from sd.training import stages
 from sd.training.data import DataError
 from sd.training.loop import TrainingError, load_state, save_atomically
 from sd.training.stages import Workshop
-from tests.synthetic import MICRO
+from tests.synthetic import INPAINTING_MICRO, MICRO, random_state
 
 SMALL = MICRO  # its latents are scaled by 0.5: a stage that forgets the factor is found out
 
@@ -184,6 +184,16 @@ def test_the_unet_begins_alike_whether_or_not_there_are_latents_already(out):
     first, second = (workshop(out)._stage("diffusion").networks.state_dict() for _ in range(2))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def test_an_inpainting_model_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("paint.ckpt"), random_state(INPAINTING_MICRO), INPAINTING_MICRO.to_dict())
+    assert train_tiny.main(["diffusion", "--start", "paint.ckpt", "--out", "out", "--scenes", "12"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "train_tiny.py: paint.ckpt is an inpainting model, which cannot learn further: give another --start."
+    )
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("count", [3, 7])

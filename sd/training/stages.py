@@ -62,6 +62,8 @@ class Workshop:
         self.out, self.seed, self.save_every = out, seed, save_every
         self.device = best_device(device)
         self.start = start and load_models(start, "cpu", torch.float32, tuned=False)
+        if self.start and self.start.config.unet.inpaints:  # its U-Net wants a mask and a masked picture too
+            raise TrainingError(f"{start} is an inpainting model, which cannot learn further: give another --start.")
         self.source = start or out / "vae.state"  # of the latents
         self.config = self.start.config if self.start else config
         self.tokenizer = Tokenizer()
