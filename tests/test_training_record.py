@@ -179,6 +179,15 @@ def test_latents_are_of_the_pictures_that_there_are(finished, tmp_path):
     assert not torch.equal(first, second)
 
 
+def test_latents_are_of_the_autoencoder_that_there_is(out):
+    first, state = workshop(out)._latents()[0], load_state(out / "vae.state")
+    assert torch.equal(first, workshop(out)._latents()[0])
+    for name in state["average"]:
+        state["average"][name] = state["average"][name].flip(0)
+    save_atomically(state, out / "vae.state")
+    assert not torch.equal(first, workshop(out)._latents()[0])
+
+
 def test_the_unet_begins_alike_whether_or_not_there_are_latents_already(out):
     (out / "latents.state").unlink()
     first, second = (workshop(out)._stage("diffusion").networks.state_dict() for _ in range(2))

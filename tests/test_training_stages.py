@@ -19,7 +19,7 @@ from sd.tokenizer import Tokenizer
 from sd.training import evaluation, stages, text
 from sd.training.data import Pictures, load_scenes
 from sd.training.diffusion import DiffusionStage
-from sd.training.loop import Training, TrainingError
+from sd.training.loop import Training, TrainingError, load_state
 from sd.training.stages import Workshop
 from sd.training.text import end_states, pick_captions, retrieval, shrink, silence_unknown_tokens, tokenise
 from sd.training.vae import VAEStage, encode_all, normalise_latents, psnr
@@ -81,6 +81,21 @@ def test_the_checkpoint_is_in_half_precision(trained):
     state = sd.checkpoint.read_state_dict(trained / "tiny.ckpt")
     assert {tensor.dtype for tensor in state.values()} == {torch.float16, torch.int64}
     assert "model.diffusion_model.time_embed.0.weight" in state
+
+
+def test_its_decoder_is_the_polished_one(trained):
+    state = sd.checkpoint.read_state_dict(trained / "tiny.ckpt")
+    first, polished = (load_state(trained / f"{name}.state")["average"] for name in ("vae", "decoder"))
+    for name in ("conv_in.weight", "conv_out.weight"):
+        assert torch.equal(state[f"first_stage_model.decoder.{name}"], polished[f"decoder.{name}"].half())
+        assert not torch.equal(first[f"decoder.{name}"], polished[f"decoder.{name}"])
+
+
+def test_words_that_no_caption_holds_are_silent_in_it(trained):
+    embedding = sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32).clip.token_embedding.weight
+    red, zebra = (Tokenizer().encode(word)[0] for word in ("red", "zebra"))
+    assert embedding[red].abs().sum() > 0
+    assert embedding[zebra].abs().sum() == 0
 
 
 def test_its_latents_have_unit_variance(trained, pictures):
