@@ -216,6 +216,7 @@ def test_a_finished_model_learns_further_in_its_unet_alone(tmp_path, trained):
 
 def test_it_starts_with_what_the_model_has_learned(tmp_path, trained):
     workshop = Workshop(tmp_path, scenes=40, device="cpu", start=trained / "tiny.ckpt")
+    assert workshop.pictures.pixels.shape[1:3] == (64, 64)  # what the model makes, not the tiny model's 128
     stage, known = workshop._stage("diffusion"), sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32)
     for name, tensor in known.diffusion.state_dict().items():
         assert torch.equal(stage.networks["diffusion"].state_dict()[name], tensor)

@@ -75,7 +75,7 @@ class Workshop:
             out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise TrainingError(f"The folder {out} cannot be used: a file of that name is in the way.") from None
-        size = config.image_size
+        size = self.config.image_size
         everything = load_folder(folder, out, size) if folder else load_scenes(out, scenes, size)
         held_back = min(HELD_BACK, -(-len(everything) // 10))
         split = len(everything) - held_back
