@@ -40,7 +40,10 @@ OTHERS = [
     (r"\.joint_blocks\.", "is a Stable Diffusion 3 checkpoint"),
     (r"^cond_stage_model\.model\.", "is a Stable Diffusion 2 checkpoint"),
     (r"(^|\.)control_model\.", "is a ControlNet, an addition to a model rather than a model"),
-    (r"^(encoder\.)?down_blocks\.|^(text_model|unet|vae)\.", "holds one network in the layout of diffusers"),
+    (
+        r"^(encoder\.)?down_blocks\.|^(text_model|unet|vae)\.",
+        "is one network of a folder in the layout of diffusers: give that folder",
+    ),
     (r"^string_to_param|^emb_params$|^\*$|^<.*>$", "is a textual inversion embedding"),
 ]
 

@@ -16,8 +16,12 @@ from pathlib import Path
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "sd").is_dir())
 sys.path.insert(0, str(root))"""
 
-# A training that is long enough to be worth watching, and one that shows that it runs.
-SHORTER = {"06_training": ("_STEPS = 250, 200, 300", "_STEPS = 50, 20, 50")}
+# What is long enough to be worth watching, and what shows that it runs.
+SHORTER = {
+    "03_noise_and_samplers": ('in the middle", 0, 20', 'in the middle", 0, 5'),
+    "04_guidance": ("scales = [1, 2, 3.5, 5, 7.5, 10, 14]", "scales = [1, 7.5]"),
+    "06_training": ("_STEPS = 250, 200, 300", "_STEPS = 50, 20, 50"),
+}
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

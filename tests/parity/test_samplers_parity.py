@@ -15,7 +15,6 @@ from tests.synthetic import MICRO, random_networks
 
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
 
 SHAPE = (2, 4, 8, 8)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -34,7 +33,10 @@ SCHEDULERS = {
 IN_SIGMAS = tuple(SCHEDULERS[name][0] for name in ("lms", "euler", "euler_a", "heun"))  # those on x / sqrt(a_t)
 
 # numpy's complaint about how diffusers makes its arrays
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:With 1 step this sampler starts"),
+]
 
 
 def denoiser(latents, timestep):
