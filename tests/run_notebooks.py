@@ -36,7 +36,6 @@ def execute(path: Path, changes: tuple[str, str] = ("", "")) -> NotebookNode:
         startup_timeout=PATIENCE,
         kernel_name="python3",
         record_timing=False,
-        coalesce_streams=True,  # a line can arrive in two parts
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute(env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
