@@ -7,6 +7,7 @@ from sd.heun import HeunKarrasSampler, HeunSampler
 from tests.gaussian import order_of_convergence
 
 
+@pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
 @pytest.mark.parametrize("steps, timesteps", [(1, [0]), (2, [999, 0, 0]), (4, [999, 666, 666, 333, 333, 0, 0])])
 def test_all_but_the_first_timestep_come_twice(steps, timesteps):
     sampler = HeunSampler()
