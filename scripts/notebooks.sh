@@ -3,15 +3,7 @@
 # The first run makes a Python environment in .venv, if there is none yet, and installs what they need into it.
 set -eu
 
-script=$0
-while [ -L "$script" ]; do # started through a symbolic link
-    target=$(readlink "$script")
-    case $target in
-        /*) script=$target ;;
-        *) script=$(dirname "$script")/$target ;;
-    esac
-done
-root=$(cd -P "$(dirname "$script")/.." && pwd)
+root=$(cd "$(dirname "$0")/.." && pwd)
 . "$root/scripts/setup.sh"
 
 make_environment

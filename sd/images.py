@@ -39,7 +39,8 @@ def read_image(source: Picture, behind: str = "white") -> Image.Image:
     too large, TypeError for any other kind of source.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(np.stack([source] * 3, axis=-1) if source.ndim == 2 else source)
+        grey = source.ndim == 2 and source.dtype == np.uint8
+        return _from_array(np.stack([source] * 3, axis=-1) if grey else source)
     if isinstance(source, Image.Image):
         return _load(source, getattr(source, "filename", "") or "the picture", behind)
     if not (isinstance(source, (str, os.PathLike)) or hasattr(source, "read")):

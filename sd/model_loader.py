@@ -65,10 +65,10 @@ def load_models(
 
     `path` is a file, or a folder in the layout of diffusers (`sd.folders`), and defaults to the tiny model in `data/`;
     `device` defaults to CUDA, MPS or the CPU, the first that there is; `dtype` to what is fastest there without a
-    visible loss. `ema` takes the averaged U-Net weights that training checkpoints carry. `vae` is a second file whose
-    VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see `sd.tuning`; compilation makes the
+    visible loss. `ema` takes the averaged U-Net weights that training checkpoints carry. `vae` is a second file or
+    folder, whose VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see `sd.tuning`; compilation makes the
     first picture wait for minutes, and changes pixels by rounding. `prediction_type` is for fine-tuned models whose
-    U-Net predicts v ("v_prediction"): a folder or a checkpoint of ours says so itself, other files cannot.
+    U-Net predicts v ("v_prediction"): a folder or a checkpoint of ours says so itself, other files seldom do.
 
     Raises FileNotFoundError, CheckpointError for what is not a Stable Diffusion 1.x checkpoint, and ValueError for a
     device, dtype or prediction type that cannot be. The files must stay unchanged while the models are in use.
@@ -80,9 +80,7 @@ def load_models(
         raise ValueError(f"prediction_type should be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}.")
     with _naming(path):
         checkpoint = _read(path)
-        state, config = checkpoint.state, checkpoint.config and ModelConfig.from_dict(checkpoint.config)
-        dialects.identify(state)
-        config = config or dialects.recognise(state)
+        state, config = checkpoint.state, _config(checkpoint)
     if prediction_type is not None:
         config = dialects.with_prediction(config, prediction_type)
     if vae is not None:
@@ -130,6 +128,14 @@ def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device =
 
 def _read(path: Path) -> Checkpoint:
     return read_folder(path) if path.is_dir() else read_checkpoint(path)
+
+
+def _config(checkpoint: Checkpoint) -> ModelConfig:
+    """What the checkpoint says that it is, or what it looks like."""
+    if checkpoint.config is None:
+        return dialects.recognise(checkpoint.state)
+    dialects.identify(checkpoint.state)  # a VAE's folder says what it is, too
+    return ModelConfig.from_dict(checkpoint.config)
 
 
 def _with_vae(state: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], ModelConfig]:

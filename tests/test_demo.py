@@ -61,6 +61,12 @@ def test_overwrite_only_when_told(run_demo):
     assert Image.open("cat.png").size == (32, 40)
 
 
+def test_another_vae(run_demo, demo_checkpoint):
+    assert run_demo("a cat", "--vae", demo_checkpoint)[0] == 0
+    with Image.open("picture.png") as picture:
+        assert "Model: micro, VAE: micro" in picture.text["parameters"]
+
+
 def test_a_picture_that_loses_much_is_a_line(run_demo):
     Image.new("RGB", (90, 30)).save("wide.png")
     Image.new("RGB", (64, 82)).save("nearly.png")

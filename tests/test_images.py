@@ -90,6 +90,8 @@ def test_an_array_of_levels_is_grey(tmp_path):
     assert torch.equal(image_to_tensor(levels, *levels.shape), image_to_tensor(grey, *levels.shape))
     with pytest.raises(ValueError, match="Expected a uint8 array of shape"):
         write_png(tmp_path / "a.png", levels)
+    with pytest.raises(ValueError, match=r"not float64 \(\d+, \d+\)\.$"):
+        image_to_tensor(levels / 255, 8, 8)
 
 
 def test_tensor_is_clamped_and_rounded():

@@ -185,6 +185,10 @@ def test_large_maps_in_float32_are_always_decoded_in_strips(monkeypatch):
     decoder.conv_in = nn.Conv2d(4, 512, 3)  # what tells the device and the dtype
     assert needed(decoder, torch.zeros(1, 4, 64, 64))
     assert not needed(decoder, torch.zeros(1, 4, 40, 40))
+    decoder.compile(backend="eager")
+    assert not needed(decoder, torch.zeros(1, 4, 64, 64))
+    decoder._compiled_call_impl = None
+    assert needed(decoder, torch.zeros(1, 4, 64, 64))
     assert not needed(decoder.bfloat16(), torch.zeros(1, 4, 64, 64))
 
 
