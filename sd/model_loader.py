@@ -66,9 +66,10 @@ def load_models(
     `path` is a file, or a folder in the layout of diffusers (`sd.folders`), and defaults to the tiny model in `data/`;
     `device` defaults to CUDA, MPS or the CPU, the first that there is; `dtype` to what is fastest there without a
     visible loss. `ema` takes the averaged U-Net weights that training checkpoints carry. `vae` is a second file or
-    folder, whose VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see `sd.tuning`; compilation makes the
-    first picture wait for minutes, and changes pixels by rounding. `prediction_type` is for fine-tuned models whose
-    U-Net predicts v ("v_prediction"): a folder or a checkpoint of ours says so itself, other files seldom do.
+    folder, whose VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see `sd.tuning`;
+    compilation makes the first picture wait for minutes, and changes pixels by rounding. `prediction_type` is for
+    fine-tuned models whose U-Net predicts v ("v_prediction"): a folder or a checkpoint of ours says so itself, other
+    files seldom do.
 
     Raises FileNotFoundError, CheckpointError for what is not a Stable Diffusion 1.x checkpoint, and ValueError for a
     device, dtype or prediction type that cannot be. The files must stay unchanged while the models are in use.
