@@ -63,8 +63,9 @@ def test_ratios_compare_medians():
 def test_a_worker_answers(tmp_path):
     write_checkpoint(tmp_path / "micro.safetensors", random_state(MICRO), MICRO.to_dict())
     with workers([("sd", "fp32", "cpu", tmp_path / "micro.safetensors")]) as (worker,):
-        answer = worker.ask("load")
+        imports, answer = worker.ask("imports"), worker.ask("load")
     assert worker.name == "sd fp32"
+    assert imports["seconds"] > 0.02  # nothing of it was there before
     assert 0 < answer["seconds"] < 60
     assert 0.05 < answer["resident"] < 10  # GB
     assert worker.process.poll() is not None

@@ -124,22 +124,6 @@ def test_steps_by_hand_refuse_what_cannot_be(models, picture):
             next(pipeline.denoise(models, latents, torch.zeros(2, 77, 32), sampler, deep_cache=deep_cache))
 
 
-@pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize(
-    "prompt, uncond, sentence",
-    [
-        (None, "", "prompt should be a text or a list of one text or more, not None."),
-        ([], None, r"prompt should be a text or a list of one text or more, not \[\]."),
-        (["a cat", 3], None, r"prompt should be a text or a list of one text or more, not \['a cat', 3\]."),
-        ("a cat", 3, "uncond_prompt should be a text or a list of texts, not 3."),
-        (["a", "b", "c"], ["x", "y"], r"uncond_prompt should be one text, or 3 like the prompts, not \['x', 'y'\]."),
-    ],
-)
-def test_encode_prompt_refuses_what_are_no_texts(models, prompt, uncond, sentence, plain):
-    with pytest.raises(ValueError, match=f"^{sentence}$"):
-        pipeline.encode_prompt(models, prompt, uncond, plain)
-
-
 def test_no_negative_prompt_is_the_empty_one(models):
     pictures = [generate("a cat", uncond, models=models, seed=1, **QUICK) for uncond in (None, "")]
     assert np.array_equal(*pictures)
@@ -152,12 +136,6 @@ def test_denoise_without_guidance(models):
     step = next(pipeline.denoise(models, pipeline.get_latents(models, 2, 32, 32), context, sampler))
     assert step.noise_uncond is None
     assert torch.equal(step.noise, step.noise_cond)
-
-
-def test_encode_prompt_puts_the_unconditional_half_first(models):
-    context = pipeline.encode_prompt(models, ["a cat", "a dog"], "blurry")
-    alone = [pipeline.encode_prompt(models, text, None) for text in ("blurry", "blurry", "a cat", "a dog")]
-    torch.testing.assert_close(context, torch.cat(alone), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -206,50 +206,6 @@ def test_the_greatest_and_the_least_weights_stay_finite(dtype, weight):
     assert 0.1 < weighed.float().std() < 10
 
 
-def test_short_plain_prompts_have_the_plain_encoders_context(models):
-    texts = ["", "A cat, at 10:30", "cat " * 75]
-    expected = models.clip(models.tokenizer(texts))
-    assert torch.equal(pipeline.encode_prompt(models, texts, None), expected)
-    assert torch.equal(pipeline.encode_prompt(models, texts, None, plain=True), expected)
-
-
-def test_weights_change_the_context_of_their_chunk_only(models):
-    context = pipeline.encode_prompt(models, ["a (cat:1.5) BREAK dog", "a cat BREAK dog"], None)
-    assert context.shape == (2, 154, 32)
-    assert torch.equal(context[0, 77:], context[1, 77:])
-    first, second = context[:, :77]
-    ratios = first / second
-    scale = ratios[0, 0]
-    torch.testing.assert_close(ratios[2], 1.5 * scale.expand(32))
-    torch.testing.assert_close(ratios[torch.arange(77) != 2], scale.expand(76, 32))
-
-
-def test_long_prompts_are_encoded_chunk_by_chunk(models):
-    context = pipeline.encode_prompt(models, "dog " * 75 + "cat", None)
-    chunks = models.clip(models.tokenizer(["dog " * 75, "cat"]))
-    assert context.shape == (1, 154, 32)
-    assert torch.equal(context[0], chunks.flatten(0, 1))
-
-
-@pytest.mark.parametrize("prompt, uncond", [("cat " * 160, "dog"), ("cat", "dog " * 160), ("cat", "BREAK BREAK dog")])
-def test_the_context_of_the_shorter_half_is_repeated(models, prompt, uncond):
-    context = pipeline.encode_prompt(models, prompt, uncond)
-    assert context.shape == (2, 231, 32)
-    short, text = (0, "dog") if uncond == "dog" else (1, "cat")
-    alone = models.clip(models.tokenizer([text]))[0]  # (77, W)
-    torch.testing.assert_close(context[short], alone.repeat(3, 1), rtol=0, atol=1e-5)
-
-
-def test_every_chunk_is_encoded_once(models):
-    seen = []
-    handle = models.clip.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        assert pipeline.encode_prompt(models, [of_chunks(2), of_chunks(3)], None).shape == (2, 6 * 77, 32)
-    finally:
-        handle.remove()
-    assert [len(ids) for ids in seen] == [5]
-
-
 @pytest.mark.parametrize(
     "prompts, unconds",
     [
@@ -264,19 +220,6 @@ def test_a_picture_is_the_same_alone_and_beside_a_longer_prompt(models, prompts,
     for i, (prompt, uncond) in enumerate(zip(prompts, unconds)):
         alone = generate(prompt, uncond, seed=7 + i, **options)
         assert np.abs(together[i].astype(int) - alone).max() <= 1
-
-
-def test_plain_switches_it_all_off(models):
-    texts = ["a (cat:1.5) BREAK [dog]", "((a cat"]
-    assert torch.equal(pipeline.encode_prompt(models, texts, None, plain=True), models.clip(models.tokenizer(texts)))
-    with pytest.warns(UserWarning, match="Only 75 of the prompt's 80 tokens fit"):
-        context = pipeline.encode_prompt(models, "cat " * 80, plain=True)
-    assert context.shape == (2, 77, 32)
-
-
-def test_encode_prompt_refuses_what_parse_refuses(models):
-    with pytest.raises(ValueError, match="nothing closes the '\\(' of '\\(cat'"):
-        pipeline.encode_prompt(models, "a cat", "a (cat")
 
 
 def test_generate_obeys_weights_and_takes_long_prompts(models):
