@@ -114,10 +114,10 @@ class Tracer:
     def attention(self) -> dict[str, Tensor]:
         """For every stage with cross-attention, the share of each of M tokens in what each position reads.
 
-        float32 (B, h, w, M), averaged over heads and over calls; each position's shares add up to 1. B is the number of
-        rows of the U-Net's batch: with guidance the unconditional ones come first, the prompts' last.
+        float32 (B, h, w, M), on the CPU, averaged over heads and over calls; each position's shares add up to 1. B is
+        the number of rows of the U-Net's batch: with guidance the unconditional ones come first, the prompts' last.
         """
-        return {stage: total / self._counts[stage] for stage, total in self._sums.items()}
+        return {stage: (total / self._counts[stage]).cpu() for stage, total in self._sums.items()}
 
     @property
     def tokens(self) -> int:
@@ -127,7 +127,7 @@ class Tracer:
         return next(iter(self._sums.values())).shape[-1]
 
     def token_map(self, positions: int | list[int], row: int = -1) -> Tensor:
-        """Where the U-Net looked at some tokens: float32 (H, W), the size of the picture, in [0, 1].
+        """Where the U-Net looked at some tokens: float32 (H, W), the size of the picture, in [0, 1], on the CPU.
 
         Position 0 is the start token. The shares of all `positions` are added, then averaged over the stages, each map
         enlarged to the picture (after 2210.04885). `row` is a row of the U-Net's batch; the last is the last prompt's.

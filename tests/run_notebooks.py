@@ -19,14 +19,13 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PATIENCE = 900  # seconds for the kernel to start, and for each cell: machines can be busy
 
 
-def execute(path: Path, changes: tuple[str, str] = ("", "")) -> NotebookNode:
+def execute(path: Path, changes: dict[str, str] | None = None) -> NotebookNode:
     """A copy of the notebook with its cells' outputs. Raises CellExecutionError at the first cell that fails.
 
-    `changes` is a text that occurs in the code once, and what is to stand there instead.
+    `changes` are texts that stand in one cell of code each, and what is to stand there instead.
     """
     notebook = nbformat.read(path, as_version=4)
-    old, new = changes
-    if old:
+    for old, new in (changes or {}).items():
         (cell,) = (cell for cell in notebook.cells if cell.cell_type == "code" and old in cell.source)
         cell.source = cell.source.replace(old, new)
     metadata = dict(notebook.metadata)

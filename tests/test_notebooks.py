@@ -2,12 +2,16 @@
 of the machine that made it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from sd.checkpoint import write_checkpoint
+from sd.config import TextConfig
 from tests.run_notebooks import FOLDER, NOTEBOOKS, execute
+from tests.synthetic import MICRO, random_state
 
 PATH_CELL = """\
 import sys
@@ -18,10 +22,18 @@ sys.path.insert(0, str(root))"""
 
 # What is long enough to be worth watching, and what shows that it runs.
 SHORTER = {
-    "03_noise_and_samplers": ('in the middle", 0, 20', 'in the middle", 0, 5'),
-    "04_guidance": ("scales = [1, 2, 3.5, 5, 7.5, 10, 14]", "scales = [1, 7.5]"),
-    "06_training": ("_STEPS = 250, 200, 300", "_STEPS = 50, 20, 50"),
+    "03_noise_and_samplers": {'in the middle", 0, 20': 'in the middle", 0, 5'},
+    "04_guidance": {
+        "scales = [1, 2, 3.5, 5, 7.5, 10, 14]": "scales = [1, 7.5]",
+        "[scene] * 5": "[scene]",
+        "[view] * 3": "[view]",
+        "weights = [0, 50, 200]": "weights = [0, 200]",
+    },
+    "06_training": {"_STEPS = 250, 200, 300": "_STEPS = 50, 20, 50"},
 }
+# Those in which every cell runs with any weights, be they random.
+OF_ANY_WEIGHTS = ("02_text", "03_noise_and_samplers", "05_image_to_image_and_inpainting")
+SMALL = replace(MICRO, text=TextConfig(width=32, layers=2, heads=4))
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -107,10 +119,28 @@ def test_it_ends_with_three_exercises_that_can_be_checked(path):
         assert any("assert " in cell.source for cell in notebook.cells[start:end] if cell.cell_type == "code")
 
 
-def test_it_runs_and_shows_what_is_committed(path, request):
-    """But for the numbers and pixels themselves, which the processor has a say in. In full length with `--slow`."""
-    in_full = path.stem not in SHORTER or request.config.getoption("--slow")
-    executed = execute(path) if in_full else execute(path, SHORTER[path.stem])
+@pytest.fixture
+def changes(path, request, tmp_path):
+    """What makes the notebook run sooner; with `--slow` it runs as it is."""
+    if request.config.getoption("--slow"):
+        return {}
+    changes = SHORTER.get(path.stem, {})
+    if path.stem in OF_ANY_WEIGHTS:
+        write_checkpoint(tmp_path / "small.ckpt", random_state(SMALL), SMALL.to_dict())
+        changes = {**changes, "CHECKPOINT = None": f"CHECKPOINT = {str(tmp_path / 'small.ckpt')!r}"}
+    return changes
+
+
+def test_it_runs_and_shows_what_is_committed(path, changes):
+    """But for the numbers and pixels themselves, which the processor has a say in."""
+    executed = execute(path, changes)
     for cell, committed in zip(cells(executed, "code"), cells(read(path), "code")):
         assert "".join(o.text for o in cell.outputs if kinds(o) == "stderr") == ""
         assert shown(cell) == shown(committed), cell.source
+
+
+@pytest.mark.slow
+def test_it_runs_in_half_precision(path):
+    """As it does on a GPU, where that is the default."""
+    half = {"load_models(CHECKPOINT)": "load_models(CHECKPOINT, dtype=__import__('torch').float16)"}
+    execute(path, SHORTER.get(path.stem, {}) | half)

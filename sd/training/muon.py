@@ -47,7 +47,7 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     x = matrix.to(product_dtype(matrix.device))
     tall = len(x) > x.shape[1]
     x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)  # no singular value above 1
+    x = x / (torch.linalg.vector_norm(x) + 1e-7)  # no singular value above 1
     for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
