@@ -122,5 +122,5 @@ def accelerator(name):
             ("torch.mps.recommended_max_memory", free),
             ("torch.mps.current_allocated_memory", 0),
         ):
-            stack.enter_context(patch(target, lambda *_, answer=answer: answer))
+            stack.enter_context(patch(target, lambda *_, answer=answer: answer, create=True))  # not in all versions
         yield stack.enter_context(Accelerator(name))
