@@ -268,8 +268,8 @@ def check_files(options: argparse.Namespace) -> None:
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
     for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
         if path is not None and not path.exists():
-            hint = "; `python scripts/download.py` fetches the real weights" if flag == "--checkpoint" else ""
-            raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{hint}.")
+            remedy = "; `python scripts/download.py` fetches the real weights" if flag == "--checkpoint" else ""
+            raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{remedy}.")
     if options.film:
         if options.film.suffix.lower() not in (".webp", ".gif"):
             raise ValueError(f"--film should be a .webp or .gif file, not {options.film}.")

@@ -1,8 +1,8 @@
 """Measures how well the tiny model, or one trained like it, does what it is told -> a table, and evaluation.json.
 
-python scripts/evaluate_tiny.py
-python scripts/evaluate_tiny.py --checkpoint runs/tiny/tiny.ckpt --out runs/tiny
-python scripts/evaluate_tiny.py --prompts 200 --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
+    python scripts/evaluate_tiny.py
+    python scripts/evaluate_tiny.py --checkpoint runs/tiny/tiny.ckpt --out runs/tiny
+    python scripts/evaluate_tiny.py --prompts 200 --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
 
 A judge is trained first, once, on fresh renders: a minute or two. Where the text.state of its own training lies beside
 a checkpoint, the encoders in it give a second opinion.
@@ -134,8 +134,8 @@ def evaluate(options: argparse.Namespace) -> None:
         "prompts": options.prompts,
         "interval_at_95": margin,
         "accuracy": rows,
+        "retrieval": second,
     }
-    result["retrieval"] = second
     write_json(options.out / "evaluation.json", result)
 
 

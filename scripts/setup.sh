@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh, with $root set to the repository. Keeps a Python environment in $root/.venv:
+# Sourced by demo.sh, notebooks.sh and test.sh, with $root set to the repository. Keeps a Python environment in $root/.venv:
 #   make_environment                   makes .venv if there is none that runs, and sets $python
 #   install_from FILE [PIP OPTION...]  installs a requirement file, unless exactly that was installed before
 # What they say goes to standard error: standard output belongs to the caller.

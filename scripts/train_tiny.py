@@ -1,8 +1,8 @@
 """Trains the tiny model from nothing, on scenes that it draws itself or on your own pictures -> tiny.ckpt.
 
-python scripts/train_tiny.py all --minutes 96 --out runs/tiny
-python scripts/train_tiny.py all --folder my_pictures --out runs/mine
-python scripts/train_tiny.py diffusion --start data/tiny.ckpt --minutes 30 --out runs/further
+    python scripts/train_tiny.py all --minutes 96 --out runs/tiny
+    python scripts/train_tiny.py all --folder my_pictures --out runs/mine
+    python scripts/train_tiny.py diffusion --start data/tiny.ckpt --minutes 30 --out runs/further
 
 Stages are vae, text and diffusion, in this order, and a last polish of the decoder; `all` is the four in a row. A run
 that was stopped goes on where it was when the same command is given again; another training set, --seed or --start

@@ -17,12 +17,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: boo
     query (B, N, C), key and value (B, M, C) -> (B, N, C). `causal` lets position i see positions 0 to i only.
     `scaled_dot_product_attention` has fused kernels (2205.14135) that never store the (N, M) matrix of scores whole;
     where none fits the dtype or the sizes, it falls back on the plain formula, which does. On MPS, where it may have
-    none, some queries attend at a time.
+    none, a part of the queries is taken at a time (not with `causal`: the text encoder has few).
     """
     # (B, N, C) -> (B, heads, N, C / heads)
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     if query.device.type in STORING and not causal:
-        rows = max(1, MOST_SCORES // (4 * query[:, :, 0, 0].numel() * key.shape[2]))
+        rows = max(1, MOST_SCORES // (4 * len(query) * heads * key.shape[2]))
         parts = [F.scaled_dot_product_attention(part, key, value) for part in query.split(rows, dim=2)]
         out = torch.cat(parts, dim=2)  # (B, heads, N, C / heads)
     else:

@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
         """x (B, in_channels, H, W), time (B, time_width) -> (B, out_channels, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out_channels, H, W)
         if self.time is not None:
-            h = h + self.time(F.silu(time))[:, :, None, None]
+            h = h + self.time(F.silu(time))[:, :, None, None]  # (B, out_channels, 1, 1): the same for every pixel
         h = self.conv2(F.silu(self.norm2(h)))
         return h + self.shortcut(x)
 

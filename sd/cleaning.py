@@ -48,26 +48,26 @@ def repair(text: str) -> str:
     except UnicodeDecodeError:
         raise ValueError(f"A prompt must be valid Unicode; {text[:80]!a} has a lone surrogate in it.") from None
     passes = max(FREE_PASSES, MOST_WORK // max(len(text), 1))
-    has_entities = True  # until the first line with a "<", which looks like HTML that is meant to be read as such
+    unescapes = True  # until the first line with a "<", which looks like HTML that is meant to be read as such
     lines = []
     repaired: dict[tuple[str, bool], str] = {}  # the same line over and over is repaired once
     for line in LINE.findall(text):
-        has_entities = has_entities and "<" not in line
+        unescapes = unescapes and "<" not in line
         if not PLAIN.fullmatch(line):
-            key = (line, has_entities)
+            key = (line, unescapes)
             line = repaired.get(key) or repaired.setdefault(key, repair_line(*key, passes))
         lines.append(line)
     try:
-        return html.unescape(html.unescape("".join(lines)))
+        return html.unescape(html.unescape("".join(lines)))  # whatever "<" said: OpenAI's tokenizer does so after ftfy
     except ValueError:
         raise ValueError("The prompt has an HTML entity with more digits than any character's number.") from None
 
 
-def repair_line(line: str, has_entities: bool, passes: int) -> str:
+def repair_line(line: str, unescapes: bool, passes: int) -> str:
     """A line repaired again and again, until a pass changes nothing. Raises ValueError if that takes too many."""
     for _ in range(passes):
         before = line
-        if has_entities:
+        if unescapes:
             line = fixes.unescape_html(line)
         line = ftfy.fix_encoding(line)
         for fix in CHARACTER_FIXES:

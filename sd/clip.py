@@ -14,6 +14,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the approximation of GELU that CLIP was trained with (1606.08415, section 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x of any shape -> the same shape."""
         return x * torch.sigmoid(1.702 * x)
 
 

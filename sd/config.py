@@ -2,7 +2,7 @@
 
 One set of classes builds every size of Stable Diffusion: what differs between the real SD 1.5 and the tiny model of
 this repository is written here and nowhere else. A checkpoint of ours carries its `ModelConfig` as a plain dict
-(`to_dict`, `from_dict`); the published ones do not, and are recognised by their tensor shapes (`model_converter`).
+(`to_dict`, `from_dict`); the published ones do not, and are recognised by their keys and shapes (`dialects`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    attention: tuple[bool, ...] = (True, True, True, False)  # which levels read the prompt
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels read the prompt; the middle always does
     blocks_per_level: int = 2
     heads: int = 8
     groups: int = 32
@@ -75,7 +75,7 @@ class ScheduleConfig:
 class SamplingConfig:
     """How pictures are made of noise, unless somebody says otherwise."""
 
-    sampler: str = "dpm++2m"  # a key of SAMPLERS
+    sampler: str = "dpm++2m"  # a key of samplers.SAMPLERS
     steps: int = 20
     cfg_scale: float = 7.5
 

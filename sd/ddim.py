@@ -41,5 +41,5 @@ class DDIMSampler(Sampler):
         sigma = self.eta * ((1 - a_next) / (1 - a_t) * (1 - a_t / a_next)).sqrt()
         latents = a_next.sqrt() * denoised + (1 - a_next - sigma**2).sqrt() * noise
         if sigma > 0:
-            latents = latents + sigma * draw_noise(tuple(latents.shape), self.generator).to(latents.device)
+            latents = latents + sigma * draw_noise(latents.shape, self.generator).to(latents.device)
         return latents

@@ -1,6 +1,6 @@
 """DDPM: the sampler of "Denoising diffusion probabilistic models" (2006.11239, algorithm 2).
 
-In: x_t and the noise that the U-Net predicts in it. Out: x at the next timestep, drawn from the posterior.
+In: x_t and the U-Net's output for it. Out: x at the next timestep, drawn from the posterior.
 """
 
 from torch import Tensor
@@ -30,4 +30,4 @@ class DDPMSampler(Sampler):
         if a_next == 1:
             return mean
         variance = (1 - a_next) / (1 - a_t) * beta
-        return mean + variance.sqrt() * draw_noise(tuple(latents.shape), self.generator).to(latents.device)
+        return mean + variance.sqrt() * draw_noise(latents.shape, self.generator).to(latents.device)

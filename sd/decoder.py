@@ -22,6 +22,7 @@ class UpLevel(nn.Module):
         self.upsample = nn.Identity() if last else Upsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, H, W) -> (B, out_channels, 2 H, 2 W), or for the last level (B, out_channels, H, W)."""
         return self.upsample(self.blocks(x))
 
 
@@ -31,7 +32,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.scaling_factor = config.scaling_factor
-        self.gradient_checkpointing = False  # True: a gradient costs less memory and more time
+        self.gradient_checkpointing = False  # True: a gradient costs less memory and more time (`guidance.by_loss`)
         widths = [*config.channels, config.channels[-1]]
         top = config.channels[-1]
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)

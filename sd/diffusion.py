@@ -36,7 +36,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * out_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        """x (B, N, width) -> (B, N, out_width)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)  # (B, N, out_width) each
         return value * F.gelu(gate)
 
 
@@ -70,7 +71,7 @@ class Stage(nn.Sequential):
     """Layers in a row, each handed what it reads beside the feature map."""
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """x (B, C, h, w), time (B, time_width), context (B, 77, W) -> (B, C', h', w'); `size` is for Upsample."""
+        """x (B, C, h, w), time (B, time_width), context (B, 77, D) -> (B, C', h', w'); `size` is for Upsample."""
         for layer in self:
             if isinstance(layer, ResidualBlock):
                 x = layer(x, time)
@@ -132,7 +133,8 @@ class Diffusion(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The predicted noise (B, 4, h, w), and the feature map (B, 320, h, w) that the last stage up starts from.
 
-        All but the first and the last stage work on that map. Given one of an earlier step as `deep`, they rest.
+        All stages but the first and the last only serve to make that map. Given one from an earlier step as `deep`,
+        they are skipped.
         """
         time = timestep_embedding(timesteps, self.config.channels[0]).to(latents.dtype)  # (B, 320)
         time = self.time_embedding(time)  # (B, 1280)
@@ -150,7 +152,8 @@ class Diffusion(nn.Module):
             skips.append(x)
         x = self.middle(x, time, context)  # (B, 1280, h/8, w/8)
         for stage in self.up[:-1]:
-            x = torch.cat([x, skips.pop()], dim=1)
+            x = torch.cat([x, skips.pop()], dim=1)  # beside it, what the stage at the same height kept on the way down
+            # To the size of the kept map that comes next: twice the size would miss an odd one by a pixel.
             x = stage(x, time, context, size=skips[-1].shape[-2:])  # up to (B, 320, h, w)
         return x
 
@@ -167,7 +170,7 @@ class DeepCache:
     def __call__(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
         """As `Diffusion.forward`."""
         fits = self.deep is not None and len(self.deep) == len(latents)  # guidance can begin and end during a run
-        keep = fits and self.calls % self.interval
-        noise, self.deep = self.unet.predict(latents, context, timesteps, self.deep if keep else None)
+        reuse = fits and self.calls % self.interval != 0
+        noise, self.deep = self.unet.predict(latents, context, timesteps, self.deep if reuse else None)
         self.calls += 1
         return noise

@@ -23,7 +23,7 @@ class DPMSolverSDESampler(DPMSolverSampler):
         decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), for these sigmas are exp(-lambda)
         latents = sigma_t / sigma_s * decay * latents + alpha_t * (1 - decay**2) * denoised
         if sigma_t > 0:
-            noise = draw_noise(tuple(latents.shape), self.generator).to(latents.device)
+            noise = draw_noise(latents.shape, self.generator).to(latents.device)
             latents = latents + sigma_t * (1 - decay**2).sqrt() * noise
         return latents
 

@@ -3,12 +3,12 @@
 In: embeddings from `clip.embed` or contexts from `encode_prompt`. Out: others of the same shape, for `clip.encode` or
 `denoise`. From a token to a picture, there are three places to step in:
 
-    token id --token_embedding--> (W,) --+ position--> embeddings (B, 77, W) --clip.encode--> context (B, 77, W)
+    token id --token_embedding--> (D,) --+ position--> embeddings (B, 77, D) --clip.encode--> context (B, 77, D)
                       mix                    replace                                            mix, slerp
 
     tokens = models.tokenizer("a picture of a cat")                                    # (1, 77)
     table, positions = models.clip.token_embedding.weight, models.clip.position_embedding.weight
-    chimera = mix([table[2368], table[12952]], [0.4, 0.6])                             # (W,), cat and panda
+    chimera = mix([table[2368], table[12952]], [0.4, 0.6])                             # (D,), cat and panda
     embeddings = replace(models.clip.embed(tokens), tokens == 2368, chimera, positions)
     context = torch.cat([pipeline.encode_prompt(models, "", None), models.clip.encode(embeddings)])
 """
@@ -25,18 +25,18 @@ PARALLEL = 0.9995  # cosine above which the arc between two vectors is taken for
 
 
 def replace(embeddings: Tensor, where: Tensor, vector: Tensor, positions: Tensor) -> Tensor:
-    """Another token at some places: embeddings (B, N, W) with `vector` (W,) wherever `where` (B, N) is true.
+    """Another token at some places: embeddings (B, N, D) with `vector` (D,) wherever `where` (B, N) is true.
 
     An embedding is what a token is plus where it stands, and only the first part is replaced:
 
         e_i = vector + positions_i  where `where`, and as it was elsewhere
 
-    `positions` are those that `embed` added, (N or more, W). With the row of another token for `vector`, the result is
+    `positions` are those that `embed` added, (N or more, D). With the row of another token for `vector`, the result is
     to the bit what `embed` gives for the prompt with that token. Raises ValueError if `where` is true nowhere.
     """
     if not where.any():
         raise ValueError("where should be true for at least one token: the prompt has none to replace.")
-    replaced = vector + positions[: embeddings.shape[1]]  # (N, W)
+    replaced = vector + positions[: embeddings.shape[1]]  # (N, D)
     return torch.where(where[..., None].to(embeddings.device), replaced.to(embeddings.dtype), embeddings)
 
 

@@ -48,6 +48,7 @@ class DownLevel(nn.Module):
         self.downsample = nn.Identity() if last else Downsample(out_channels, symmetric=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, H, W) -> (B, out_channels, H/2, W/2), or for the last level (B, out_channels, H, W)."""
         return self.downsample(self.blocks(x))
 
 

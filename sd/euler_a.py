@@ -24,5 +24,5 @@ class EulerAncestralSampler(SigmaSampler):
         sigma_down = sigma_next**2 / sigma
         x = x + (sigma_down - sigma) * slope
         if sigma_up > 0:
-            x = x + sigma_up * draw_noise(tuple(x.shape), self.generator).to(x.device)
+            x = x + sigma_up * draw_noise(x.shape, self.generator).to(x.device)
         return x

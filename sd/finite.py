@@ -19,7 +19,7 @@ class NotFiniteError(ValueError):
 
 
 def check_finite(output: Tensor, network: nn.Module, name: str, inputs: Tensor | None = None, when: str = "") -> Tensor:
-    """`output` itself, if all of it are finite numbers.
+    """`output` itself, if all its numbers are finite.
 
     Raises NotFiniteError, which calls the network `name` and says why: by its weights, by its `inputs`, or by its
     dtype. `when` is something like " at step 3 of 20".
@@ -33,20 +33,20 @@ def check_finite(output: Tensor, network: nn.Module, name: str, inputs: Tensor |
     if inputs is not None and not inputs.isfinite().all():
         remedies = "a smaller cfg_scale, another sampler, or dtype=torch.float32"
         raise NotFiniteError(f"The {name} was given NaN or infinity{when}: {remedies} may help.")
-    dtype = place(network)[1]
+    dtype = output.dtype
     remedy = "load the model with dtype=torch.float32"
     if dtype == torch.float32:
         remedy = "its weights are damaged or badly trained"
     raise NotFiniteError(f"The {name} gave NaN or infinity{when}, in {str(dtype).removeprefix('torch.')}: {remedy}.")
 
 
-def run_half(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
+def run_vae(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     """One half of the VAE on its inputs -> float32, finite. If it overflows in float16, it runs once more in float32.
 
-    Not in bfloat16, whose range is as wide: whole pictures in it are 0.4 of 255 levels off on average, against 0.04 in
-    float16 (tests/test_tiny_checkpoint.py). Neither is visible, but float32 loses nothing, and only this input pays
-    for it. The network itself stays in float16, so that a picture depends on its own prompt and seed only, and not on
-    the pictures that were made before.
+    In float32, and not in bfloat16, whose range is as wide: whole pictures in that are 0.4 of 255 levels off on
+    average, against 0.04 in float16 (tests/test_tiny_checkpoint.py). Neither is visible, but float32 loses nothing, and
+    only this input pays for it. The network itself stays in float16, so that a picture depends on its own prompt and
+    seed only, and not on the pictures that were made before.
 
     Raises NotFiniteError if float32 does not help, and at once in any other dtype.
     """

@@ -87,7 +87,7 @@ FIELDS = {
     },
 }
 
-# Pairs: theirs, ours. Each replaces whole dotted segments of a key.
+# Pairs: diffusers' name, CompVis's name. Each replaces whole dotted segments of a key.
 UNET_NAMES = [
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
@@ -192,8 +192,8 @@ def _vae_state(file: Checkpoint) -> dict[str, Tensor]:
 
 
 def _renamed(key: str, names: list[tuple[str, str]]) -> str:
-    for theirs, ours in names:
-        key = re.sub(rf"(?<![^.]){re.escape(theirs)}(?![^.])", ours, key)
+    for diffusers, compvis in names:
+        key = re.sub(rf"(?<![^.]){re.escape(diffusers)}(?![^.])", compvis, key)
     return key
 
 

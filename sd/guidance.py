@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sd.decoder import Decoder
+from sd.model_loader import place
 from sd.sampler import Sampler
 
 ImageLoss = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in [-1, 1] -> one number, the smaller the better
@@ -46,13 +47,12 @@ def by_loss(
     The factor makes the push fade with the noise: it is sigma_t^2 where x is written as x_0 + sigma_t e. (Guidance by
     the gradient of a classifier is 2105.05233, algorithm 1; by a loss on the predicted x_0, 2302.07121, section 3.1.)
     """
-    parameter = next(decoder.parameters())
     decoder.gradient_checkpointing = True
     try:
         with torch.enable_grad():
             x = latents.detach().requires_grad_()
             denoised, _ = sampler.predict(timestep, x, noise)
-            pictures = decoder(denoised.to(parameter.device, parameter.dtype)).float()  # (B, 3, H, W)
+            pictures = decoder(denoised.to(*place(decoder))).float()  # (B, 3, H, W)
             gradient = torch.autograd.grad(loss(pictures), x)[0]  # (B, 4, h, w)
     finally:
         decoder.gradient_checkpointing = False

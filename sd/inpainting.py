@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from sd.images import Picture, image_to_tensor, read_image
+from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
 from sd.sampler import Sampler
 
 
@@ -48,12 +48,12 @@ class Known:
         if step < len(sampler.timesteps):
             known = sampler.add_noise(known, sampler.timesteps[step], self.noise)
         # A latent is painted if any of its pixels is: `paste` puts the other pixels back.
-        painted = F.adaptive_max_pool2d(self.mask, latents.shape[2:]).to(latents) > 0
+        painted = F.adaptive_max_pool2d(self.mask, latents.shape[2:]).to(latents) > 0  # (1, 1, h, w)
         return torch.where(painted, latents, known)
 
     def paste(self, images: np.ndarray) -> np.ndarray:
         """Painted pictures, uint8 (B, H, W, 3), with what stays put back: to the byte where the mask is 0."""
-        original = np.rint((self.picture[0].permute(1, 2, 0).numpy() + 1) * 127.5)  # (H, W, 3)
+        original = tensor_to_array(self.picture)[0]  # (H, W, 3)
         share = self.mask[0, 0, :, :, None].numpy()  # (H, W, 1)
         return np.rint(share * images + (1 - share) * original).astype(np.uint8)
 

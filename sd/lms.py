@@ -16,8 +16,8 @@ from sd.sampler import SigmaSampler
 def lms_weights(sigmas: list[float], sigma_next: float) -> list[float]:
     """What each of the slopes at `sigmas`, the latest first, counts for in a step from sigmas[0] to `sigma_next`.
 
-    A polynomial passes through them all: a sum of Lagrange's, l_j, of which each is 1 at its sigma_j and 0 at all
-    others. The weight of slope j is the integral of l_j over the step, which is exact for a polynomial.
+    The polynomial through all slopes is sum_j d_j l_j, where Lagrange's l_j is 1 at sigma_j and 0 at the other levels.
+    The weight of slope j is the integral of l_j over the step.
     """
     weights = []
     for j, sigma in enumerate(sigmas):
@@ -47,8 +47,8 @@ class LMSSampler(SigmaSampler):
         over the last `order` slopes, or those that there are.
         """
         self.history = [slope, *self.history[: self.order - 1]]
-        sigmas = self.sigmas[: i + 2].tolist()[::-1]
-        weights = lms_weights(sigmas[1 : 1 + len(self.history)], sigmas[0])
+        sigma_next, *sigmas = self.sigmas[: i + 2].tolist()[::-1]
+        weights = lms_weights(sigmas[: len(self.history)], sigma_next)
         return x + sum(weight * d for weight, d in zip(weights, self.history))
 
 

@@ -1,6 +1,7 @@
 """A path -> networks ready to run.
 
-In: a checkpoint file of any kind that `checkpoint` reads. Out: `Models`, the four networks with the file's weights.
+In: a checkpoint file that `checkpoint` reads, or a folder that `folders` reads. Out: `Models`, the four networks with
+its weights.
 
 The networks are built without memory and take the file's own memory-mapped tensors, so loading reads hardly anything:
 the weights come in from the disk when they are first used, and there is no second copy of them.

@@ -1,6 +1,6 @@
 """A prompt, and perhaps a picture -> a picture: four steps, and `generate`, which is those four in a row.
 
-    prompt --tokenizer--> ids (B, 77) --clip--> context (B, 77, W)             encode_prompt
+    prompt --tokenizer--> ids (B, 77) --clip--> context (B, 77, D)             encode_prompt
     noise, or image --encoder--> latents (B, 4, H/8, W/8)                      get_latents
     latents --(diffusion, sampler) x steps--> latents                         denoise
     latents --decoder--> image (B, 3, H, W) --> uint8 (B, H, W, 3)             decode_latents
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sd.arguments import check_deep_cache, check_request, check_size
 from sd.conditioning import encode_prompt
 from sd.diffusion import DeepCache
-from sd.finite import check_finite, run_half
+from sd.finite import check_finite, run_vae
 from sd.guidance import ImageLoss, by_loss, classifier_free
 from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
 from sd.inpainting import Known, read_mask, read_mask_image, without_masked
@@ -128,7 +128,7 @@ def begin(
 ) -> tuple[Sampler, Tensor, Known | None]:
     """A sampler, the latents (B, 4, height / 8, width / 8) that it starts from, and what it must keep of a picture.
 
-    The arguments and errors are those of `generate`.
+    The arguments are those of `generate`; `arguments.check_request` checks them, this does not.
     """
     strength = 1 if input_image is None else strength
     generators = make_generators(seed, batch_size)
@@ -157,7 +157,8 @@ def get_latents(
     """What to start from: float32 latents (B, 4, height / 8, width / 8), pure noise unless there is an `input_image`.
 
     The image is encoded, and noised to the level of the first timestep that the `sampler` visits. `seed` may also be
-    the list of generators that the sampler goes on drawing from. Raises ValueError for a size that cannot be.
+    the list of generators that the sampler goes on drawing from. Raises ValueError for a size that cannot be, an image
+    without a sampler or another number of generators, and what `read_image` raises.
     """
     height, width = _size(models, height, width)
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
@@ -183,7 +184,8 @@ def get_known(
 ) -> Known:
     """What `denoise` must keep of `input_image`: all but where `mask_image` is white. No mask: nothing of it.
 
-    The other arguments are those of `get_latents`. Raises ValueError for a size that cannot be.
+    The other arguments are those of `get_latents`. Raises ValueError for a size that cannot be and for a mask of
+    another shape than the picture's, and what `read_image` raises.
     """
     height, width = _size(models, height, width)
     size = (height, width)
@@ -206,7 +208,7 @@ def get_known(
 
 def _encode(models: Models, picture: Tensor, noise: Tensor) -> Tensor:
     """picture (1, 3, H, W), noise (B, 4, H/8, W/8) -> B samples of its latents, float32 (B, 4, H/8, W/8)."""
-    return run_half(models.encoder, "VAE encoder", picture, noise)
+    return run_vae(models.encoder, "VAE encoder", picture, noise)
 
 
 @torch.no_grad()
@@ -224,7 +226,7 @@ def denoise(
 ) -> Iterator[Step]:
     """Takes the noise out of latents (B, 4, h, w), step by step, and yields a `Step` after each.
 
-    With a context of 2B rows, one batch of 2B gives the two predictions that classifier-free guidance needs: see
+    With a context (2B, 77 k, D), one batch of 2B gives the two predictions that classifier-free guidance needs: see
     `guidance.classifier_free` for `cfg_scale` and `cfg_rescale`. `cfg_interval` is the part of the run that is guided;
     outside of it, as with a context of B rows, the prompt alone counts. `guidance` is a loss on pictures to follow
     besides (`guidance.by_loss`), and `known` what inpainting must keep. `deep_cache` is how many steps share what the
@@ -244,14 +246,15 @@ def denoise(
     latents, context = latents.to(device), context.to(device, dtype)
     unet = models.diffusion if deep_cache == 1 else DeepCache(models.diffusion, deep_cache)
     first, last = (share * len(sampler.timesteps) for share in cfg_interval)
-    seen = sampler.timesteps.to(device)  # once: a GPU would have to stop for every one of them
+    timesteps = sampler.timesteps.to(device)  # all at once: copied one by one, each would make a GPU wait
     for index, timestep in enumerate(sampler.timesteps):
         guided = len(context) > len(latents) and first <= index < last and cfg_scale != 1
-        rows = context if guided else context[-len(latents) :]  # (2B, 77, W), or the conditional half (B, 77, W)
+        rows = context if guided else context[-len(latents) :]  # (2B, 77, D), or the conditional half (B, 77, D)
         inputs = latents if known is None else known.beside(latents)  # (B, 4 or 9, h, w)
         inputs = inputs.to(dtype).repeat(len(rows) // len(inputs), 1, 1, 1)  # (2B, 4 or 9, h, w)
-        noise = unet(inputs, rows, seen[index].expand(len(rows))).float()  # (2B, 4, h, w)
-        check_finite(noise, models.diffusion, "U-Net", inputs, f" at step {index + 1} of {len(sampler.timesteps)}")
+        noise = unet(inputs, rows, timesteps[index].expand(len(rows)))  # (2B, 4, h, w)
+        when = f" at step {index + 1} of {len(timesteps)}"
+        noise = check_finite(noise, models.diffusion, "U-Net", inputs, when).float()
         noise_uncond, noise_cond = noise.chunk(2) if guided else (None, noise)
         if guided:
             noise = classifier_free(noise_uncond, noise_cond, cfg_scale, float(cfg_rescale))  # (B, 4, h, w)
@@ -266,14 +269,14 @@ def denoise(
 
 @torch.no_grad()
 def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
-    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_half` does.
+    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_vae` does.
 
     It decodes in strips where memory is short, and large pictures in float32 on a CPU always, which gives the same but
     for rounding. While a forward hook or a `Tracer` listens to the decoder, it works whole if memory allows.
     """
     # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
     decoder = InStrips(models.decoder) if needed(models.decoder, latents) else models.decoder
-    images = [run_half(decoder, "VAE decoder", one).cpu() for one in latents.split(1)]
+    images = [run_vae(decoder, "VAE decoder", one).cpu() for one in latents.split(1)]
     return tensor_to_array(torch.cat(images))
 
 

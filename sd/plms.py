@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sd.sampler import Sampler
 
-# By how many outputs there are: the weights of each, the latest first (2202.09778, eq. 12, for four).
+# The weights of one, two, three and four outputs, the latest first (2202.09778, eq. 12, for four).
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 

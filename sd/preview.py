@@ -17,7 +17,7 @@ from torch import Tensor
 from sd.config import SD15
 from sd.decoder import Decoder
 from sd.images import tensor_to_array
-from sd.model_loader import Models
+from sd.model_loader import Models, place
 
 FIT_PICTURES, FIT_SIZE, FIT_BLOCK = 4, 16, 4  # random latents to fit on: how many, their side, and that of one colour
 
@@ -35,7 +35,7 @@ class Preview:
         return tensor_to_array(F.conv2d(latents.float(), weight[:, :, None, None], bias))
 
 
-# What the users of SD 1.x have long fitted for its VAE.
+# The factors that users of SD 1.x fitted long ago for its VAE.
 SD15_PREVIEW = Preview(
     weight=torch.tensor(
         [
@@ -60,12 +60,11 @@ def fit(decoder: Decoder, latents: Tensor | None = None) -> Preview:
     The best latents are like those to be previewed: a few encoded pictures, or generated ones. Without any it takes
     random ones in blocks of one colour, which are nearer to pictures than white noise is, and does nearly as well.
     """
-    parameter = next(decoder.parameters())
     if latents is None:
         shape = FIT_PICTURES, decoder.post_quant_conv.in_channels, FIT_SIZE // FIT_BLOCK, FIT_SIZE // FIT_BLOCK
         blocks = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         latents = F.interpolate(blocks, scale_factor=FIT_BLOCK)  # (B, 4, h, w)
-    pictures = decoder(latents.to(parameter.device, parameter.dtype)).float().cpu()  # (B, 3, H, W)
+    pictures = decoder(latents.to(*place(decoder))).float().cpu()  # (B, 3, H, W)
     pixels = F.adaptive_avg_pool2d(pictures, latents.shape[2:])  # (B, 3, h, w)
     rows = latents.float().cpu().movedim(1, -1).flatten(0, 2)  # (B h w, 4)
     rows = F.pad(rows, (0, 1), value=1)  # (B h w, 5): the last is for the bias

@@ -201,18 +201,18 @@ def _check_counts(counts: list[int]) -> None:
 
 
 def join_chunks(context: Tensor, counts: Sequence[int]) -> Tensor:
-    """The context of N chunks, (N, 77, W), and how many of them each of B prompts has -> that of the prompts,
-    (B, 77 k, W), where k is the least common multiple of the counts.
+    """The context of N chunks, (N, 77, D), and how many of them each of B prompts has -> that of the prompts,
+    (B, 77 k, D), where k is the least common multiple of the counts.
 
     A prompt of c chunks has its own, side by side, k / c times over: to the U-Net that is the same as once.
     """
     k = math.lcm(*counts)
-    prompts = context.split(list(counts))  # each (c, 77, W)
+    prompts = context.split(list(counts))  # each (c, 77, D)
     return torch.stack([chunks.flatten(0, 1).repeat(k // len(chunks), 1) for chunks in prompts])
 
 
 def weigh(context: Tensor, weights: Tensor) -> Tensor:
-    """The context of N chunks, (N, 77, W), with its vectors multiplied by their weights, (N, 77).
+    """The context of N chunks, (N, 77, D), with its vectors multiplied by their weights, (N, 77).
 
     Each chunk z is then scaled so that its mean stays the same: s w z with s = mean(z) / mean(w z), as the web UI does.
     A chunk whose weights are all 1 is returned as it is, to the bit.

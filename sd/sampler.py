@@ -29,7 +29,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
-    """One random generator per image, seeded with seed, seed + 1, ...; unforeseeably without a seed."""
+    """One random generator per image, seeded with seed, seed + 1, ...; at random without a seed."""
     if seed is None:
         seed = torch.Generator().seed() % 2**32
     return [torch.Generator().manual_seed(int(seed) + i) for i in range(batch_size)]
@@ -38,7 +38,8 @@ def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
     """Standard normal noise (B, ...) in float32, drawn on the CPU: a seed gives the same picture on every device.
 
-    With a list of B generators, image i gets the noise that its own generator would give it alone.
+    With a list of B generators, image i gets the noise that its own generator would give it alone. Raises ValueError
+    for another number of generators.
     """
     if isinstance(generator, list):
         if len(generator) != shape[0]:
@@ -89,7 +90,8 @@ def karras_sigmas(n: int, sigma_max: float, sigma_min: float, rho: float = 7) ->
 
 
 def _warn_of_a_late_start(timesteps: np.ndarray, total: int) -> None:
-    """Warns unless the n timesteps, noisiest first, cover two thirds of all `total` with the steps that they begin.
+    """Warns if a run of these timesteps, noisiest first, begins below two thirds of `total`, where one spacing above
+    the first of them counts as its beginning.
 
     Leading timesteps are total // n apart and cover n (total // n): two thirds at least for n up to total / 2, but 501
     of 1000 where n is 501. A single one is 0 with most samplers. diffusers visits the same, so the numbers stay.
@@ -120,7 +122,10 @@ class Sampler(ABC):
         beta_end: float = 0.0120,
         schedule: ScheduleConfig | None = None,
     ):
-        """`generator` draws the noise: one for all, or a list with one per image. `schedule` overrides the numbers."""
+        """`generator` draws the noise: one for all, or a list with one per image. `schedule` overrides the numbers.
+
+        Raises ValueError for an unknown prediction type or beta schedule.
+        """
         self.schedule = schedule or ScheduleConfig(num_training_steps, beta_start, beta_end)
         if self.schedule.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
@@ -175,7 +180,7 @@ class Sampler(ABC):
         Raises ValueError for a timestep that no U-Net was trained on.
         """
         if noise is None:
-            noise = draw_noise(tuple(latents.shape), self.generator)
+            noise = draw_noise(latents.shape, self.generator)
         a_t = self.a_at(timestep).to(latents.device)  # (B, 1, 1, 1)
         return a_t.sqrt() * latents + (1 - a_t).sqrt() * noise.to(latents.device)
 

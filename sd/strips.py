@@ -45,8 +45,8 @@ def needed(decoder: Decoder, latents: Tensor) -> bool:
     """Whether `decoder(latents)`, one of the batch at a time, might take more memory than is free on its device; or,
     for large maps in float32 on a CPU, always: there strips save most and cost next to no time.
 
-    Not always while somebody listens to the decoder through forward hooks, as a `Tracer` does: they would hear nothing.
-    Nor if it is compiled, for then it is faster whole.
+    The second rule has two exceptions: a decoder to which forward hooks listen, as a `Tracer`'s do, for in strips they
+    would hear nothing; and a compiled one, which is faster whole.
     """
     weight = decoder.conv_in.weight
     pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(decoder.levels) - 1)
@@ -161,7 +161,8 @@ class FeatureMap:
 
 
 def _residual_block(block: ResidualBlock, x: FeatureMap) -> Tensor:
-    """What `block` makes of a map: (1, out_channels, H, W). Where the block has no shortcut, it overwrites the map."""
+    """What `block` makes of a map: (1, out_channels, H, W). Where its shortcut is the identity, it overwrites a map
+    that is stored."""
     in_place = x.upsample is None and isinstance(block.shortcut, nn.Identity)
     h = x.blank(block.conv1.out_channels)
     out = x.stored if in_place else x.blank(block.conv1.out_channels)

@@ -150,7 +150,8 @@ class Tokenizer:
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """A prompt or a list of B -> LongTensor (B, context_length) of start, ids, end, padding.
 
-        A prompt that does not fit is truncated, with a warning that quotes what was dropped. Raises as `clean` does.
+        A prompt that does not fit is truncated, with a warning that quotes what was dropped. Raises TypeError for what
+        is no text, and ValueError for a text that `sd.cleaning` cannot repair.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -168,7 +169,10 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)
 
     def encode(self, text: str) -> list[int]:
-        """All ids of a prompt and nothing else: no start, no end, not truncated. Raises as `clean` does."""
+        """All ids of a prompt and nothing else: no start, no end, not truncated.
+
+        Raises TypeError and ValueError as `__call__` does.
+        """
         ids: list[int] = []
         for word in split(text):
             ids += self._cache.get(word) or self._encode_word(word)
@@ -186,8 +190,8 @@ class Tokenizer:
         while tokens and tokens[-1] == self.pad_token_id:  # only at the end: the 0 of SD 2.x is also the symbol "!"
             tokens.pop()
         specials = {self.start_token_id, self.end_token_id}
-        symbols = "".join(self.symbols[token] for token in tokens if token not in specials)
-        text = bytes(SYMBOL_TO_BYTE[symbol] for symbol in symbols).decode("utf-8", errors="replace")
+        spelled = "".join(self.symbols[token] for token in tokens if token not in specials)
+        text = bytes(SYMBOL_TO_BYTE[character] for character in spelled).decode("utf-8", errors="replace")
         return text.replace(WORD_END, " ").rstrip(" ")
 
     def merge_steps(self, word: str) -> Iterator[list[str]]:

@@ -8,8 +8,9 @@ maps.
     trace.shapes("diffusion")                     # [("in", (2, 4, 16, 16)), ("down.0", (2, 64, 16, 16)), ...]
     trace.word_map("house", "a red house")        # (128, 128): where the U-Net looked at "house"
 
-It listens through forward hooks and changes nothing: the networks compute the same bits with it as without. Only large
-pictures are decoded whole, if memory allows, and not in strips (`sd.strips`), which rounds differently.
+It listens through forward hooks and changes nothing: the networks compute the same bits with it as without. With one
+exception: large pictures, which are otherwise decoded in strips (`sd.strips`), are decoded whole if memory allows,
+which rounds differently.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def _first_shape(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, ...
 
 @torch.no_grad()
 def attention_weights(module: CrossAttention, x: Tensor, context: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)), averaged over the heads: x (B, N, C), context (B, M, W) -> float32 (B, N, M).
+    """softmax(q k^T / sqrt(d)), averaged over the heads: x (B, N, C), context (B, M, D) -> float32 (B, N, M).
 
     The module itself never holds this matrix. It is made here one head at a time, so that it is held only once.
     """
@@ -233,15 +234,15 @@ def feature_picture(features: Tensor) -> np.ndarray:
     Raises ValueError for another shape, or values that are not finite.
     """
     if features.ndim != 3 or not features.isfinite().all():
-        raise ValueError(f"features should be finite, of shape (C, h, w), not {tuple(features.shape)} with inf or NaN.")
+        shape = tuple(features.shape)
+        raise ValueError(f"features should be of shape (C, h, w) and finite: these are {shape}, or not finite.")
     x = features.detach().float().cpu().flatten(1)  # (C, h w)
     x = x - x.mean(1, keepdim=True)
     if len(x) > 3:
         _, directions = torch.linalg.eigh(x @ x.mT)  # (C, C), by rising variance
         directions = directions[:, -3:].flip(1)  # (C, 3)
-        largest = directions.abs().argmax(
-            0, keepdim=True
-        )  # a direction has no sign: its largest part shall be positive
+        # A direction has no sign: its largest part shall be positive.
+        largest = directions.abs().argmax(0, keepdim=True)  # (1, 3)
         x = (directions * directions.gather(0, largest).sign()).mT @ x  # (3, h w)
     low, high = x.quantile(torch.tensor([0.01, 0.99]), dim=1)[:, :, None]  # each (3, 1)
     levels = ((x - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * 255

@@ -57,11 +57,11 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def settle(module: nn.Module, place: Callable[[Tensor], Tensor], packs: bool) -> None:
-    """Puts `place(weight)` where each weight of a network was; with `packs`, what follows is packed.
+def settle(module: nn.Module, place: Callable[[Tensor], Tensor], pack: bool) -> None:
+    """Replaces each weight of a network by `place(weight)`; with `pack`, also packs its convolutions and GEGLUs.
 
-    The weights of convolutions and of GEGLU then lie in the order that oneDNN's bfloat16 kernels read, who would else
-    bring them into it at every call. For prediction only: packed layers have no gradient, and can be neither copied nor
+    Packed weights lie in the order that oneDNN's bfloat16 kernels read, which would else bring them into it at every
+    call. For prediction only: packed layers have no gradient, and can be neither copied nor
     brought to another dtype or device. The kernels are torch's own, those that its compiler chooses
     (torch._inductor.mkldnn_ir), called by name.
 
@@ -71,8 +71,8 @@ def settle(module: nn.Module, place: Callable[[Tensor], Tensor], packs: bool) ->
     for name, weight in module.named_parameters(recurse=False):
         setattr(module, name, nn.Parameter(place(weight.detach()), requires_grad=False))
     for name, child in module.named_children():
-        settle(child, place, packs)
-        if packs and isinstance(child, (nn.Conv2d, GEGLU)):
+        settle(child, place, pack)
+        if pack and isinstance(child, (nn.Conv2d, GEGLU)):
             setattr(module, name, PackedConvolution(child) if isinstance(child, nn.Conv2d) else PackedGEGLU(child))
 
 
@@ -91,6 +91,7 @@ class PackedConvolution(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.geometry, "none", [], "")
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Called by `state_dict`: the weights unpacked, under the names that they have otherwise."""
         destination[f"{prefix}weight"], destination[f"{prefix}bias"] = self.packed.to_dense(), self.bias.detach()
 
 
@@ -111,12 +112,13 @@ class PackedGEGLU(nn.Module):
         return linear.binary(x, gate, self.value, biases[0], "mul")
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Called by `state_dict`: the weights unpacked, under the names that they have otherwise."""
         destination[f"{prefix}proj.weight"] = torch.cat([self.value.to_dense(), self.gate.to_dense()])
         destination[f"{prefix}proj.bias"] = self.bias.detach()
 
 
 def is_compiled(network: nn.Module) -> bool:
-    """Whether `compile_networks` was there: its modules then run without being called, and hooks in it hear nothing."""
+    """Whether `compile_networks` has compiled it: its modules then run without being called, and no hook hears them."""
     return network._compiled_call_impl is not None
 
 

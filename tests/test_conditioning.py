@@ -42,7 +42,7 @@ def test_the_context_of_the_shorter_half_is_repeated(models, prompt, uncond):
     context = encode_prompt(models, prompt, uncond)
     assert context.shape == (2, 231, 32)
     short, text = (0, "dog") if uncond == "dog" else (1, "cat")
-    alone = models.clip(models.tokenizer([text]))[0]  # (77, W)
+    alone = models.clip(models.tokenizer([text]))[0]  # (77, D)
     torch.testing.assert_close(context[short], alone.repeat(3, 1), rtol=0, atol=1e-5)
 
 

@@ -127,6 +127,12 @@ def test_a_decoder_that_overflows_in_bfloat16_does_not_run_again(models, monkeyp
     assert dtypes == [torch.bfloat16]
 
 
+def test_a_decoder_that_overflows_in_float32_too_is_not_told_to_use_it(models, monkeypatch):
+    monkeypatch.setattr(in_float16(models).decoder, "forward", lambda x: x.new_full((1, 3, 32, 32), torch.inf))
+    with pytest.raises(NotFiniteError, match="^The VAE decoder gave NaN or infinity, in float32: its weights are"):
+        generate("a cat", models=models, **QUICK)
+
+
 def test_sound_networks_are_neither_searched_nor_warned_about(models, monkeypatch):
     for name in NETWORKS:
         monkeypatch.setattr(getattr(models, name), "state_dict", lambda: pytest.fail("searched"))

@@ -240,7 +240,7 @@ def test_a_flat_feature_map_is_black():
 
 @pytest.mark.parametrize("features", [torch.zeros(4, 4), torch.zeros(1, 3, 4, 4), torch.full((3, 4, 4), torch.nan)])
 def test_bad_features(features):
-    with pytest.raises(ValueError, match=r"features should be finite, of shape \(C, h, w\), not "):
+    with pytest.raises(ValueError, match=r"features should be of shape \(C, h, w\) and finite: these are "):
         feature_picture(features)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sd.files import write_whole
@@ -172,7 +171,7 @@ def _maps(moments: list[Moment]) -> list[dict[str, Tensor]]:
 
 def _mixture(recording: Recording, timestep: float) -> tuple[float, float]:
     """sqrt(a_t) and sqrt(1 - a_t)."""
-    a_t = float(recording.sampler.a_at(torch.tensor(timestep)))
+    a_t = float(recording.sampler.a_at(timestep))
     return a_t**0.5, (1 - a_t) ** 0.5
 
 

@@ -62,6 +62,6 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bool]:
 def _looked_at(models: Models, trace: Tracer, positions: list[int]) -> tuple[float, Tensor]:
     """The share of the attention that some positions got, and the map of where, float32 (h, w) in [0, 1]."""
     large = trace.token_map(positions)  # (H, W)
-    small = F.avg_pool2d(large[None], models.config.vae.downscale)[0].cpu()  # (h, w): there is no more detail in it
+    small = F.avg_pool2d(large[None], models.config.vae.downscale)[0]  # (h, w): there is no more detail in it
     low, high = small.aminmax()
     return small.mean().item(), (small - low) / (high - low).clamp_min(1e-12)

@@ -64,7 +64,7 @@ class DiffusionStage:
 
     def loss(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         with torch.no_grad():
-            context = self.clip(tokens)  # (B, 77, W)
+            context = self.clip(tokens)  # (B, 77, D)
         unet, predicts = self.networks["diffusion"], self.schedule.prediction_type
         return diffusion_loss(unet, latents, context, timesteps, noise, self.alphas_cumprod, predicts, min_snr=5.0)
 

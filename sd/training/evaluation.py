@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd.checkpoint import read_state_dict
-from sd.model_loader import Models
+from sd.model_loader import Models, place
 from sd.pipeline import SAMPLERS, decode_latents, denoise, encode_prompt, get_latents, make_generators
 from sd.tokenizer import Tokenizer
 from sd.training.data import Pictures
@@ -131,9 +131,8 @@ def draw_prompts(
 @torch.no_grad()
 def through_the_vae(models: Models, images: Tensor) -> tuple[Tensor, float]:
     """Pictures (N, 3, H, W) -> the same after encoding and decoding, and the mean PSNR in dB."""
-    parameter = next(models.encoder.parameters())
     parts = [
-        reconstruct(models.encoder, models.decoder, part.to(parameter.device, parameter.dtype)).float().cpu()
+        reconstruct(models.encoder, models.decoder, part.to(*place(models.encoder))).float().cpu()
         for part in images.split(16)
     ]
     copies = torch.cat(parts)

@@ -1,4 +1,4 @@
-"""The loop that all three stages share: draw, loss, backward, step, average, and now and then save.
+"""The loop that all trainings share: draw, loss, backward, step, average, and now and then save.
 
 In: a `Stage`, which knows its networks, its data and its loss. Out: a file in which the trained networks, and all that
 is needed to go on as if nothing had happened, are kept: weights, their average, the optimizer, the step, the random
@@ -32,7 +32,7 @@ CALIBRATION = 10  # steps whose speed, after as many to warm up, decides how man
 
 
 class Stage(Protocol):
-    """One of the three trainings."""
+    """What a `Training` trains: a stage of the model (`stages`), or the judge of its pictures (`evaluation`)."""
 
     name: str
     config: dict  # of what is trained; a run resumes only with the same
@@ -135,7 +135,7 @@ class Training:
         if not math.isfinite(norm):  # every gradient is divided by it: no weight would be left
             raise TrainingError(f"The gradient of stage {self.stage.name} is {norm} at step {self.step}.")
         for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = self.stage.learning_rate * self._warmth()
+            optimizer.param_groups[0]["lr"] = self.stage.learning_rate * self._schedule()
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -148,8 +148,8 @@ class Training:
             loss = self.stage.loss(*part) * (len(part[0]) / self.stage.batch_size)
         return loss.item(), torch.autograd.grad(loss, self.parameters)
 
-    def _warmth(self) -> float:
-        """The learning rate's course: a linear rise, then half a cosine (1608.03983) down to the end."""
+    def _schedule(self) -> float:
+        """The learning rate's factor: half a cosine (1608.03983) over the whole run, times a rise at its start."""
         rise = min(1.0, (self.step + 1) / WARMUP)
         return rise * (0.5 + 0.5 * math.cos(math.pi * self.step / self.total)) if self.total else rise
 

@@ -25,8 +25,8 @@ def vae_loss(
     image, decoded (B, 3, H, W); mean, log_variance (B, 4, H/8, W/8) of q(z | x). The first term says how badly
     `decoded` fits: the squared error is -log p(x | z) for a normal p, the absolute error for a Laplace p, and the
     absolute error of the differences between neighbouring pixels keeps edges crisp. Errors are small, and their squares
-    smaller still, which is why these weigh more. The second is the divergence; with
-    the encoder frozen it cannot change, and `mean` is left out.
+    smaller still, which is why these weigh more. The second is the divergence; with the encoder frozen it cannot
+    change, and `mean` is left out.
     """
     error = decoded - image
     reconstruction = square_weight * error.square().mean() + error.abs().mean()
@@ -91,7 +91,7 @@ def diffusion_loss(
 ) -> Tensor:
     """E || e - e_theta(sqrt(a_t) x_0 + sqrt(1 - a_t) e, t, c) ||^2 (2006.11239, eq. 14; 2112.10752, eq. 3).
 
-    latents, noise (B, 4, h, w), context (B, 77, W), timesteps (B,). With `min_snr`, gamma, each picture's error counts
+    latents, noise (B, 4, h, w), context (B, 77, D), timesteps (B,). With `min_snr`, gamma, each picture's error counts
     min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v, where SNR = a_t / (1 - a_t) (2303.09556,
     section 3.4): nearly clean pictures, whose noise is hardest to tell, then no longer drown the others.
     """

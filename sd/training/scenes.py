@@ -175,7 +175,7 @@ def _light_words(scene: Scene, rng: random.Random) -> str:
 
 
 def _tags(scene: Scene, rng: random.Random, mention: frozenset[str]) -> str:
-    """The same as keywords in any order: "noon, house, red house, hills, left, clouds"."""
+    """The same as keywords in any order: "noon, red house, hills, left, clouds"."""
     tags = [getattr(scene, name) for name in ("time", "terrain", "position") if name in mention]
     if "thing" in mention:
         thing = "empty" if scene.thing == "none" else rng.choice(THING_WORDS[scene.thing])

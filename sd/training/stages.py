@@ -103,7 +103,8 @@ class Workshop:
 
     def _stage(self, name: str) -> Stage:
         """The stage at its beginning, which depends on nothing but the seed and the files of the stages before."""
-        # First of all, for networks are built on the way, and those of the latents only where there are none yet.
+        # Before the seed is set: building networks uses random numbers up, and some are built only while there are no
+        # latents yet.
         ready = self._frozen() if name == "diffusion" else ()
         torch.manual_seed(self.seed)
         if name == "vae":

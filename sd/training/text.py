@@ -39,7 +39,7 @@ class PictureEncoder(nn.Module):
         """images (B, 3, H, W) in [-1, 1] -> (B, out_width). Seen at 64 x 64, enough to tell scenes apart."""
         x = resize(images, 64) if images.shape[-1] != 64 else images
         x = F.silu(self.levels(x))  # (B, 96, 4, 4)
-        return self.out(x.flatten(1))
+        return self.out(x.flatten(1))  # (B, out_width), of (B, 1536)
 
 
 class CaptionEncoder(nn.Module):
@@ -78,7 +78,7 @@ class TextStage:
         self.tokens = tokens
         self.small = shrink(pictures)
         self.networks = nn.ModuleDict({"pictures": PictureEncoder(), "captions": CaptionEncoder(config)})
-        self.networks.log_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as there
+        self.networks.log_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as in 2103.00020, section 2.5
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         # No picture twice: it could not tell its own caption from its own other one.

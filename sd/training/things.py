@@ -20,7 +20,7 @@ PAINTS: dict[str, Colour] = {
     "purple": (150, 60, 200),
     "white": (250, 250, 250),
 }
-BLACK, WHITE, LAMP = (0, 0, 0), (255, 255, 255), (255, 226, 120)
+WHITE, LAMP = (255, 255, 255), (255, 226, 120)
 WOOD, DARK_WOOD = (134, 88, 52), (88, 56, 38)
 
 

@@ -31,8 +31,8 @@ def known_words() -> frozenset[str]:
 
 def unknown_words(prompt: str) -> list[str]:
     """The words of a prompt that mean nothing to the tiny model, in order and once each."""
-    words = re.findall(r"[^\W\d_]+", prompt.lower())
-    return list(dict.fromkeys(word for word in words if word not in known_words()))
+    words, known = re.findall(r"[^\W\d_]+", prompt.lower()), known_words()
+    return list(dict.fromkeys(word for word in words if word not in known))
 
 
 def describe() -> str:
