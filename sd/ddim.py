@@ -16,7 +16,8 @@ class DDIMSampler(Sampler):
     `eta`, from 0 to 1, is the share of fresh noise in the noise it adds: 0 adds none, so that the picture depends on
     the first latents only, and 1 is DDPM. Raises ValueError for another `eta`.
 
-    The last step ends at a_t = 1, without noise, as in the paper's eq. 12 and by default in diffusers' `DDIMScheduler`.
+    The last step ends at a_t = 1, without noise, as in the paper's eq. 12 and by default in diffusers' `DDIMScheduler`
+    (which with more than half as many steps as training steps ends at a_0).
     The settings published with Stable Diffusion (`set_alpha_to_one` false) end at a_0, `alphas_cumprod[0]`, instead,
     and so leave sqrt(1 - a_0) = 0.03 of the predicted noise in the latents.
     """

@@ -42,9 +42,10 @@ class DPMSolverSampler(Sampler):
 
     def update(self, i: int, latents: Tensor, denoised: Tensor) -> Tensor:
         """The first line of the formula, for D = `denoised`."""
-        alpha_t, sigma_t, sigma_s = self.a[i + 1].sqrt(), (1 - self.a[i + 1]).sqrt(), (1 - self.a[i]).sqrt()
+        alpha_t, alpha_s = self.a[i + 1].sqrt(), self.a[i].sqrt()
         decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), for these sigmas are exp(-lambda)
-        return sigma_t / sigma_s * latents - alpha_t * (decay - 1) * denoised
+        # sigma_t / sigma_s, without 1 - a, which near a = 1 would lose digits
+        return alpha_t / alpha_s * decay * latents - alpha_t * (decay - 1) * denoised
 
 
 class DPMSolverKarrasSampler(DPMSolverSampler):

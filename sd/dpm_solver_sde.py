@@ -19,9 +19,10 @@ class DPMSolverSDESampler(DPMSolverSampler):
 
         in the symbols of `DPMSolverSampler.step`, with the same D (2211.01095, SDE-DPM-Solver++(2M)).
         """
-        alpha_t, sigma_t, sigma_s = self.a[i + 1].sqrt(), (1 - self.a[i + 1]).sqrt(), (1 - self.a[i]).sqrt()
+        alpha_t, alpha_s = self.a[i + 1].sqrt(), self.a[i].sqrt()
+        sigma_t = alpha_t * self.sigmas[i + 1]
         decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), for these sigmas are exp(-lambda)
-        latents = sigma_t / sigma_s * decay * latents + alpha_t * (1 - decay**2) * denoised
+        latents = alpha_t / alpha_s * decay**2 * latents + alpha_t * (1 - decay**2) * denoised
         if sigma_t > 0:
             noise = draw_noise(latents.shape, self.generator).to(latents.device)
             latents = latents + sigma_t * (1 - decay**2).sqrt() * noise

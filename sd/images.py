@@ -53,10 +53,12 @@ def read_image(source: Picture, behind: str = "white") -> Image.Image:
         raise ValueError(f"{name} is too large for the memory of this computer: make it smaller first.") from None
 
 
-def image_to_tensor(image: Picture, height: int, width: int) -> Tensor:
+def image_to_tensor(
+    image: Picture, height: int, width: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> Tensor:
     """Turn a picture into float32 (1, 3, height, width) in [-1, 1]: pixel / 127.5 - 1.
 
-    A picture of another shape is cropped about its centre, never stretched, and resized with a Lanczos filter.
+    A picture of another shape is cropped about its centre, never stretched, and resized.
 
     Raises ValueError for a size below 1, and what `read_image` raises.
     """
@@ -64,7 +66,7 @@ def image_to_tensor(image: Picture, height: int, width: int) -> Tensor:
         raise ValueError(f"Height and width must be at least 1 pixel, not {height} and {width}.")
     image = read_image(image)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=_centre_box(image.size, (width, height)))
+        image = image.resize((width, height), resampling, box=_centre_box(image.size, (width, height)))
     pixels = torch.from_numpy(np.array(image))  # (H, W, 3)
     return (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).contiguous()  # (1, 3, H, W)
 

@@ -79,9 +79,9 @@ def read_mask(mask: Picture, height: int, width: int, feather: float = 0) -> Ten
     `feather` softens its edges over so many pixels, inwards, so that black stays black.
     """
     mask = read_mask_image(mask)
-    white = (image_to_tensor(mask, height, width).mean(1, keepdim=True) + 1) / 2  # (1, 1, H, W)
-    # What was pure before the resizing is pure after it: Lanczos rings by a level or two.
-    white = torch.where(white < 3 / 255, 0, torch.where(white > 252 / 255, 1, white))
+    # Not by Lanczos, as pictures are: it rings, and black must stay black.
+    levels = image_to_tensor(mask, height, width, Image.Resampling.BILINEAR)  # (1, 3, H, W)
+    white = (levels.mean(1, keepdim=True) + 1) / 2  # (1, 1, H, W)
     if feather:
         levels = Image.fromarray((white[0, 0].numpy() * 255).round().astype(np.uint8))
         blurred = torch.from_numpy(np.array(levels.filter(ImageFilter.GaussianBlur(feather / 2)))) / 255

@@ -87,6 +87,20 @@ def test_a_mask_of_another_size_keeps_pure_black_and_white():
     assert white[..., 23:].min() == 1
 
 
+@pytest.mark.parametrize("side, size", [(32, 128), (64, 512), (256, 128), (1000, 512)])
+def test_resizing_a_mask_does_not_ring(side, size):
+    """One pixel of the mask beside its edge may be grey, and none beyond it."""
+    mask = np.zeros((side, side), np.uint8)
+    inner, most = slice(side // 4, 3 * side // 4), max(1, side / size)
+    mask[inner, inner] = 255
+    resized = read_mask(mask, size, size)[0, 0].numpy()
+    place = (np.arange(size) + 0.5) * side / size  # of each pixel's centre, in pixels of the mask
+    inside = (place > inner.start + most) & (place < inner.stop - most)
+    outside = (place < inner.start - most) | (place > inner.stop + most)
+    assert resized[outside].max() == resized[:, outside].max() == 0
+    assert resized[np.ix_(inside, inside)].min() == 1
+
+
 def test_strokes_on_an_empty_layer_are_all_that_is_painted(models, picture):
     layer = Image.new("RGBA", (48, 32), (255, 255, 255, 0))  # white, but not there
     layer.paste((255, 255, 255, 255), (20, 0, 48, 32))

@@ -42,7 +42,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """(m, n) -> about U V^T of its singular value decomposition U S V^T, by Newton and Schulz's iteration.
 
-    x <- a x + b x^3 + c x^5 on every singular value, with coefficients that push all of them to between 0.7 and 1.2.
+    x <- a x + b x^3 + c x^5 on every singular value, with coefficients that push all but the smallest to between 0.7
+    and 1.2.
     """
     x = matrix.to(product_dtype(matrix.device))
     tall = len(x) > x.shape[1]

@@ -139,6 +139,20 @@ def test_trajectory(name, steps, strength, prediction_type):
     assert_same(our_trajectory(sampler, latents), expected, 2e-5)
 
 
+@pytest.mark.parametrize("beta_start", [1e-4, 1e-6])
+@pytest.mark.parametrize("steps", [5, 50, 333])
+@pytest.mark.parametrize("name", ["dpm++2m_karras", "dpm++2m_sde_karras"])
+def test_a_schedule_that_begins_with_little_noise(name, steps, beta_start):
+    """Karras' levels go down to where float32 has few digits of 1 - a left."""
+    options = {"beta_schedule": "linear", "beta_start": beta_start, "beta_end": 0.02}
+    sampler = SAMPLERS[name](torch.Generator().manual_seed(3), schedule=ScheduleConfig(**options))
+    sampler.set_inference_timesteps(steps)
+    scheduler, timesteps = make_scheduler(name, steps, **options)
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = diffusers_trajectory(scheduler, latents, timesteps, seed=3)
+    assert_same(our_trajectory(sampler, latents), expected, 2e-5)
+
+
 @pytest.fixture(scope="module")
 def unet():
     return random_networks(MICRO).diffusion
