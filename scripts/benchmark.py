@@ -141,7 +141,7 @@ class Results:
         return "\n".join(lines)
 
 
-def small_things(options: argparse.Namespace, results: Results) -> None:
+def small_things(options: argparse.Namespace, device: object, results: Results) -> None:
     """What needs no full-size weights."""
     for _ in range(options.runs):
         if "import" in options.only:
@@ -157,7 +157,7 @@ def small_things(options: argparse.Namespace, results: Results) -> None:
         if "tiny" in options.only:
             with tempfile.TemporaryDirectory() as folder:
                 started = time.perf_counter()
-                run(sys.executable, "scripts/demo.py", "--seed", "0", "--out", folder)
+                run(sys.executable, "scripts/demo.py", "--seed", "0", "--out", folder, "--device", str(device))
                 results.add("tiny", "sd", time.perf_counter() - started)
 
 
@@ -191,7 +191,8 @@ def large_things(options: argparse.Namespace, contestants: list[tuple], results:
     with workers(contestants) as started:
         rates = {worker.name: worker.ask("gemm")["rate"] for worker in started}
         for worker in started:
-            worker.ask("load")
+            if worker.ask("load")["seconds"] == math.inf:
+                raise ChildProcessError(f"{worker.name} does not fit into memory beside the others: choose --dtypes.")
         for measure in ("step", "picture", "decode", "encode"):
             if measure in options.only or (measure == "step" and "memory" in options.only):
                 take_turns(options, measure, started, results)
@@ -265,7 +266,7 @@ def benchmark(options: argparse.Namespace) -> None:
     device = best_device(options.device)
     fast = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(best_dtype(device))]
     dtypes = options.dtypes or ([fast] if options.quick else sorted({"fp32", fast}, reverse=True))
-    small_things(options, results)
+    small_things(options, device, results)
     if {"load", "first", *LARGE} & set(options.only):
         reference = not options.alone and find_spec("diffusers") is not None and find_spec("transformers") is not None
         checkpoint, folder = make_weights(options, reference)
@@ -277,22 +278,22 @@ def benchmark(options: argparse.Namespace) -> None:
             contestants += [(library, fast, str(device), path, True) for library, path in libraries]
         if LARGE & set(options.only):
             large_things(options, contestants, results)
-    machine = describe_machine()
+    machine = describe_machine(str(device))
     print(f"{machine}\n\n{results.table()}")
     if options.json:
         write_json(options.json, {"machine": machine, "figures": results.figures})
 
 
-def describe_machine() -> str:
+def describe_machine(device: str) -> str:
     """What it ran on, and when."""
     import torch
 
     known = Path("/proc/cpuinfo")  # on Linux
     names = re.findall(r"model name\s*: (.*)", known.read_text()) if known.exists() else []
     processor = names[0] if names else platform.processor() or platform.machine()
-    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{time.strftime('%Y-%m-%d')}, {processor}, {cores} cores{device}, torch {torch.__version__}"
+    return f"{time.strftime('%Y-%m-%d')}, {processor}, {cores} cores{gpu}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 In: tokens (B, N, width), and for cross-attention the context (B, M, context_width). Out: tokens (B, N, width).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,11 +19,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: boo
     query (B, N, C), key and value (B, M, C) -> (B, N, C). `causal` lets position i see positions 0 to i only.
     `scaled_dot_product_attention` has fused kernels (2205.14135) that never store the (N, M) matrix of scores whole;
     where none fits the dtype or the sizes, it falls back on the plain formula, which does. On MPS, where it may have
-    none, a part of the queries is taken at a time (not with `causal`: the text encoder has few).
+    none, a part of the queries is taken at a time. There its `is_causal` lets 16-bit queries see later positions
+    (pytorch issue 195910), and the mask is spelled out.
     """
     # (B, N, C) -> (B, heads, N, C / heads)
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    if query.device.type in STORING and not causal:
+    if query.device.type in STORING and causal:  # the text encoder: few queries
+        later = query.new_full((query.shape[2], key.shape[2]), -math.inf).triu(1)  # (N, M)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=later)
+    elif query.device.type in STORING:
         rows = max(1, MOST_SCORES // (4 * len(query) * heads * key.shape[2]))
         parts = [F.scaled_dot_product_attention(part, key, value) for part in query.split(rows, dim=2)]
         out = torch.cat(parts, dim=2)  # (B, heads, N, C / heads)

@@ -6,6 +6,7 @@ the VAE that overflowed in float16, or an error that names the network and the c
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import torch
@@ -54,7 +55,8 @@ def run_vae(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     output = network(*(x.to(device, dtype) for x in inputs))
     if dtype == torch.float16 and not output.isfinite().all():
         wide = {key: tensor.float() for key, tensor in network.state_dict().items()}
-        output = torch.func.functional_call(network, wide, tuple(x.to(device, torch.float32) for x in inputs))
+        eager = copy.copy(network)  # a copy is not compiled: to compile it for this would take minutes
+        output = torch.func.functional_call(eager, wide, tuple(x.to(device, torch.float32) for x in inputs))
         if output.isfinite().all():
             warnings.warn(f"The {name} overflowed in float16 and ran again in float32.", stacklevel=3)
     return check_finite(output, network, name, inputs[0]).float()

@@ -52,8 +52,12 @@ def by_loss(
         with torch.enable_grad():
             x = latents.detach().requires_grad_()
             denoised, _ = sampler.predict(timestep, x, noise)
-            pictures = decoder(denoised.to(*place(decoder))).float()  # (B, 3, H, W)
-            gradient = torch.autograd.grad(loss(pictures), x)[0]  # (B, 4, h, w)
+            pictures = decoder(denoised.to(*place(decoder)))  # (B, 3, H, W)
+            seen = pictures.detach().float().requires_grad_()
+            push = torch.autograd.grad(loss(seen), seen)[0]  # (B, 3, H, W)
+            # A mean over so many pixels has a gradient that float16 would round to 0: it goes through scaled to 1.
+            size = push.abs().amax().clamp_min(1e-30)
+            gradient = size * torch.autograd.grad(pictures, x, (push / size).to(pictures))[0]  # (B, 4, h, w)
     finally:
         decoder.gradient_checkpointing = False
     return latents - (1 - sampler.a_at(timestep).to(latents)) * gradient

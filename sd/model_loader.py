@@ -211,6 +211,10 @@ def awake(network: nn.Module, device: torch.device, idle_device: Device = None) 
         raise ValueError(
             f"Packed weights cannot move to {device}: load the models there, or with tuned=False."
         ) from None
+    except BaseException:  # memory ran out, and a part of the network has moved
+        if idle_device is not None:
+            network.to(idle_device)
+        raise
     try:
         yield
     finally:

@@ -276,8 +276,7 @@ def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
     """
     # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
     decoder = InStrips(models.decoder) if needed(models.decoder, latents) else models.decoder
-    images = [run_vae(decoder, "VAE decoder", one).cpu() for one in latents.split(1)]
-    return tensor_to_array(torch.cat(images))
+    return np.concatenate([tensor_to_array(run_vae(decoder, "VAE decoder", one)) for one in latents.split(1)])
 
 
 def _size(models: Models, height: int | None, width: int | None) -> tuple[int, int]:

@@ -123,7 +123,7 @@ def _measured(costs: dict[str, Cost], name: str, models: Models) -> Iterator[Non
     started = time.perf_counter()
     yield
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+        torch.cuda.synchronize(device) if device.type == "cuda" else torch.mps.synchronize()
     costs[name] = Cost(time.perf_counter() - started, peak_memory(device))
 
 

@@ -138,11 +138,12 @@ class Tracer:
         Raises ValueError if no attention was recorded, or there is no such token.
         """
         positions = [positions] if isinstance(positions, int) else positions
-        attention, tokens = self.attention, self.tokens
+        tokens = self.tokens
         if not positions or not all(0 <= position < tokens for position in positions):
             raise ValueError(f"positions should be from 0 to {tokens - 1}, not {positions}.")
         size = [side * self._downscale for side in self._last("diffusion").shapes["in"][2:]]  # (H, W)
-        maps = [weights[row, :, :, positions].sum(-1) for weights in attention.values()]  # each (h, w)
+        sums = {stage: total[row].cpu()[:, :, positions].sum(-1) for stage, total in self._sums.items()}  # each (h, w)
+        maps = [total / self._counts[stage] for stage, total in sums.items()]
         large = [F.interpolate(one[None, None], size=size, mode="bilinear")[0, 0] for one in maps]  # each (H, W)
         return torch.stack(large).mean(0)
 

@@ -114,6 +114,7 @@ def accelerator(name):
             ("torch.cuda._lazy_init", None),
             ("torch.cuda.amp.common.amp_definitely_not_available", False),
             ("torch.cuda.is_bf16_supported", True),
+            ("torch.cuda.get_device_capability", (9, 0)),
             ("torch.cuda.mem_get_info", (free, free)),
             ("torch.cuda.max_memory_allocated", 1 << 20),
             ("torch.cuda.reset_peak_memory_stats", None),

@@ -40,6 +40,14 @@ def test_where_scores_are_stored_some_queries_attend_at_a_time(monkeypatch):
         assert sizes == parts
 
 
+def test_where_scores_are_stored_the_causal_mask_is_spelled_out(monkeypatch):
+    query, key, value = torch.randn(3, 3, 9, 16).unbind()
+    monkeypatch.setattr("sd.attention.STORING", ("cpu",))
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: attend(q, k, v, attn_mask))
+    torch.testing.assert_close(attention(query, key, value, 4, True), by_definition(query, key, value, 4, True))
+
+
 def test_self_attention_projects_queries_keys_and_values_in_that_order():
     layer = SelfAttention(8, heads=2)
     x = torch.randn(2, 5, 8)

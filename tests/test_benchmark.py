@@ -118,6 +118,6 @@ def test_a_worker_that_fails_is_an_error_here(tmp_path, capfd):
 
 
 def test_the_machine_is_described():
-    text = describe_machine()
+    text = describe_machine("cpu")
     assert "torch" in text
     assert "cores" in text

@@ -1,5 +1,7 @@
 """Classifier-free guidance and its refinements, and guidance by a loss on the picture."""
 
+import copy
+
 import pytest
 import torch
 
@@ -77,6 +79,19 @@ def test_the_gradient_is_that_of_the_loss(models, timestep):
     step = 1e-2 / gradient.norm()
     slope = (loss_at(latents + step * gradient) - loss_at(latents - step * gradient)) / (2 * step)
     assert slope.item() == pytest.approx(gradient.square().sum().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 50])
+def test_no_gradient_vanishes_in_float16(models, weight):
+    """That of a mean over so many pixels is smaller than what float16 can tell from 0."""
+    sampler, half = pipeline.SAMPLERS["ddim"](), copy.deepcopy(models.decoder).half()
+    latents, noise = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).unbind()
+
+    def push(decoder):
+        return by_loss(decoder, sampler, 989, latents, noise, lambda x: weight * x.square().mean()) - latents
+
+    expected, actual = push(models.decoder), push(half)
+    assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_loss_steers_the_picture(models):

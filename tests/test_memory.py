@@ -53,6 +53,20 @@ def test_running_out_of_memory_ends_with_advice_and_the_process_goes_on(models, 
     assert np.array_equal(generate("a cat", input_image=picture, models=models, **QUICK), expected)
 
 
+def test_a_network_that_did_not_fit_goes_back_as_a_whole(models, monkeypatch):
+    moves = []
+
+    def to(device):
+        moves.append(str(device))
+        if len(moves) == 1:
+            raise ERRORS["cuda"]
+
+    monkeypatch.setattr(models.diffusion, "to", to)
+    with pytest.raises(OutOfMemory):
+        generate("a cat", models=models, idle_device="cpu:0", **QUICK)
+    assert moves == ["cpu", "cpu:0"]
+
+
 def test_networks_go_back_to_the_idle_device(models, monkeypatch):
     moves = []
     monkeypatch.setattr(models.diffusion, "to", lambda device: moves.append(str(device)))

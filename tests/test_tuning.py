@@ -62,7 +62,7 @@ def test_packed_weights_compute_the_same():
     unet = random_networks(MICRO).diffusion.bfloat16()
     expected = unet(*inputs(torch.bfloat16)).float()
     reference = random_networks(MICRO).diffusion(*inputs(torch.float32))
-    settle(unet, lambda weight: weight, packs=True)
+    settle(unet, lambda weight: weight, pack=True)
     assert packed(unet) > 40
     actual = unet(*inputs(torch.bfloat16)).float()
     error = (actual - reference).norm() / reference.norm()

@@ -16,7 +16,11 @@ from sd.model_loader import best_dtype
 
 def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, whose range is that of float32, so that no gradient vanishes; or float32 where there is none."""
-    return torch.float32 if device.type == "mps" or best_dtype(device) == torch.float32 else torch.bfloat16
+    if device.type == "cuda":  # "supported" counts imitations too, which are slower than float32
+        native = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and best_dtype(device) == torch.bfloat16
+    return torch.bfloat16 if native else torch.float32
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:
