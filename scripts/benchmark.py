@@ -48,7 +48,7 @@ MEASURES = {
 }
 QUICK = ["import", "tokenizer", "tiny", "load", "step", "decode", "memory"]
 USUAL = [name for name in MEASURES if name != "throughput"]
-LARGE = {"step", "decode", "encode", "picture", "throughput", "memory"}  # what needs all contestants at once
+LARGE = {"step", "decode", "encode", "picture", "memory"}  # what needs all contestants at once
 SLOW = 5  # seconds: what takes longer is done once with --quick
 BATCHES = (1, 2, 4, 8, 16)
 TERAFLOPS = {"step": 1.607, "decode": 2.515, "encode": 1.117}  # operations, a multiplication and an addition being two
@@ -202,8 +202,6 @@ def large_things(options: argparse.Namespace, contestants: list[tuple], results:
                     results.add(f"{measure}, share of the GEMM rate", name, reached / rate)
         for name, rate in rates.items():
             results.add("GEMM rate, TFLOP/s", name, rate / 1e12)
-        if "throughput" in options.only:
-            throughput(options, started, results)
 
 
 def take_turns(options: argparse.Namespace, measure: str, started: list[Worker], results: Results) -> None:
@@ -219,7 +217,8 @@ def take_turns(options: argparse.Namespace, measure: str, started: list[Worker],
             break
     if "memory" in options.only and measure in ("step", "picture"):
         for name, answer in answers.items():
-            note_memory(results, f"after a {measure}", name, answer)
+            for kind in sorted({"resident", "device"} & answer.keys(), reverse=True):
+                results.add(f"peak {kind} memory after a {measure}, GB", name, answer[kind])
 
 
 def throughput(options: argparse.Namespace, started: list[Worker], results: Results) -> None:
@@ -231,11 +230,6 @@ def throughput(options: argparse.Namespace, started: list[Worker], results: Resu
             if seconds == math.inf:
                 break
             results.add(f"{MEASURES['throughput']}, {count} at once", worker.name, count / seconds)
-
-
-def note_memory(results: Results, when: str, name: str, answer: dict[str, float]) -> None:
-    for kind in sorted({"resident", "device"} & answer.keys(), reverse=True):
-        results.add(f"peak {kind} memory {when}, GB", name, answer[kind])
 
 
 def make_weights(options: argparse.Namespace, reference: bool) -> tuple[Path, Path]:
@@ -267,7 +261,7 @@ def benchmark(options: argparse.Namespace) -> None:
     fast = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(best_dtype(device))]
     dtypes = options.dtypes or ([fast] if options.quick else sorted({"fp32", fast}, reverse=True))
     small_things(options, device, results)
-    if {"load", "first", *LARGE} & set(options.only):
+    if {"load", "first", "throughput", *LARGE} & set(options.only):
         reference = not options.alone and find_spec("diffusers") is not None and find_spec("transformers") is not None
         checkpoint, folder = make_weights(options, reference)
         libraries = [("sd", checkpoint)] + ([("diffusers", folder)] if reference else [])
@@ -278,6 +272,10 @@ def benchmark(options: argparse.Namespace) -> None:
             contestants += [(library, fast, str(device), path, True) for library, path in libraries]
         if LARGE & set(options.only):
             large_things(options, contestants, results)
+        for contestant in contestants if "throughput" in options.only else ():
+            with workers([contestant]) as started:  # alone, for each keeps all the memory that it has ever had
+                started[0].ask("load")
+                throughput(options, started, results)
     machine = describe_machine(str(device))
     print(f"{machine}\n\n{results.table()}")
     if options.json:

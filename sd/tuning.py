@@ -132,5 +132,7 @@ def compile_networks(networks: list[nn.Module], device: torch.device, dtype: tor
         settings = {"options": {"freezing": True}}  # weights in the order that their kernels want, once and for all
     else:
         settings = {"mode": "max-autotune" if dtype != torch.float32 else "max-autotune-no-cudagraphs"}
+    # One graph a size, with guidance and without: beyond eight of them, torch would run the rest uncompiled.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for network in networks:
         network.compile(dynamic=False, **settings)
