@@ -61,9 +61,8 @@ def settle(module: nn.Module, place: Callable[[Tensor], Tensor], pack: bool) -> 
     """Replaces each weight of a network by `place(weight)`; with `pack`, also packs its convolutions and GEGLUs.
 
     Packed weights lie in the order that oneDNN's bfloat16 kernels read, which would else bring them into it at every
-    call. For prediction only: packed layers have no gradient, and can be neither copied nor
-    brought to another dtype or device. The kernels are torch's own, those that its compiler chooses
-    (torch._inductor.mkldnn_ir), called by name.
+    call. For prediction only: packed layers have no gradient, and can be neither copied nor brought to another dtype or
+    device. The kernels are torch's own, those that its compiler chooses (torch._inductor.mkldnn_ir), called by name.
 
     All this is done layer by layer, so that each uses the memory that the one before it left: getting new memory from
     the system is what takes the most time here.
