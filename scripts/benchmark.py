@@ -89,8 +89,7 @@ class Worker:
         how = ["compiled"] if compiled else []
         self.name = " ".join([library, dtype, *how])
         command = [sys.executable, ROOT / "scripts/benchmark_worker.py", library, dtype, device, path, *how]
-        self.started = time.perf_counter()
-        pipe = subprocess.PIPE
+        self.started, pipe = time.perf_counter(), subprocess.PIPE
         # In a session of its own: Ctrl-C is for this process alone, which then ends the workers.
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
 
@@ -100,7 +99,10 @@ class Worker:
         answer = self.process.stdout.readline()
         if not answer:
             raise ChildProcessError(f"{self.name} ended while it was to {command[0]}: see above.")
-        return json.loads(answer)
+        answer = json.loads(answer)
+        if command[0] == "load" and answer["seconds"] == math.inf:
+            raise ChildProcessError(f"{self.name} does not fit into memory beside the others: ask for fewer --dtypes.")
+        return answer
 
     def close(self) -> None:
         self.process.kill()
@@ -141,7 +143,7 @@ class Results:
         return "\n".join(lines)
 
 
-def small_things(options: argparse.Namespace, device: object, results: Results) -> None:
+def small_things(options: argparse.Namespace, results: Results) -> None:
     """What needs no full-size weights."""
     for _ in range(options.runs):
         if "import" in options.only:
@@ -157,7 +159,7 @@ def small_things(options: argparse.Namespace, device: object, results: Results) 
         if "tiny" in options.only:
             with tempfile.TemporaryDirectory() as folder:
                 started = time.perf_counter()
-                run(sys.executable, "scripts/demo.py", "--seed", "0", "--out", folder, "--device", str(device))
+                run(sys.executable, "scripts/demo.py", "--seed", "0", "--out", folder, "--device", options.device)
                 results.add("tiny", "sd", time.perf_counter() - started)
 
 
@@ -191,8 +193,7 @@ def large_things(options: argparse.Namespace, contestants: list[tuple], results:
     with workers(contestants) as started:
         rates = {worker.name: worker.ask("gemm")["rate"] for worker in started}
         for worker in started:
-            if worker.ask("load")["seconds"] == math.inf:
-                raise ChildProcessError(f"{worker.name} does not fit into memory beside the others: choose --dtypes.")
+            worker.ask("load")
         for measure in ("step", "picture", "decode", "encode"):
             if measure in options.only or (measure == "step" and "memory" in options.only):
                 take_turns(options, measure, started, results)
@@ -257,26 +258,26 @@ def benchmark(options: argparse.Namespace) -> None:
     from sd.model_loader import best_device, best_dtype
 
     results = Results()
-    device = best_device(options.device)
+    options.device = str(device := best_device(options.device))
     fast = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(best_dtype(device))]
     dtypes = options.dtypes or ([fast] if options.quick else sorted({"fp32", fast}, reverse=True))
-    small_things(options, device, results)
+    small_things(options, results)
     if {"load", "first", "throughput", *LARGE} & set(options.only):
         reference = not options.alone and find_spec("diffusers") is not None and find_spec("transformers") is not None
         checkpoint, folder = make_weights(options, reference)
         libraries = [("sd", checkpoint)] + ([("diffusers", folder)] if reference else [])
-        contestants = [(library, dtype, str(device), path) for dtype in dtypes for library, path in libraries]
+        contestants = [(library, dtype, options.device, path) for dtype in dtypes for library, path in libraries]
         if {"load", "first"} & set(options.only):
             cold_starts(options, contestants, results)
         if options.compiled:
-            contestants += [(library, fast, str(device), path, True) for library, path in libraries]
+            contestants += [(library, fast, options.device, path, True) for library, path in libraries]
         if LARGE & set(options.only):
             large_things(options, contestants, results)
         for contestant in contestants if "throughput" in options.only else ():
             with workers([contestant]) as started:  # alone, for each keeps all the memory that it has ever had
                 started[0].ask("load")
                 throughput(options, started, results)
-    machine = describe_machine(str(device))
+    machine = describe_machine(options.device)
     print(f"{machine}\n\n{results.table()}")
     if options.json:
         write_json(options.json, {"machine": machine, "figures": results.figures})

@@ -262,8 +262,7 @@ def denoise(
             latents = by_loss(models.decoder, sampler, timestep, latents, noise, guidance)
         denoised, _ = sampler.predict(timestep, latents, noise)
         latents = sampler.step(timestep, latents, noise)
-        if known is not None:
-            latents = known.keep(latents, sampler, index + 1)
+        latents = latents if known is None else known.keep(latents, sampler, index + 1)
         yield Step(index, timestep.item(), latents, denoised, noise, noise_uncond, noise_cond)
 
 

@@ -108,10 +108,12 @@ def test_a_device_only_for_the_work(device, tmp_path):
 
 
 def test_guidance_by_a_loss(models, device):
+    def dark(pictures):
+        return 50 * (pictures + 1).square().mean()
+
     def run(models):
         context = pipeline.encode_prompt(models, "a cat", "")
         sampler, latents, _ = pipeline.begin(models, 1, "euler", 3, seed=1, height=40, width=32)
-        dark = lambda pictures: 50 * (pictures + 1).square().mean()  # noqa: E731
         return [step.latents.cpu() for step in pipeline.denoise(models, latents, context, sampler, guidance=dark)][-1]
 
     expected = run(models[0])
@@ -158,15 +160,19 @@ def test_a_recording(models, device):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [["--report", "cat.html"], ["--film", "cat.webp", "--image", "cat.png", "--mask", "cat.png"], ["--grid", "--n", 2]],
+    "options, made",
+    [
+        (["--report", "cat.html"], {"cat.html"}),
+        (["--film", "cat.webp", "--image", "cat.png", "--mask", "cat.png"], {"cat.webp"}),
+        (["--grid", "--n", 2], {"it-2.png", "it-grid.png"}),
+    ],
 )
-def test_the_demo(run_demo, device, tmp_path, options):
+def test_the_demo(run_demo, device, tmp_path, options, made):
     Image.fromarray(PICTURE).save(tmp_path / "cat.png")
     with accelerator(device):
         code, _, errors = run_demo("a cat", "--out", "it.png", "--device", device, *options)
     assert code == 0, errors
-    assert len(list(tmp_path.iterdir())) >= 3
+    assert {path.name for path in tmp_path.iterdir()} == {"cat.png", "it.png", *made}
 
 
 def test_a_decode_in_strips(models, device):

@@ -1,6 +1,8 @@
 """The benchmark: its table, its workers, and its bad input. What it measures is for a quiet machine to say."""
 
+import io
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +71,16 @@ def test_a_worker_answers(tmp_path):
     assert 0 < answer["seconds"] < 60
     assert 0.05 < answer["resident"] < 10  # GB
     assert worker.process.poll() is not None
+
+
+def test_weights_that_do_not_fit_are_an_error(tmp_path):
+    with workers([("sd", "fp32", "cpu", tmp_path)]) as (worker,):
+        worker.process.kill()
+        worker.process.wait()
+        pipes = {"stdin": io.StringIO(), "stdout": io.StringIO('{"seconds": Infinity}')}
+        worker.process = SimpleNamespace(**pipes, kill=lambda: None, wait=lambda: None)
+        with pytest.raises(ChildProcessError, match="^sd fp32 does not fit into memory beside the others"):
+            worker.ask("load")
 
 
 class Clock:

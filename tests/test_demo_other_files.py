@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import shlex
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -62,16 +63,6 @@ def test_film(run_demo, suffix):
         assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
 
 
-def test_films_overwrite_only_when_told(run_demo):
-    Path("cat.gif").write_text("precious")
-    code, _, err = run_demo("a cat", "--film", "cat.gif")
-    assert code == 2
-    assert "--film cat.gif is there already" in err
-    assert names() == ["cat.gif"]
-    assert run_demo("a cat", "--film", "cat.gif", "--overwrite")[0] == 0
-    assert Image.open("cat.gif").size == (32, 40)
-
-
 def test_reports(run_demo):
     code, out, _ = run_demo("a {red|blue} cat", "--seed", 5, "--report", "cat.html", "--film", "cat.gif")
     assert code == 0
@@ -89,11 +80,15 @@ def test_reports(run_demo):
             assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(uri))))
 
 
-def test_reports_overwrite_only_when_told(run_demo, monkeypatch):
-    Path("cat.html").write_text("precious")
-    code, _, err = run_demo("a cat", "--report", "cat.html")
+@pytest.mark.parametrize(
+    "flag, file, start",
+    [("--film", "cat.gif", b"GIF89a" + struct.pack("<2H", 32, 40)), ("--report", "cat.html", b"<!DOCTYPE html>")],
+)
+def test_films_and_reports_overwrite_only_when_told(run_demo, flag, file, start):
+    Path(file).write_text("precious")
+    code, _, err = run_demo("a cat", flag, file)
     assert code == 2
-    assert "--report cat.html is there already" in err
-    assert names() == ["cat.html"]
-    assert run_demo("a cat", "--report", "cat.html", "--overwrite")[0] == 0
-    assert Path("cat.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert f"{flag} {file} is there already" in err
+    assert names() == [file]
+    assert run_demo("a cat", flag, file, "--overwrite")[0] == 0
+    assert Path(file).read_bytes().startswith(start)

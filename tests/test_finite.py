@@ -133,6 +133,15 @@ def test_a_decoder_that_overflows_in_float32_too_is_not_told_to_use_it(models, m
         generate("a cat", models=models, **QUICK)
 
 
+def test_a_compiled_decoder_that_overflows_is_not_compiled_again(models):
+    calls, decoder = [], in_float16(models).decoder
+    decoder.conv_in.weight.mul_(6e4)
+    decoder._compiled_call_impl = lambda x: calls.append(x.dtype) or decoder.forward(x)  # what Module.compile sets
+    with pytest.warns(UserWarning, match="^The VAE decoder overflowed in float16"):
+        pipeline.decode_latents(models, torch.ones(1, 4, 4, 4))
+    assert calls == [torch.float16]
+
+
 def test_sound_networks_are_neither_searched_nor_warned_about(models, monkeypatch):
     for name in NETWORKS:
         monkeypatch.setattr(getattr(models, name), "state_dict", lambda: pytest.fail("searched"))

@@ -73,6 +73,12 @@ def test_no_bfloat16_on_apple_gpus():
     assert isinstance(precision.mixed_precision(device), contextlib.nullcontext)
 
 
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_no_imitated_bfloat16_on_older_gpus(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert precision.product_dtype(torch.device("cuda")) == dtype
+
+
 def test_the_loss_falls_and_the_average_follows(tmp_path):
     losses, training = train(tmp_path, steps=90, save_every=60.0)
     assert losses[-1] < 0.3 * losses[0]
