@@ -10,9 +10,9 @@ from scripts import demo
 from sd.checkpoint import write_checkpoint
 from sd.config import ScheduleConfig
 from sd.ddpm import DDPMSampler
-from sd.euler import EulerKarrasSampler, EulerSampler
 from sd.sampler import draw_noise, karras_sigmas, make_betas, space_timesteps
 from sd.samplers import SAMPLERS
+from sd.samplers.euler import EulerKarrasSampler, EulerSampler
 from tests.synthetic import MICRO, random_state
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from sd.config import ScheduleConfig
-from sd.ddim import DDIMSampler
 from sd.ddpm import DDPMSampler
-from sd.euler import EulerSampler
-from sd.lms import LMSSampler
 from sd.samplers import SAMPLERS
+from sd.samplers.ddim import DDIMSampler
+from sd.samplers.euler import EulerSampler
+from sd.samplers.lms import LMSSampler
 from tests.synthetic import MICRO, random_networks
 
 diffusers = pytest.importorskip("diffusers")

@@ -2,8 +2,7 @@
 
 import torch
 
-from sd.dpm_solver import DPMSolverSampler
-from sd.dpm_solver_sde import DPMSolverSDESampler
+from sd.samplers.dpm_solver import DPMSolverSampler, DPMSolverSDESampler
 
 
 def make_sampler(steps=10, sampler=DPMSolverSDESampler):

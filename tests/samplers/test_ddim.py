@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sd.ddim import DDIMSampler
 from sd.ddpm import DDPMSampler
+from sd.samplers.ddim import DDIMSampler
 from tests.gaussian import order_of_convergence
 
 

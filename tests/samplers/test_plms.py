@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sd.config import ScheduleConfig
-from sd.ddim import DDIMSampler
-from sd.plms import ADAMS_BASHFORTH, PLMSSampler
+from sd.samplers.ddim import DDIMSampler
+from sd.samplers.plms import ADAMS_BASHFORTH, PLMSSampler
 from tests.gaussian import order_of_convergence
 
 pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")

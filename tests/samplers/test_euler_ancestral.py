@@ -2,8 +2,8 @@
 
 import torch
 
-from sd.ddim import DDIMSampler
-from sd.euler_a import EulerAncestralSampler
+from sd.samplers.ddim import DDIMSampler
+from sd.samplers.euler_ancestral import EulerAncestralSampler
 
 
 def make_sampler(steps=10):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sd.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
+from sd.samplers.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
 from tests.gaussian import order_of_convergence
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sd.ddim import DDIMSampler
-from sd.euler import EulerKarrasSampler, EulerSampler
+from sd.samplers.ddim import DDIMSampler
+from sd.samplers.euler import EulerKarrasSampler, EulerSampler
 from tests.gaussian import order_of_convergence
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sd.heun import HeunKarrasSampler, HeunSampler
+from sd.samplers.heun import HeunKarrasSampler, HeunSampler
 from tests.gaussian import order_of_convergence
 
 

@@ -1,15 +1,19 @@
 """The samplers by name: what `sampler_name` and `--sampler` may be."""
 
-from sd.ddim import DDIMSampler
 from sd.ddpm import DDPMSampler
-from sd.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
-from sd.dpm_solver_sde import DPMSolverSDEKarrasSampler, DPMSolverSDESampler
-from sd.euler import EulerKarrasSampler, EulerSampler
-from sd.euler_a import EulerAncestralSampler
-from sd.heun import HeunKarrasSampler, HeunSampler
-from sd.lms import LMSKarrasSampler, LMSSampler
-from sd.plms import PLMSSampler
 from sd.sampler import Sampler
+from sd.samplers.ddim import DDIMSampler
+from sd.samplers.dpm_solver import (
+    DPMSolverKarrasSampler,
+    DPMSolverSampler,
+    DPMSolverSDEKarrasSampler,
+    DPMSolverSDESampler,
+)
+from sd.samplers.euler import EulerKarrasSampler, EulerSampler
+from sd.samplers.euler_ancestral import EulerAncestralSampler
+from sd.samplers.heun import HeunKarrasSampler, HeunSampler
+from sd.samplers.lms import LMSKarrasSampler, LMSSampler
+from sd.samplers.plms import PLMSSampler
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "ddpm": DDPMSampler,
