@@ -121,7 +121,7 @@ def make_pictures(options: argparse.Namespace) -> None:
     check_files(options)
     import_torch()
     from sd import images  # not before: torch takes a second, and bad input should not have to wait
-    from sd.prompt_matrix import expand
+    from sd.prompts.alternatives import expand
     from sd.report import write_report
 
     prompts = [prompt for text in options.prompts for prompt in expand(text)]

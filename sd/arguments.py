@@ -16,7 +16,7 @@ from PIL import Image
 from sd.cleaning import clean
 from sd.config import SD15
 from sd.model_loader import Models, best_device
-from sd.prompts import parse
+from sd.prompts.weights import parse
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 

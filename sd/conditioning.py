@@ -12,7 +12,7 @@ from torch import Tensor
 from sd.arguments import check_prompts
 from sd.finite import check_finite
 from sd.model_loader import Models, place
-from sd.prompts import join_chunks, layout, weigh
+from sd.prompts.weights import join_chunks, layout, weigh
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from sd.attention import CrossAttention
 from sd.diffusion import SpatialTransformer
 from sd.model_loader import Models
-from sd.prompts import layout
+from sd.prompts.weights import layout
 from sd.tokenizer import Tokenizer
 from sd.tuning import is_compiled
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from sd import generate, load_models, pipeline
 from sd.checkpoint import write_checkpoint
-from sd.embeddings import mix, replace, slerp
 from sd.preview import preview_for
+from sd.prompts.embeddings import mix, replace, slerp
 from sd.recording import record
 from sd.strips import InStrips
 from sd.tracer import Tracer

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from scripts.captions import command, details, parameters
 from scripts.demo import parse
-from sd.prompt_matrix import expand
+from sd.prompts.alternatives import expand
 from sd.samplers import SAMPLERS
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sd import generate
-from sd.prompts import layout
+from sd.prompts.weights import layout
 from sd.tracer import Tracer, attention_weights, word_positions
 from tests.synthetic import MICRO, random_models, random_networks
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sd import pipeline
-from sd.embeddings import mix, replace, slerp
+from sd.prompts.embeddings import mix, replace, slerp
 from tests.synthetic import MICRO, random_models
 
 CAT, PANDA, PUPPY = 2368, 12952, 6829

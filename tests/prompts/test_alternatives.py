@@ -2,7 +2,7 @@
 
 import pytest
 
-from sd.prompt_matrix import expand
+from sd.prompts.alternatives import expand
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd.prompts import parse
+from sd.prompts.weights import parse
 
 
 @pytest.mark.parametrize(

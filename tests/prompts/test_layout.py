@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sd import generate, pipeline
-from sd.prompts import chunks_of, join_chunks, layout, split, weigh
+from sd.prompts.weights import chunks_of, join_chunks, layout, split, weigh
 from sd.tokenizer import Tokenizer
 from tests.synthetic import MICRO, random_models
 
