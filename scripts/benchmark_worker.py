@@ -167,7 +167,7 @@ def timed(device: torch.device, function) -> float:
 
 def until_memory_ends(job, contestant: Contestant) -> float:
     """Seconds that a job takes; infinitely many if memory does not suffice."""
-    from sd.memory import OutOfMemory, advice
+    from sd.runtime.out_of_memory import OutOfMemory, advice
 
     try:
         with advice():

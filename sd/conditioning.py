@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sd.arguments import check_prompts
-from sd.finite import check_finite
 from sd.model_loader import Models, place
 from sd.prompts.weights import join_chunks, layout, weigh
+from sd.runtime.not_finite import check_finite
 
 
 @torch.no_grad()

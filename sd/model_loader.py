@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd import dialects, tuning
+from sd import dialects
 from sd.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from sd.clip import CLIP
 from sd.config import PREDICTION_TYPES, ModelConfig
@@ -29,6 +29,7 @@ from sd.encoder import Encoder
 from sd.folders import read_folder
 from sd.model_converter import empty_networks, from_compvis
 from sd.paths import DATA
+from sd.runtime import speed
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 
@@ -67,7 +68,7 @@ def load_models(
     `path` is a file, or a folder in the layout of diffusers (`sd.folders`), and defaults to the tiny model in `data/`;
     `device` defaults to CUDA, MPS or the CPU, the first that there is; `dtype` to what is fastest there without a
     visible loss. `ema` takes the averaged U-Net weights that training checkpoints carry. `vae` is a second file or
-    folder, whose VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see `sd.tuning`;
+    folder, whose VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see `sd.runtime.speed`;
     compilation makes the first picture wait for minutes, and changes pixels by rounding. `prediction_type` is for
     fine-tuned models whose U-Net predicts v ("v_prediction"): a folder or a checkpoint of ours says so itself, other
     files seldom do.
@@ -94,15 +95,15 @@ def load_models(
         networks = empty_networks(config)
         weights = from_compvis(state, config, ema, networks)
     if tuned and device.type == "cpu":
-        tuning.keep_freed_memory()
+        speed.keep_freed_memory()
     for name, network in networks.items():
         network.load_state_dict(weights.pop(name), assign=True)  # the file's own memory
         network.eval().requires_grad_(False)
-        packs = name == "diffusion" and tuned and not compiled and tuning.packs(device, dtype)  # the compiler packs too
-        tuning.settle(network, _Placing(checkpoint, device, dtype, ordered=tuned and not packs), packs)
+        packs = name == "diffusion" and tuned and not compiled and speed.packs(device, dtype)  # the compiler packs too
+        speed.settle(network, _Placing(checkpoint, device, dtype, ordered=tuned and not packs), packs)
     checkpoint.release()  # what was joined or converted is read no more
     if compiled:
-        tuning.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)
+        speed.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)
     return Models(**networks, tokenizer=Tokenizer(), config=config, device=device)
 
 
@@ -114,7 +115,7 @@ class _Placing:
         self.copied = 0
 
     def __call__(self, weight: Tensor) -> Tensor:
-        order = tuning.memory_format(weight, self.device, self.dtype) if self.ordered else torch.preserve_format
+        order = speed.memory_format(weight, self.device, self.dtype) if self.ordered else torch.preserve_format
         placed = weight.to(self.device, self.dtype, memory_format=order)
         self.copied += weight.nbytes if placed is not weight else 0
         if self.copied > RELEASE_AFTER:
@@ -203,7 +204,7 @@ def place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
 def awake(network: nn.Module, device: torch.device, idle_device: Device = None) -> Iterator[None]:
     """The network on `device` while it works, and on `idle_device`, if there is one, once it has.
 
-    Raises ValueError for packed weights, which stay where they are (`sd.tuning`).
+    Raises ValueError for packed weights, which stay where they are (`sd.runtime.speed`).
     """
     try:
         network.to(device)

@@ -22,17 +22,17 @@ from tqdm import tqdm
 from sd.arguments import check_deep_cache, check_request, check_size
 from sd.conditioning import encode_prompt
 from sd.diffusion import DeepCache
-from sd.finite import check_finite, run_vae
 from sd.guidance import ImageLoss, by_loss, classifier_free
 from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
 from sd.inpainting import Known, read_mask, read_mask_image, without_masked
-from sd.memory import advice
 from sd.model_loader import Device, Models, awake, best_device, load_models, place
+from sd.runtime.decode_in_strips import InStrips, needed
+from sd.runtime.not_finite import check_finite, run_vae
+from sd.runtime.out_of_memory import advice
+from sd.runtime.speed import is_compiled
 from sd.sampler import Sampler, draw_noise, make_generators
 from sd.samplers import SAMPLERS
-from sd.strips import InStrips, needed
 from sd.tokenizer import Tokenizer
-from sd.tuning import is_compiled
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from sd import pipeline
 from sd.arguments import check_request
 from sd.inpainting import Known
-from sd.memory import advice
 from sd.model_loader import Models, load_models
+from sd.runtime.out_of_memory import advice
 from sd.sampler import Sampler
 
 MOST_MOMENTS = 60

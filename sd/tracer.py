@@ -9,8 +9,8 @@ maps.
     trace.word_map("house", "a red house")        # (128, 128): where the U-Net looked at "house"
 
 It listens through forward hooks and changes nothing: the networks compute the same bits with it as without. With one
-exception: large pictures, which are otherwise decoded in strips (`sd.strips`), are decoded whole if memory allows,
-which rounds differently.
+exception: large pictures, which are otherwise decoded in strips (`sd.runtime.decode_in_strips`), are decoded whole if
+memory allows, which rounds differently.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from sd.attention import CrossAttention
 from sd.diffusion import SpatialTransformer
 from sd.model_loader import Models
 from sd.prompts.weights import layout
+from sd.runtime.speed import is_compiled
 from sd.tokenizer import Tokenizer
-from sd.tuning import is_compiled
 
 NETWORKS = ("clip", "encoder", "diffusion", "decoder")
 STAGE = re.compile(r"(layers|levels|down|up)\.\d+|middle|conv_in|conv_out")

@@ -14,7 +14,9 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-FOLDER = Path(__file__).resolve().parent.parent / "scripts" / "notebooks"
+from tests import ROOT
+
+FOLDER = ROOT / "scripts" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PATIENCE = 900  # seconds for the kernel to start, and for each cell: machines can be busy
 

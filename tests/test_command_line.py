@@ -15,8 +15,8 @@ from PIL import Image
 from scripts import benchmark, evaluate_tiny, make_gallery, synthetic_checkpoint, train_tiny
 from scripts.command_line import exit_status
 from sd import files
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ["demo", "download", "train_tiny", "evaluate_tiny", "make_gallery", "benchmark", "synthetic_checkpoint"]
 
 

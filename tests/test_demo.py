@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from scripts import demo
+from tests import ROOT
 from tests.demo_results import names, prompt_and_seed
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_writes_a_picture_and_says_where(run_demo):

@@ -4,16 +4,15 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sd import generate
 from sd.samplers import SAMPLERS
+from tests import ROOT
 from tests.synthetic import MICRO, random_models
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE = """
 import sys
 from tests.test_determinism import draw

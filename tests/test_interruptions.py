@@ -17,10 +17,10 @@ from sd import files
 from sd.checkpoint import read_state_dict, write_checkpoint
 from sd.images import read_image, write_animation, write_png
 from sd.training.loop import load_state, save_atomically
+from tests import ROOT
 from tests.killer import frame
 from tests.misbehaving_server import BODY, running, weights
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = int(os.environ.get("KILL_SEED", 0))
 needs_fork = pytest.mark.skipif(files.fcntl is None or not hasattr(os, "fork"), reason="Windows has no fork")
 

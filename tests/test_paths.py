@@ -1,13 +1,11 @@
 """What an installed package needs beside its modules."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
 from sd.paths import DATA
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")

@@ -11,6 +11,7 @@ import torch
 
 from sd import generate, pipeline, recording
 from sd.recording import peak_memory, record
+from tests import ROOT
 from tests.synthetic import MICRO, random_models
 
 OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}
@@ -90,7 +91,7 @@ def test_peaks_are_those_of_each_part():
         "assert 150 < large - small < 250, costs\n"
         "assert large - after > 150, costs\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_peaks_without_proc(monkeypatch, tmp_path):

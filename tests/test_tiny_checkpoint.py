@@ -1,7 +1,5 @@
 """The model that is shipped: it does what it is told, as `tests/judge.safetensors`, a small classifier, sees it."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,13 +10,14 @@ from sd.model_loader import TINY_CHECKPOINT
 from sd.training import evaluation
 from sd.training.render import render
 from sd.training.scenes import Scene
+from tests import ROOT
 
 pytestmark = pytest.mark.skipif(not TINY_CHECKPOINT.exists(), reason="data/tiny.ckpt is not there: train it first")
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return evaluation.load_judge(Path(__file__).parent / "judge.safetensors")
+    return evaluation.load_judge(ROOT / "tests" / "judge.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sd import generate, pipeline, strips
+from sd import generate, pipeline
 from sd.config import SD15
 from sd.decoder import Decoder
 from sd.diffusion import Diffusion
 from sd.encoder import Encoder
+from sd.runtime import decode_in_strips as strips
 from sd.tracer import Tracer, feature_picture
 from tests.synthetic import MICRO, random_models
 

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +10,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sd import strips
 from sd.blocks import Upsample
 from sd.config import SD15, ModelConfig, VAEConfig
 from sd.decoder import Decoder
 from sd.images import tensor_to_array
 from sd.model_loader import load_models, place
-from sd.strips import FeatureMap, InStrips, decode_in_strips, needed
+from sd.runtime import decode_in_strips as strips
+from sd.runtime.decode_in_strips import FeatureMap, InStrips, decode_in_strips, needed
+from tests import ROOT
 from tests.synthetic import MICRO, random_networks
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -221,7 +221,7 @@ import re, sys
 import torch
 from pathlib import Path
 from sd.images import tensor_to_array
-from sd.strips import decode_in_strips
+from sd.runtime.decode_in_strips import decode_in_strips
 from tests.synthetic import FULL_VAE, random_networks
 
 def status(field):
@@ -245,8 +245,7 @@ print(peak, difference.max(), (difference > 2).mean())
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells and resets a process's peak of memory")
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
 def test_a_megapixel_in_a_gigabyte(layout):
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", MEASURED_DECODE, layout], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURED_DECODE, layout], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, largest, visible = map(float, re.fullmatch(r"(\S+) (\S+) (\S+)\n", done.stdout).groups())
     print(

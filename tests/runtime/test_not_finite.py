@@ -13,7 +13,7 @@ from scripts import demo
 from scripts.synthetic_checkpoint import random_state
 from sd import generate, pipeline
 from sd.checkpoint import write_checkpoint
-from sd.finite import NotFiniteError
+from sd.runtime.not_finite import NotFiniteError
 from tests.synthetic import MICRO, random_models
 
 QUICK = {"seed": 1, "n_inference_steps": 3, "height": 32, "width": 32}

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from sd.checkpoint import write_checkpoint
 from sd.diffusion import Diffusion
 from sd.model_converter import to_compvis
 from sd.model_loader import awake
+from sd.runtime.speed import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, settle
 from sd.tracer import Tracer
-from sd.tuning import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, settle
+from tests import ROOT
 from tests.synthetic import MICRO, random_models, random_networks, random_state
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA, MPS, META = torch.device("cpu"), torch.device("cuda"), torch.device("mps"), torch.device("meta")
 
 

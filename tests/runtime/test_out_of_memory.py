@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sd import generate
-from sd.memory import OutOfMemory, advice
+from sd.runtime.out_of_memory import OutOfMemory, advice
+from tests import ROOT
 from tests.synthetic import MICRO, random_models
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"seed": 1, "n_inference_steps": 2, "height": 32, "width": 32}
 ERRORS = {
     "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
@@ -103,7 +103,7 @@ FOR_REAL = """
 import resource
 import numpy as np, torch
 from sd import generate
-from sd.memory import OutOfMemory
+from sd.runtime.out_of_memory import OutOfMemory
 from tests.synthetic import MICRO, random_models
 
 models = random_models(MICRO)

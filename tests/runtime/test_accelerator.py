@@ -14,7 +14,7 @@ from sd.checkpoint import write_checkpoint
 from sd.preview import preview_for
 from sd.prompts.embeddings import mix, replace, slerp
 from sd.recording import record
-from sd.strips import InStrips
+from sd.runtime.decode_in_strips import InStrips
 from sd.tracer import Tracer
 from sd.training import stages
 from sd.training.loop import load_state
