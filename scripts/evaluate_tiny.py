@@ -165,7 +165,7 @@ def train_judge(options: argparse.Namespace):
     import torch
     from tqdm import tqdm
 
-    from sd.checkpoint import write_checkpoint
+    from sd.checkpoints.files import write_checkpoint
     from sd.config import TINY
     from sd.training import evaluation
     from sd.training.data import load_scenes

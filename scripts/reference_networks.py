@@ -16,7 +16,7 @@ import transformers
 from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
-from sd.checkpoint import read_state_dict
+from sd.checkpoints.files import read_state_dict
 from sd.config import SD15, ModelConfig
 
 

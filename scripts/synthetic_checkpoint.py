@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(options: argparse.Namespace) -> None:
-    from sd.checkpoint import TORCH_SUFFIXES, write_checkpoint
+    from sd.checkpoints.files import TORCH_SUFFIXES, write_checkpoint
     from sd.config import SD15
 
     if options.out.suffix not in (".safetensors", *TORCH_SUFFIXES):

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sd.checkpoint import CheckpointError
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.variants import recognise, standard_layout
 from sd.clip import CLIP
 from sd.config import ModelConfig
 from sd.decoder import Decoder
-from sd.dialects import recognise, standard_layout
 from sd.diffusion import Diffusion
 from sd.encoder import Encoder
 

@@ -19,14 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd import dialects
-from sd.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from sd.checkpoints import variants
+from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
+from sd.checkpoints.diffusers_folder import read_folder
+from sd.checkpoints.files import read_checkpoint
 from sd.clip import CLIP
 from sd.config import PREDICTION_TYPES, ModelConfig
 from sd.decoder import Decoder
 from sd.diffusion import Diffusion
 from sd.encoder import Encoder
-from sd.folders import read_folder
 from sd.model_converter import empty_networks, from_compvis
 from sd.paths import DATA
 from sd.runtime import speed
@@ -65,7 +66,7 @@ def load_models(
 ) -> Models:
     """The networks of a checkpoint, in evaluation mode and without gradients.
 
-    `path` is a file, or a folder in the layout of diffusers (`sd.folders`), and defaults to the tiny model in `data/`;
+    `path` is a file or a diffusers folder (`sd.checkpoints.diffusers_folder`); the default is the tiny model in `data/`.
     `device` defaults to CUDA, MPS or the CPU, the first that there is; `dtype` to what is fastest there without a
     visible loss. `ema` takes the averaged U-Net weights that training checkpoints carry. `vae` is a second file or
     folder, whose VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see `sd.runtime.speed`;
@@ -85,7 +86,7 @@ def load_models(
         checkpoint = _read(path)
         state, config = checkpoint.state, _config(checkpoint)
     if prediction_type is not None:
-        config = dialects.with_prediction(config, prediction_type)
+        config = variants.with_prediction(config, prediction_type)
     if vae is not None:
         state, config = _with_vae(state, config, Path(vae))
     with _naming(path if vae is None else f"{path} with the VAE of {vae}"):
@@ -136,8 +137,8 @@ def _read(path: Path) -> Checkpoint:
 def _config(checkpoint: Checkpoint) -> ModelConfig:
     """What the checkpoint says that it is, or what it looks like."""
     if checkpoint.config is None:
-        return dialects.recognise(checkpoint.state)
-    dialects.identify(checkpoint.state)  # a VAE's folder says what it is, too
+        return variants.recognise(checkpoint.state)
+    variants.identify(checkpoint.state)  # a VAE's folder says what it is, too
     return ModelConfig.from_dict(checkpoint.config)
 
 
@@ -145,9 +146,9 @@ def _with_vae(state: dict[str, Tensor], config: ModelConfig, path: Path) -> tupl
     """The state and configuration with the VAE of the file at `path` in the place of their own."""
     with _naming(path):
         checkpoint = _read(path)
-        vae = dialects.vae_layout(checkpoint.state)
+        vae = variants.vae_layout(checkpoint.state)
         vae_config = ModelConfig.from_dict(checkpoint.config or {}).vae
-    rest = {key: tensor for key, tensor in state.items() if not key.startswith(dialects.VAE_PREFIX)}
+    rest = {key: tensor for key, tensor in state.items() if not key.startswith(variants.VAE_PREFIX)}
     return rest | vae, replace(config, vae=vae_config)
 
 

@@ -49,7 +49,7 @@ def server(monkeypatch):
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory):
-    from sd.checkpoint import write_checkpoint
+    from sd.checkpoints.files import write_checkpoint
     from tests.synthetic import MICRO, random_state
 
     path = tmp_path_factory.mktemp("weights") / "micro.ckpt"

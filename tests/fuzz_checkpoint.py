@@ -22,8 +22,17 @@ except ImportError:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-with atheris.instrument_imports(include=["sd.archive", "sd.checkpoint", "sd.formats", "sd.unpickler"]):
-    from sd.checkpoint import CheckpointError, read_checkpoint
+with atheris.instrument_imports(
+    include=[
+        "sd.checkpoints.zip_archive",
+        "sd.checkpoints.files",
+        "sd.checkpoints.safetensors",
+        "sd.checkpoints.torch_save",
+        "sd.checkpoints.unpickler",
+    ]
+):
+    from sd.checkpoints.checkpoint import CheckpointError
+    from sd.checkpoints.files import read_checkpoint
 
 from tests import malicious_pickles as evil
 from tests import mutations

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sd.checkpoint import read_state_dict
+from sd.checkpoints.files import read_state_dict
 from sd.images import read_image
 from sd.inpainting import read_mask
 from sd.model_loader import load_models

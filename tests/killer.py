@@ -24,7 +24,7 @@ import torch
 
 from scripts import transfer
 from scripts.download import download
-from sd.checkpoint import read_state_dict, write_checkpoint
+from sd.checkpoints.files import read_state_dict, write_checkpoint
 from sd.images import read_image, write_animation, write_png
 from sd.training.loop import Training
 from tests.misbehaving_server import BODY, weights

@@ -18,7 +18,7 @@ from scripts.benchmark import (
     throughput,
     workers,
 )
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from tests.synthetic import MICRO, random_state
 
 

@@ -14,7 +14,7 @@ import torch
 
 from scripts import download
 from sd import files
-from sd.checkpoint import read_state_dict, write_checkpoint
+from sd.checkpoints.files import read_state_dict, write_checkpoint
 from sd.images import read_image, write_animation, write_png
 from sd.training.loop import load_state, save_atomically
 from tests import ROOT

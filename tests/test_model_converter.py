@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from sd.checkpoint import CheckpointError
+from sd.checkpoints.checkpoint import CheckpointError
 from sd.config import SD15, SD15_INPAINTING, TINY
 from sd.model_converter import (
     POSITION_IDS,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sd import model_loader
-from sd.checkpoint import Checkpoint, CheckpointError, write_checkpoint
+from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
+from sd.checkpoints.files import write_checkpoint
 from sd.config import SD15_INPAINTING
 from sd.model_converter import compvis_shapes, to_compvis
 from sd.model_loader import best_device, best_dtype, load_models, preload_models_from_standard_weights

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from sd.config import TextConfig
 from tests.run_notebooks import FOLDER, NOTEBOOKS, execute
 from tests.synthetic import MICRO, random_state

@@ -20,7 +20,7 @@ from PIL import Image
 from scripts import demo
 from scripts.synthetic_checkpoint import random_state
 from sd import generate, pipeline
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 from tests.synthetic import MICRO, random_models

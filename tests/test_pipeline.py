@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sd import generate, pipeline
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from sd.config import SamplingConfig, ScheduleConfig
 from sd.tokenizer import DEFAULT_MERGES, Tokenizer
 from tests.synthetic import MICRO, random_models, random_state

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scripts import demo
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from sd.config import ScheduleConfig
 from sd.ddpm import DDPMSampler
 from sd.sampler import draw_noise, karras_sigmas, make_betas, space_timesteps

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from scripts import train_tiny
-from sd.checkpoint import read_checkpoint, write_checkpoint
+from sd.checkpoints.files import read_checkpoint, write_checkpoint
 from sd.training import stages
 from sd.training.data import DataError
 from sd.training.loop import TrainingError, load_state, save_atomically

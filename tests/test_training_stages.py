@@ -11,7 +11,7 @@ from PIL import Image
 
 import sd
 from scripts import evaluate_tiny, train_tiny
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from sd.clip import CLIP
 from sd.decoder import Decoder
 from sd.encoder import Encoder
@@ -78,13 +78,13 @@ def test_the_stages_end_in_a_checkpoint_that_makes_pictures(trained):
 
 
 def test_the_checkpoint_is_in_half_precision(trained):
-    state = sd.checkpoint.read_state_dict(trained / "tiny.ckpt")
+    state = sd.checkpoints.files.read_state_dict(trained / "tiny.ckpt")
     assert {tensor.dtype for tensor in state.values()} == {torch.float16, torch.int64}
     assert "model.diffusion_model.time_embed.0.weight" in state
 
 
 def test_its_decoder_is_the_polished_one(trained):
-    state = sd.checkpoint.read_state_dict(trained / "tiny.ckpt")
+    state = sd.checkpoints.files.read_state_dict(trained / "tiny.ckpt")
     first, polished = (load_state(trained / f"{name}.state")["average"] for name in ("vae", "decoder"))
     for name in ("conv_in.weight", "conv_out.weight"):
         assert torch.equal(state[f"first_stage_model.decoder.{name}"], polished[f"decoder.{name}"].half())
@@ -207,7 +207,7 @@ def further(out, trained, name="diffusion", steps=2):
 
 def test_a_finished_model_learns_further_in_its_unet_alone(tmp_path, trained):
     path = further(tmp_path, trained).write_checkpoint()
-    before, after = (sd.checkpoint.read_state_dict(file) for file in (trained / "tiny.ckpt", path))
+    before, after = (sd.checkpoints.files.read_state_dict(file) for file in (trained / "tiny.ckpt", path))
     assert before.keys() == after.keys()
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"model"}

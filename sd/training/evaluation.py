@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd.checkpoint import read_state_dict
+from sd.checkpoints.files import read_state_dict
 from sd.model_loader import Models, place
 from sd.pipeline import SAMPLERS, decode_latents, denoise, encode_prompt, get_latents, make_generators
 from sd.tokenizer import Tokenizer

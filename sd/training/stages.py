@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from sd.clip import CLIP
 from sd.config import TINY, ModelConfig
 from sd.decoder import Decoder

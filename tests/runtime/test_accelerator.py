@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from sd import generate, load_models, pipeline
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from sd.preview import preview_for
 from sd.prompts.embeddings import mix, replace, slerp
 from sd.recording import record

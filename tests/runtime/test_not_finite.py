@@ -12,7 +12,7 @@ from PIL import Image
 from scripts import demo
 from scripts.synthetic_checkpoint import random_state
 from sd import generate, pipeline
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from sd.runtime.not_finite import NotFiniteError
 from tests.synthetic import MICRO, random_models
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sd import generate, load_models
-from sd.checkpoint import write_checkpoint
+from sd.checkpoints.files import write_checkpoint
 from sd.diffusion import Diffusion
 from sd.model_converter import to_compvis
 from sd.model_loader import awake

@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sd.checkpoint import CheckpointError, read_checkpoint, read_state_dict, write_checkpoint
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.files import read_checkpoint, read_state_dict, write_checkpoint
 from tests.malicious_pickles import in_legacy, in_zip, state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")

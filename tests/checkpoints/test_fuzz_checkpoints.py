@@ -12,7 +12,8 @@ import pytest
 import safetensors
 import torch
 
-from sd.checkpoint import CheckpointError, read_state_dict
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.files import read_state_dict
 from tests import mutations
 from tests.fuzzing import fuzz
 

@@ -10,7 +10,7 @@ A checkpoint is a dictionary from names to tensors. It lies on disk in one of th
   holds each storage behind 8 bytes with its number of elements.
 
 Around the tensors a trainer may have left anything (epochs, callbacks, an optimizer), and a stranger may have left a
-program. Neither is run: see unpickler.py; formats.py reads the three formats.
+program. Neither is run: see unpickler.py. safetensors.py and torch_save.py read the formats.
 
 The file is mapped into memory, not read: the tensors are views of the mapping, and the operating system fetches a page
 when somebody looks at it. The mapping is private, so changing a tensor never changes the file. Do not overwrite a file
@@ -31,18 +31,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from sd.archive import CheckpointError
+from sd.checkpoints.checkpoint import MAX_CONFIG_CHARACTERS, Checkpoint, CheckpointError
+from sd.checkpoints.safetensors import SAFETENSORS_DTYPES, read_safetensors, write_safetensors
+from sd.checkpoints.torch_save import read_legacy, read_zip
 from sd.files import whole_file
-from sd.formats import (
-    MAX_CONFIG_CHARACTERS,
-    SAFETENSORS_DTYPES,
-    Checkpoint,
-    read_legacy,
-    read_safetensors,
-    read_zip,
-)
-
-__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint", "read_state_dict", "write_checkpoint"]
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
 
@@ -150,7 +142,7 @@ def write_checkpoint(path: str | os.PathLike, state: dict[str, Tensor], config: 
     try:
         with whole_file(path, overwrite=True) as file:
             if path.suffix == ".safetensors":
-                _write_safetensors(file, tensors, {"format": "pt"} | ({} if config is None else {"config": text}))
+                write_safetensors(file, tensors, {"format": "pt"} | ({} if config is None else {"config": text}))
             else:
                 torch.save({"state_dict": tensors, "config": json.loads(text)}, file)
     except (OSError, RuntimeError) as error:  # a RuntimeError is torch's word for a disk that is full
@@ -177,22 +169,3 @@ def _config_text(config: dict | None) -> str:
     if not isinstance(config, dict | None) or len(text) > MAX_CONFIG_CHARACTERS:
         raise CheckpointError(f"The config should be a dict of at most {MAX_CONFIG_CHARACTERS:,} characters of JSON.")
     return text
-
-
-def _write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The header keeps the order of `tensors`; in the data the widest dtypes come first, so that all are aligned."""
-    dtype_names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    offsets, end = {}, 0
-    for name in order:
-        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        offsets[name] = [begin, end]
-    header = {"__metadata__": metadata} | {
-        name: {"dtype": dtype_names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets[name]}
-        for name, tensor in tensors.items()
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy())

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd.checkpoint import CheckpointError, read_checkpoint, read_state_dict
-from sd.unpickler import Call, Global, Unpickler, UnpicklingError
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.files import read_checkpoint, read_state_dict
+from sd.checkpoints.unpickler import Call, Global, Unpickler, UnpicklingError
 from tests import malicious_pickles as evil
 from tests.auditing import watching
 from tests.malicious_pickles import in_legacy, in_zip, mapping, number, state_dict, tensor, text

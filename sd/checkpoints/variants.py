@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sd.checkpoint import CheckpointError
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.diffusers_folder import is_diffusers_vae, vae_names
 from sd.config import SD15, SD15_INPAINTING, ModelConfig
-from sd.folders import is_diffusers_vae, vae_names
 
 CLIP_PREFIX = "cond_stage_model.transformer."
 UNET_PREFIX = "model.diffusion_model."

@@ -7,7 +7,8 @@ import zipfile
 
 import pytest
 
-from sd.archive import MAX_DIRECTORY_BYTES, MAX_INFLATED_BYTES, MAX_INFLATION, Archive, CheckpointError
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.zip_archive import MAX_DIRECTORY_BYTES, MAX_INFLATED_BYTES, MAX_INFLATION, Archive
 
 
 def zipped(records, method=zipfile.ZIP_STORED):

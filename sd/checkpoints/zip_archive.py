@@ -11,14 +11,12 @@ import zipfile
 import zlib
 from typing import BinaryIO
 
+from sd.checkpoints.checkpoint import CheckpointError
+
 # Honest files stay far below these limits; without them a file of a few kilobytes can claim terabytes.
 MAX_DIRECTORY_BYTES = 2 << 20  # of the table of contents: that of Stable Diffusion 1.5 has 0.1 MB
 MAX_INFLATION = 20  # compression barely shrinks weights
 MAX_INFLATED_BYTES = 8 << 20  # of an archive so small that its pickle is most of it
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be read as a checkpoint, or a state that cannot be written as one."""
 
 
 class Archive:

@@ -11,7 +11,8 @@ import zipfile
 import pytest
 import torch
 
-from sd.checkpoint import CheckpointError, read_checkpoint
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.files import read_checkpoint
 from tests.malicious_pickles import (
     call,
     in_legacy,
@@ -167,7 +168,7 @@ def test_errors_that_pass(tmp_path, monkeypatch, error):
         raise error
 
     (tmp_path / "a.ckpt").write_bytes(in_zip(state_dict()))
-    monkeypatch.setattr("sd.checkpoint._read", fail)
+    monkeypatch.setattr("sd.checkpoints.files._read", fail)
     with pytest.raises(error):
         read_checkpoint(tmp_path / "a.ckpt")
 

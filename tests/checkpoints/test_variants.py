@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sd.checkpoint import CheckpointError
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.variants import averaged, identify, recognise, standard_layout, vae_layout
 from sd.config import SD15, SD15_INPAINTING
-from sd.dialects import averaged, identify, recognise, standard_layout, vae_layout
 from sd.model_converter import from_compvis
 from tests.synthetic import MICRO, random_state
 

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from sd.checkpoint import CheckpointError, read_checkpoint
-from sd.folders import read_folder
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.diffusers_folder import read_folder
+from sd.checkpoints.files import read_checkpoint
 from sd.model_converter import to_compvis
 from sd.model_loader import load_models
 from tests.synthetic import INPAINTING_MICRO, MICRO, random_state
@@ -108,7 +109,7 @@ def test_the_schedule(folder):
 
 
 def test_a_vae_of_diffusers_for_another_checkpoint(folder, tmp_path):
-    from sd.checkpoint import write_checkpoint
+    from sd.checkpoints.files import write_checkpoint
 
     state = random_state(MICRO)
     other = random_state(MICRO, seed=1)

@@ -8,7 +8,7 @@ Python's own `pickle` runs a stranger's program.
 
 This machine only writes down what the file wants. GLOBAL pushes `Global("os", "system")`, which is two strings; REDUCE
 pushes `Call(that, arguments)`, a note that nobody acts on; BUILD drops its state. The calls and references by which
-torch.save describes tensors become a `TensorNote`, an OrderedDict becomes a dict: checkpoint.py goes on from there.
+torch.save describes tensors become a `TensorNote`, an OrderedDict becomes a dict: torch_save.py goes on from there.
 
 It knows the instructions that Python 3 writes in pickle protocols 2 to 5 and refuses the others. Of a dictionary it
 keeps the entries whose keys are text of a sensible length: a state dict has no others, and looking up foreign keys (a

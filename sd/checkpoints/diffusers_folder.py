@@ -22,7 +22,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sd.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
+from sd.checkpoints.files import read_checkpoint
 from sd.config import ModelConfig, UNetConfig
 
 NETWORKS = ("unet", "vae", "text_encoder")

@@ -1,0 +1,6 @@
+"""Weight files: read without running what is in them, and written."""
+
+from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
+from sd.checkpoints.files import read_checkpoint, read_state_dict, write_checkpoint
+
+__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint", "read_state_dict", "write_checkpoint"]

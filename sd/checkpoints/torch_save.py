@@ -1,0 +1,96 @@
+"""The two formats of torch.save: a mapped file -> its tensors by name."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from torch import UntypedStorage
+
+from sd.checkpoints.checkpoint import (
+    MAX_HEADER_BYTES,
+    Checkpoint,
+    CheckpointError,
+    check_count,
+    part,
+    plain_config,
+    storage_over,
+    view,
+)
+from sd.checkpoints.unpickler import Call, Global, StorageNote, TensorNote, Unpickler
+from sd.checkpoints.zip_archive import Archive
+
+LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+
+
+def read_zip(file: BinaryIO, data: mmap.mmap) -> Checkpoint:
+    """A zip archive: FOLDER/data.pkl holds the notes, FOLDER/data/KEY each storage."""
+    archive = Archive(file, data)
+    pickles = [name for name in archive.records if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError("is a zip archive that torch.save did not write; unpack it if a checkpoint is in it")
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}byteorder" in archive.records:
+        _check_byteorder(archive.read(f"{folder}byteorder", 100) == b"little")
+    mapped = storage_over(data)
+
+    def storage_of(note: StorageNote) -> UntypedStorage:
+        name = f"{folder}data/{note.key}"
+        if archive.is_packed(name):
+            return storage_over(bytearray(archive.read(name)))
+        return part(mapped, *archive.place(name), note.dtype)
+
+    return _from_notes(Unpickler(archive.read(pickles[0], MAX_HEADER_BYTES), MAX_HEADER_BYTES).load(), storage_of)
+
+
+def _check_byteorder(little: bool) -> None:
+    if not little:
+        raise CheckpointError("was saved on a big-endian machine; save it again on a little-endian one")
+
+
+def read_legacy(data: mmap.mmap) -> Checkpoint:
+    """Five pickles (magic number, protocol, system, the notes, the keys of the storages), then the storages."""
+    unpickler = Unpickler(data, MAX_HEADER_BYTES)
+    if unpickler.load() != LEGACY_MAGIC_NUMBER:
+        raise CheckpointError("is a Python pickle that torch.save did not write, so without tensors that can be read")
+    _protocol, system, root, keys = (unpickler.load() for _ in range(4))
+    _check_byteorder(not (isinstance(system, dict) and system.get("little_endian") is False))
+    places = {}
+    position = unpickler.position
+    for key in keys:
+        if type(key) is not str or key not in unpickler.storages:
+            raise CheckpointError("is damaged: it lists a storage that its pickle does not know")
+        note = unpickler.storages[key]
+        if int.from_bytes(data[position : position + 8], "little") != note.count:
+            raise CheckpointError("is damaged or truncated: a storage has not the size that the pickle says")
+        places[key] = (position + 8, note.count * note.dtype.itemsize)
+        position = sum(places[key])
+    mapped = storage_over(data)
+    return _from_notes(root, lambda note: part(mapped, *places[note.key], note.dtype))
+
+
+def _from_notes(root: Any, storage_of: Callable[[StorageNote], UntypedStorage]) -> Checkpoint:
+    """The value of a pickle -> the tensors that its notes describe; `storage_of` raises KeyError for an unknown key."""
+    top = root if isinstance(root, dict) else {}
+    entries = top["state_dict"] if isinstance(top.get("state_dict"), dict) else top
+    check_count(len(entries))
+    storages: dict[str, UntypedStorage] = {}  # tied tensors share one
+    state = {}
+    for name, note in entries.items():
+        if isinstance(note, TensorNote):
+            key, dtype = note.storage.key, note.storage.dtype
+            try:
+                storages[key] = storages[key] if key in storages else storage_of(note.storage)
+            except KeyError:
+                raise CheckpointError(f"is damaged: the storage of tensor {name!r:.80} is missing") from None
+            if storages[key].nbytes() < note.storage.count * dtype.itemsize:
+                raise CheckpointError(f"is damaged: the storage of tensor {name!r:.80} is too small")
+            state[name] = view(name, storages[key], dtype, note.offset, note.size, note.stride)
+        elif isinstance(note, Call) and isinstance(note.function, Global) and note.function.name.startswith("_rebuild"):
+            raise CheckpointError(f"has tensor {name!r:.80} of a kind that cannot be read: {note.function.name:.80}")
+    if "string_to_param" in top:
+        raise CheckpointError("is a textual inversion embedding; what is needed is a Stable Diffusion 1.x checkpoint")
+    if not state:
+        raise CheckpointError("has no tensors by name, at its top level or under `state_dict`; save model.state_dict()")
+    return Checkpoint(state, plain_config(top.get("config")))
