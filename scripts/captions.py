@@ -89,7 +89,7 @@ def command(options: argparse.Namespace, prompt: str, settings: dict, seed: int,
 
 def grid(prompts: list[str], seeds: range, pictures: list[np.ndarray]) -> Image.Image:
     """All pictures on one sheet, each under what sets it apart: a row a prompt, a column a seed, if there are both."""
-    from sd.sheets import contact_sheet, square_sheet
+    from sd.inside.contact_sheet import contact_sheet, square_sheet
 
     labels = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
     if len(prompts) == 1:

@@ -101,7 +101,7 @@ def main() -> int:
     warnings.showwarning = lambda message, *_: print(f"demo.py: {message}", file=sys.stderr)
     try:
         if options.world:
-            from sd.training.world import describe
+            from sd.training.world.vocabulary import describe
 
             print(describe())
         else:
@@ -121,8 +121,8 @@ def make_pictures(options: argparse.Namespace) -> None:
     check_files(options)
     import_torch()
     from sd import images  # not before: torch takes a second, and bad input should not have to wait
+    from sd.inside.report import write_report
     from sd.prompts.alternatives import expand
-    from sd.report import write_report
 
     prompts = [prompt for text in options.prompts for prompt in expand(text)]
     seed = random.randrange(2**32) if options.seed is None else options.seed
@@ -163,10 +163,10 @@ def draw(
 
     if not (options.film or options.report):
         return pipeline.generate(prompt, **settings, seed=seed), [], ""
-    from sd import film
-    from sd.recording import record
-    from sd.report import report
-    from sd.tracer import Tracer
+    from sd.inside import film
+    from sd.inside.recording import record
+    from sd.inside.report import report
+    from sd.inside.tracer import Tracer
 
     with Tracer(settings["models"], attention=bool(options.report)) as trace:
         recording = record(prompt, **settings, seed=seed)
@@ -247,7 +247,7 @@ def note_crop(options: argparse.Namespace, settings: dict) -> None:
 
 def hint(prompt: str) -> None:
     """One line for those who ask the tiny model for what it has never seen."""
-    from sd.training.world import unknown_words
+    from sd.training.world.vocabulary import unknown_words
 
     if words := unknown_words(prompt):
         unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")

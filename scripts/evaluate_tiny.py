@@ -145,7 +145,7 @@ def judge_renders(options: argparse.Namespace, models: Models, judge: nn.Module)
 
     from sd.training import evaluation
     from sd.training.data import load_scenes
-    from sd.training.scenes import scene_and_captions
+    from sd.training.world.scenes import scene_and_captions
 
     first = evaluation.JUDGE_SEED + JUDGE_SCENES
     renders = load_scenes(options.out, TEST_SCENES, models.config.image_size, first, held_out=None)
@@ -170,7 +170,7 @@ def train_judge(options: argparse.Namespace):
     from sd.training import evaluation
     from sd.training.data import load_scenes
     from sd.training.loop import Training
-    from sd.training.scenes import scene_and_captions
+    from sd.training.world.scenes import scene_and_captions
 
     path = options.out / "judge.safetensors"
     if not path.exists():

@@ -39,7 +39,7 @@ SAMPLER_STEPS = (5, 10, 20, 50)
 def prompts_sheet(models: Models) -> Image.Image:
     """Eight prompts, four seeds each, all alike in everything else."""
     from sd import generate
-    from sd.sheets import contact_sheet
+    from sd.inside.contact_sheet import contact_sheet
 
     seeds = range(4)
     rows = [list(generate([prompt] * len(seeds), models=models, seed=0)) for prompt in PROMPTS]
@@ -50,7 +50,7 @@ def prompts_sheet(models: Models) -> Image.Image:
 def steps_sheet(models: Models, prompt: str = PROMPTS[0]) -> Image.Image:
     """One picture coming to be: the latents decoded, and where they seem to be heading, at every fourth step."""
     from sd import pipeline
-    from sd.sheets import contact_sheet
+    from sd.inside.contact_sheet import contact_sheet
 
     generators = pipeline.make_generators(0, 1)
     sampler = pipeline.SAMPLERS["dpm++2m"](generators, schedule=models.config.schedule)
@@ -70,7 +70,7 @@ def changes_sheet(models: Models) -> Image.Image:
     from PIL import Image
 
     from sd import generate
-    from sd.sheets import contact_sheet
+    from sd.inside.contact_sheet import contact_sheet
 
     height = width = models.config.image_size
     noon = generate(PROMPTS[0] + ", with clouds", models=models, seed=0)
@@ -88,7 +88,7 @@ def changes_sheet(models: Models) -> Image.Image:
 def samplers_sheet(models: Models, prompt: str = PROMPTS[2]) -> Image.Image:
     """The same prompt and seed under every sampler, with more and more steps."""
     from sd import generate, pipeline
-    from sd.sheets import contact_sheet
+    from sd.inside.contact_sheet import contact_sheet
 
     rows, labels = [], []
     for name in pipeline.SAMPLERS:

@@ -66,7 +66,7 @@ def load_models(
 ) -> Models:
     """The networks of a checkpoint, in evaluation mode and without gradients.
 
-    `path` is a file or a diffusers folder (`sd.checkpoints.diffusers_folder`); the default is the tiny model in `data/`.
+    `path` is a file or a folder in diffusers' layout; the default is the tiny model in `data/`.
     `device` defaults to CUDA, MPS or the CPU, the first that there is; `dtype` to what is fastest there without a
     visible loss. `ema` takes the averaged U-Net weights that training checkpoints carry. `vae` is a second file or
     folder, whose VAE replaces the checkpoint's own. `tuned` and `compiled` are about speed, see `sd.runtime.speed`;

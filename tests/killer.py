@@ -28,7 +28,7 @@ from sd.checkpoints.files import read_state_dict, write_checkpoint
 from sd.images import read_image, write_animation, write_png
 from sd.training.loop import Training
 from tests.misbehaving_server import BODY, weights
-from tests.test_training_loop import Line
+from tests.training.test_loop import Line
 
 
 def frame(number: int) -> np.ndarray:

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from sd import recording
-from sd.film import frames
-from sd.recording import record
-from sd.report import report
-from sd.tracer import Tracer
+from sd.inside import recording
+from sd.inside.film import frames
+from sd.inside.recording import record
+from sd.inside.report import report
+from sd.inside.tracer import Tracer
 
 OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}
 RED = Image.new("RGB", (40, 32), "red")

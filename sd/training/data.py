@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from sd.files import whole_file
 from sd.images import image_to_tensor, read_image, tensor_to_array
-from sd.training.render import render
-from sd.training.scenes import scene_and_captions
+from sd.training.world.render import render
+from sd.training.world.scenes import scene_and_captions
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CAPTIONS_PER_SCENE = 6

@@ -22,10 +22,10 @@ from sd.pipeline import SAMPLERS, decode_latents, denoise, encode_prompt, get_la
 from sd.tokenizer import Tokenizer
 from sd.training.data import Pictures
 from sd.training.loop import load_state
-from sd.training.render import SUNS
-from sd.training.scenes import ATTRIBUTES, Scene, caption, random_scene
 from sd.training.text import CaptionEncoder, PictureEncoder, retrieval, shrink
 from sd.training.vae import psnr, reconstruct
+from sd.training.world.render import SUNS
+from sd.training.world.scenes import ATTRIBUTES, Scene, caption, random_scene
 
 ABSENT = -100  # the target of an attribute that a scene does not have; cross_entropy passes over it
 CLASSES = [len(values) for values in ATTRIBUTES.values()]

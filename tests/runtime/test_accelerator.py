@@ -11,11 +11,11 @@ from torch import nn
 
 from sd import generate, load_models, pipeline
 from sd.checkpoints.files import write_checkpoint
-from sd.preview import preview_for
+from sd.inside.preview import preview_for
+from sd.inside.recording import record
+from sd.inside.tracer import Tracer
 from sd.prompts.embeddings import mix, replace, slerp
-from sd.recording import record
 from sd.runtime.decode_in_strips import InStrips
-from sd.tracer import Tracer
 from sd.training import stages
 from sd.training.loop import load_state
 from tests.accelerator import accelerator

@@ -10,10 +10,10 @@ import torch
 from sd import generate, load_models
 from sd.checkpoints.files import write_checkpoint
 from sd.diffusion import Diffusion
+from sd.inside.tracer import Tracer
 from sd.model_converter import to_compvis
 from sd.model_loader import awake
 from sd.runtime.speed import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, settle
-from sd.tracer import Tracer
 from tests import ROOT
 from tests.synthetic import MICRO, random_models, random_networks, random_state
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from sd.training import data
 from sd.training.data import DataError, load_folder, load_scenes
-from sd.training.render import render
-from sd.training.scenes import scene_and_captions
+from sd.training.world.render import render
+from sd.training.world.scenes import scene_and_captions
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ import numpy as np
 from torch import Tensor
 
 from sd.files import write_whole
+from sd.inside.preview import preview_for
+from sd.inside.recording import Moment, Recording
+from sd.inside.report.figures import schedule_svg, unet_svg
+from sd.inside.report.pictures import encode, encode_exactly, encode_maps
+from sd.inside.report.tokens import MOST_TOKENS, Token, tokens_of
+from sd.inside.tracer import Tracer
 from sd.model_converter import empty_networks
-from sd.preview import preview_for
-from sd.recording import Moment, Recording
-from sd.report.figures import schedule_svg, unet_svg
-from sd.report.pictures import encode, encode_exactly, encode_maps
-from sd.report.tokens import MOST_TOKENS, Token, tokens_of
-from sd.tracer import Tracer
 
 HERE = Path(__file__).resolve().parent
 # Bytes of pictures; Base64 makes four of three, and the page shall stay below 5 MB.

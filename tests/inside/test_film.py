@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd import generate, pipeline, recording
+from sd import generate, pipeline
 from sd.config import SD15
-from sd.film import frames
-from sd.recording import record
+from sd.inside import recording
+from sd.inside.film import frames
+from sd.inside.recording import record
 from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
 
 OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}

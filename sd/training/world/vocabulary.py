@@ -5,7 +5,7 @@ In: a prompt. Out: the words in it that the model has never read, and for `--wor
 
 import re
 
-from sd.training import scenes
+from sd.training.world import scenes
 
 WORDINGS: dict[str, dict] = {
     "time": scenes.TIME_WORDS,

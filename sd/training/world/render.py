@@ -11,9 +11,9 @@ import random
 
 from PIL import Image
 
-from sd.training.canvas import UNITS, Canvas, Colour, Point, mix, tint
-from sd.training.scenes import Scene
-from sd.training.things import DRAW, WHITE, Brush
+from sd.training.world.canvas import UNITS, Canvas, Colour, Point, mix, tint
+from sd.training.world.scenes import Scene
+from sd.training.world.things import DRAW, WHITE, Brush
 
 SKIES: dict[str, list[Colour]] = {
     "dawn": [(142, 160, 222), (214, 186, 226), (255, 200, 204), (255, 232, 206)],

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from sd.inside.tracer import Tracer
 from sd.model_loader import Models
 from sd.prompts.weights import chunks_of
 from sd.tokenizer import SYMBOL_TO_BYTE, WORD_END, Tokenizer
-from sd.tracer import Tracer
 
 MOST_TOKENS = 300
 

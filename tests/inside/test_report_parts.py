@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sd.recording import record
-from sd.report import write_report
-from sd.report.figures import schedule_svg
-from sd.report.pictures import encode, encode_exactly, encode_maps
-from sd.report.tokens import tokens_of
-from sd.tracer import Tracer
+from sd.inside.recording import record
+from sd.inside.report import write_report
+from sd.inside.report.figures import schedule_svg
+from sd.inside.report.pictures import encode, encode_exactly, encode_maps
+from sd.inside.report.tokens import tokens_of
+from sd.inside.tracer import Tracer
 from tests.synthetic import MICRO, random_models
 
 OPTIONS = {"seed": 3, "n_inference_steps": 1, "height": 32, "width": 40}

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sd.training.canvas import Canvas, Colour, Point, mix
+from sd.training.world.canvas import Canvas, Colour, Point, mix
 
 PAINTS: dict[str, Colour] = {
     "red": (222, 44, 44),

@@ -20,7 +20,7 @@ from sd.training.muon import Muon
 from sd.training.text import TextStage
 from sd.training.vae import DecoderStage, VAEStage
 from tests.synthetic import MICRO
-from tests.test_training_loop import Line
+from tests.training.test_loop import Line
 
 
 @pytest.fixture

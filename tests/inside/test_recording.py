@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sd import generate, pipeline, recording
-from sd.recording import peak_memory, record
+from sd import generate, pipeline
+from sd.inside import recording
+from sd.inside.recording import peak_memory, record
 from tests import ROOT
 from tests.synthetic import MICRO, random_models
 
@@ -82,7 +83,7 @@ def test_costs(models):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can start its peak again")
 def test_peaks_are_those_of_each_part():
     code = (
-        "import torch; from types import SimpleNamespace; from sd.recording import _measured\n"
+        "import torch; from types import SimpleNamespace; from sd.inside.recording import _measured\n"
         "costs, models = {}, SimpleNamespace(device=torch.device('cpu'))\n"
         "for name, size in (('small', 1), ('large', 200), ('after', 1)):\n"
         "    with _measured(costs, name, models):\n"

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sd import generate, recording
-from sd.film import frames
-from sd.preview import preview_for
-from sd.recording import record
-from sd.report import report
-from sd.tracer import Tracer
+from sd import generate
+from sd.inside import recording
+from sd.inside.film import frames
+from sd.inside.preview import preview_for
+from sd.inside.recording import record
+from sd.inside.report import report
+from sd.inside.tracer import Tracer
 from tests.pages import OPTIONS, RED, Page, make, pixels
 from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
 

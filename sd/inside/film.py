@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sd import pipeline
 from sd.config import SD15
+from sd.inside.preview import SD15_PREVIEW
+from sd.inside.recording import Recording
 from sd.model_loader import Models
-from sd.preview import SD15_PREVIEW
-from sd.recording import Recording
 
 
 def frames(recording: Recording) -> list[np.ndarray]:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sd.film import frames
-from sd.recording import record
-from sd.report import report, write_report
-from sd.tracer import Tracer
+from sd.inside.film import frames
+from sd.inside.recording import record
+from sd.inside.report import report, write_report
+from sd.inside.tracer import Tracer
 from tests.synthetic import MICRO, random_models
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: see requirements-dev.txt")

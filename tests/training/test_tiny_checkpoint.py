@@ -8,8 +8,8 @@ import sd
 from sd.config import TINY
 from sd.model_loader import TINY_CHECKPOINT
 from sd.training import evaluation
-from sd.training.render import render
-from sd.training.scenes import Scene
+from sd.training.world.render import render
+from sd.training.world.scenes import Scene
 from tests import ROOT
 
 pytestmark = pytest.mark.skipif(not TINY_CHECKPOINT.exists(), reason="data/tiny.ckpt is not there: train it first")

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from sd.film import frames
-from sd.recording import record
-from sd.report import report
-from sd.tracer import Tracer
+from sd.inside.film import frames
+from sd.inside.recording import record
+from sd.inside.report import report
+from sd.inside.tracer import Tracer
 from tests.pages import OPTIONS, Page, make
 from tests.synthetic import MICRO, random_models
 

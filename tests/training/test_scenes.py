@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sd.tokenizer import Tokenizer
-from sd.training.render import render
-from sd.training.scenes import ATTRIBUTES, HELD_OUT, Scene, caption, is_held_out, random_scene, scene_and_captions
+from sd.training.world.render import render
+from sd.training.world.scenes import ATTRIBUTES, HELD_OUT, Scene, caption, is_held_out, random_scene, scene_and_captions
 
 HOUSE = Scene("noon", "hills", "house", "red", "left", True, False)
 EVERYTHING = frozenset(ATTRIBUTES)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sd.training.scenes import scene_and_captions
-from sd.training.world import describe, known_words, unknown_words
+from sd.training.world.scenes import scene_and_captions
+from sd.training.world.vocabulary import describe, known_words, unknown_words
 
 
 def test_every_training_caption_is_known():

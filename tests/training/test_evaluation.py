@@ -19,8 +19,8 @@ from sd.training.evaluation import (
     make_prompts,
     targets,
 )
-from sd.training.render import render
-from sd.training.scenes import ATTRIBUTES, Scene, is_held_out, random_scene
+from sd.training.world.render import render
+from sd.training.world.scenes import ATTRIBUTES, Scene, is_held_out, random_scene
 
 HOUSE = Scene("noon", "hills", "house", "red", "left", True, False)
 EMPTY = Scene("night", "sea", "none", "red", "left", False, True)

@@ -10,10 +10,10 @@ from torch import nn
 
 from sd.config import SD15
 from sd.images import image_to_tensor
+from sd.inside.preview import SD15_PREVIEW, Preview, fit, preview_for
 from sd.model_loader import TINY_CHECKPOINT, load_models
-from sd.preview import SD15_PREVIEW, Preview, fit, preview_for
-from sd.training.render import render
-from sd.training.scenes import scene_and_captions
+from sd.training.world.render import render
+from sd.training.world.scenes import scene_and_captions
 from tests.synthetic import MICRO, random_models
 
 

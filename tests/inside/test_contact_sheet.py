@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd.sheets import GAP, contact_sheet, square_sheet
+from sd.inside.contact_sheet import GAP, contact_sheet, square_sheet
 
 
 def noise(seed: int, height: int = 20, width: int = 60) -> np.ndarray:

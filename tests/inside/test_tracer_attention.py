@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sd import generate
+from sd.inside.tracer import Tracer, attention_weights, word_positions
 from sd.prompts.weights import layout
-from sd.tracer import Tracer, attention_weights, word_positions
 from tests.synthetic import MICRO, random_models, random_networks
 
 OPTIONS = {"seed": 3, "n_inference_steps": 2, "height": 32, "width": 40}
