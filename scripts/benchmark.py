@@ -30,8 +30,8 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import Parser, exit_status
-from scripts.output_files import write_json
+from scripts.support.command_line import Parser, exit_status
+from scripts.support.output_files import write_json
 
 MEASURES = {
     "import": "import, beyond torch, s",
@@ -88,7 +88,7 @@ class Worker:
     def __init__(self, library: str, dtype: str, device: str, path: Path, compiled: bool = False):
         how = ["compiled"] if compiled else []
         self.name = " ".join([library, dtype, *how])
-        command = [sys.executable, ROOT / "scripts/benchmark_worker.py", library, dtype, device, path, *how]
+        command = [sys.executable, ROOT / "scripts/benchmarks/worker.py", library, dtype, device, path, *how]
         self.started, pipe = time.perf_counter(), subprocess.PIPE
         # In a session of its own: Ctrl-C is for this process alone, which then ends the workers.
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
@@ -237,10 +237,10 @@ def make_weights(options: argparse.Namespace, reference: bool) -> tuple[Path, Pa
     """The checkpoint, and a folder with the same weights as diffusers keeps them; made if they are not there."""
     checkpoint = options.checkpoint or options.cache / "sd15.safetensors"
     if not checkpoint.exists():
-        run(sys.executable, "scripts/synthetic_checkpoint.py", checkpoint)
+        run(sys.executable, "scripts/benchmarks/synthetic_checkpoint.py", checkpoint)
     folder = options.cache / f"diffusers-{checkpoint.stem}-{checkpoint.stat().st_mtime_ns}"  # of these very weights
     if reference and not folder.exists():
-        run(sys.executable, "scripts/reference_networks.py", checkpoint, folder)
+        run(sys.executable, "scripts/benchmarks/reference_networks.py", checkpoint, folder)
     for file in (checkpoint, *folder.rglob("*.safetensors")):
         with open(file, "rb") as opened:  # into the system's cache
             while opened.read(1 << 24):

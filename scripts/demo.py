@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.captions import DTYPES, command, details, grid, parameters
-from scripts.command_line import Parser, import_torch
-from scripts.output_files import candidates, check_free, first_path, save
+from scripts.support.captions import DTYPES, command, details, grid, parameters
+from scripts.support.command_line import Parser, import_torch
+from scripts.support.output_files import candidates, check_free, first_path, save
 
 TINY_PROMPT = "a red lighthouse by the sea at sunset, on the right, with the sun"
 PROMPT = "a photograph of an astronaut riding a horse"

@@ -12,7 +12,7 @@ while [ -L "$script" ]; do # started through a symbolic link
     esac
 done
 root=$(cd -P "$(dirname "$script")/.." && pwd)
-. "$root/scripts/setup.sh"
+. "$root/scripts/support/setup.sh"
 
 make_environment
 install_from requirements.txt

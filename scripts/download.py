@@ -26,8 +26,8 @@ except ImportError:  # Windows: two downloads at once go unnoticed there
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command_line import Parser
-from scripts.transfer import DownloadError, HashedFile, fetch
+from scripts.support.command_line import Parser
+from scripts.support.transfer import DownloadError, HashedFile, fetch
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

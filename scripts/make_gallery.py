@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command_line import Parser, exit_status
-from scripts.output_files import make_folder
+from scripts.support.command_line import Parser, exit_status
+from scripts.support.output_files import make_folder
 
 if TYPE_CHECKING:
     from PIL import Image

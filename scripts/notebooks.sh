@@ -4,7 +4,7 @@
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-. "$root/scripts/setup.sh"
+. "$root/scripts/support/setup.sh"
 
 make_environment
 install_from requirements.txt

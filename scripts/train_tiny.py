@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command_line import Parser, exit_status
+from scripts.support.command_line import Parser, exit_status
 
 SHARES = {"vae": 0.295, "text": 0.093, "diffusion": 0.568, "decoder": 0.044}  # of the minutes given to `all`
 

@@ -38,8 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def server(monkeypatch):
     """A web server on this machine that misbehaves on demand; downloads come in small pieces."""
-    from scripts import transfer
-    from tests.misbehaving_server import running
+    from scripts.support import transfer
+    from tests.support.misbehaving_server import running
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(transfer, "CHUNK", 10_000)
@@ -50,7 +50,7 @@ def server(monkeypatch):
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory):
     from sd.checkpoints.files import write_checkpoint
-    from tests.synthetic import MICRO, random_state
+    from tests.support.synthetic import MICRO, random_state
 
     path = tmp_path_factory.mktemp("weights") / "micro.ckpt"
     write_checkpoint(path, random_state(MICRO), MICRO.to_dict())

@@ -11,7 +11,7 @@ import pytest
 from sd import generate
 from sd.samplers import SAMPLERS
 from tests import ROOT
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 CODE = """
 import sys

@@ -8,7 +8,7 @@ import torch
 from sd.blocks import Downsample, Upsample
 from sd.config import SD15
 from sd.diffusion import DeepCache, Diffusion, SpatialTransformer, Stage, timestep_embedding
-from tests.synthetic import MICRO, random_networks
+from tests.support.synthetic import MICRO, random_networks
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.synthetic import MICRO, random_networks
+from tests.support.synthetic import MICRO, random_networks
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from sd import pipeline
 from sd.guidance import by_loss, classifier_free
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 SHAPE = (2, 4, 8, 8)
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from sd import generate, pipeline
 from sd.inpainting import read_mask, without_masked
-from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
+from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
 QUICK = {"n_inference_steps": 3, "height": 32, "width": 48, "seed": 1}
 

@@ -18,8 +18,8 @@ from sd.checkpoints.files import read_state_dict, write_checkpoint
 from sd.images import read_image, write_animation, write_png
 from sd.training.loop import load_state, save_atomically
 from tests import ROOT
-from tests.killer import frame
-from tests.misbehaving_server import BODY, running, weights
+from tests.support.killer import frame
+from tests.support.misbehaving_server import BODY, running, weights
 
 SEED = int(os.environ.get("KILL_SEED", 0))
 needs_fork = pytest.mark.skipif(files.fcntl is None or not hasattr(os, "fork"), reason="Windows has no fork")
@@ -31,7 +31,7 @@ def test_a_killed_writer_leaves_only_whole_files(tmp_path, kills):
     with running() as server:
         server.pause = 0.002
         url = f"http://127.0.0.1:{server.server_port}/model.ckpt"
-        command = [sys.executable, "-m", "tests.killer", str(tmp_path), str(kills), str(SEED), url]
+        command = [sys.executable, "-m", "tests.support.killer", str(tmp_path), str(kills), str(SEED), url]
         environment = os.environ | {"no_proxy": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

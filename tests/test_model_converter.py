@@ -16,7 +16,7 @@ from sd.model_converter import (
     to_our_name,
     to_their_name,
 )
-from tests.synthetic import MICRO, random_networks, random_state
+from tests.support.synthetic import MICRO, random_networks, random_state
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 LAST = "first_stage_model.decoder.conv_out.bias"

@@ -11,7 +11,7 @@ from sd.checkpoints.files import write_checkpoint
 from sd.config import SD15_INPAINTING
 from sd.model_converter import compvis_shapes, to_compvis
 from sd.model_loader import best_device, best_dtype, load_models, preload_models_from_standard_weights
-from tests.synthetic import MICRO, random_state
+from tests.support.synthetic import MICRO, random_state
 
 VAE = "first_stage_model."
 

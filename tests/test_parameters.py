@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scripts import demo
-from scripts.synthetic_checkpoint import random_state
+from scripts.benchmarks.synthetic_checkpoint import random_state
 from sd import generate, pipeline
 from sd.checkpoints.files import write_checkpoint
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 MASK = Image.new("L", (40, 24), 200)

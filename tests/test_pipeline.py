@@ -12,7 +12,7 @@ from sd import generate, pipeline
 from sd.checkpoints.files import write_checkpoint
 from sd.config import SamplingConfig, ScheduleConfig
 from sd.tokenizer import DEFAULT_MERGES, Tokenizer
-from tests.synthetic import MICRO, random_models, random_state
+from tests.support.synthetic import MICRO, random_models, random_state
 
 QUICK = {"n_inference_steps": 3, "height": 32, "width": 32}
 

@@ -13,7 +13,7 @@ from sd.ddpm import DDPMSampler
 from sd.sampler import draw_noise, karras_sigmas, make_betas, space_timesteps
 from sd.samplers import SAMPLERS
 from sd.samplers.euler import EulerKarrasSampler, EulerSampler
-from tests.synthetic import MICRO, random_state
+from tests.support.synthetic import MICRO, random_state
 
 
 def make_sampler(**schedule):

@@ -13,7 +13,7 @@ import torch
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import read_checkpoint
-from tests.malicious_pickles import (
+from tests.support.malicious_pickles import (
     call,
     in_legacy,
     in_zip,

@@ -11,7 +11,7 @@ from sd.checkpoints.diffusers_folder import read_folder
 from sd.checkpoints.files import read_checkpoint
 from sd.model_converter import to_compvis
 from sd.model_loader import load_models
-from tests.synthetic import INPAINTING_MICRO, MICRO, random_state
+from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_state
 
 VAE = "first_stage_model."
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import read_checkpoint, read_state_dict, write_checkpoint
-from tests.malicious_pickles import in_legacy, in_zip, state_dict
+from tests.support.malicious_pickles import in_legacy, in_zip, state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 

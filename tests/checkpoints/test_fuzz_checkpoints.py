@@ -14,8 +14,8 @@ import torch
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import read_state_dict
-from tests import mutations
-from tests.fuzzing import fuzz
+from tests.support import mutations
+from tests.support.fuzzing import fuzz
 
 FIRST = int(os.environ.get("FUZZ_FIRST", 0))
 

@@ -15,9 +15,9 @@ import torch
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import read_checkpoint, read_state_dict
 from sd.checkpoints.unpickler import Call, Global, Unpickler, UnpicklingError
-from tests import malicious_pickles as evil
-from tests.auditing import watching
-from tests.malicious_pickles import in_legacy, in_zip, mapping, number, state_dict, tensor, text
+from tests.support import malicious_pickles as evil
+from tests.support.auditing import watching
+from tests.support.malicious_pickles import in_legacy, in_zip, mapping, number, state_dict, tensor, text
 
 WRAPPERS = {"zip": in_zip, "legacy": in_legacy}
 

@@ -7,7 +7,7 @@ from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.variants import averaged, identify, recognise, standard_layout, vae_layout
 from sd.config import SD15, SD15_INPAINTING
 from sd.model_converter import from_compvis
-from tests.synthetic import MICRO, random_state
+from tests.support.synthetic import MICRO, random_state
 
 CLIP = "cond_stage_model.transformer."
 UNET = "model.diffusion_model."

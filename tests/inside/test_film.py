@@ -11,7 +11,7 @@ from sd.config import SD15
 from sd.inside import recording
 from sd.inside.film import frames
 from sd.inside.recording import record
-from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
+from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
 OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}
 PICTURE = Image.new("RGB", (40, 32), "red")

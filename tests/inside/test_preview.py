@@ -14,7 +14,7 @@ from sd.inside.preview import SD15_PREVIEW, Preview, fit, preview_for
 from sd.model_loader import TINY_CHECKPOINT, load_models
 from sd.training.world.render import render
 from sd.training.world.scenes import scene_and_captions
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 
 class LinearDecoder(nn.Module):

@@ -13,7 +13,7 @@ from sd import generate, pipeline
 from sd.inside import recording
 from sd.inside.recording import peak_memory, record
 from tests import ROOT
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}
 

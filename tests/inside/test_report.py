@@ -17,8 +17,8 @@ from sd.inside.preview import preview_for
 from sd.inside.recording import record
 from sd.inside.report import report
 from sd.inside.tracer import Tracer
-from tests.pages import OPTIONS, RED, Page, make, pixels
-from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
+from tests.support.pages import OPTIONS, RED, Page, make, pixels
+from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
 
 @pytest.fixture(scope="module")

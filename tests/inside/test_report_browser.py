@@ -12,7 +12,7 @@ from sd.inside.film import frames
 from sd.inside.recording import record
 from sd.inside.report import report, write_report
 from sd.inside.tracer import Tracer
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: see requirements-dev.txt")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402

@@ -16,7 +16,7 @@ from sd.inside.report.figures import schedule_svg
 from sd.inside.report.pictures import encode, encode_exactly, encode_maps
 from sd.inside.report.tokens import tokens_of
 from sd.inside.tracer import Tracer
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 OPTIONS = {"seed": 3, "n_inference_steps": 1, "height": 32, "width": 40}
 

@@ -8,8 +8,8 @@ from sd.inside.film import frames
 from sd.inside.recording import record
 from sd.inside.report import report
 from sd.inside.tracer import Tracer
-from tests.pages import OPTIONS, Page, make
-from tests.synthetic import MICRO, random_models
+from tests.support.pages import OPTIONS, Page, make
+from tests.support.synthetic import MICRO, random_models
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from sd.diffusion import Diffusion
 from sd.encoder import Encoder
 from sd.inside.tracer import Tracer, feature_picture
 from sd.runtime import decode_in_strips as strips
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 OPTIONS = {"seed": 3, "n_inference_steps": 2, "height": 32, "width": 40}
 

@@ -8,7 +8,7 @@ import torch
 from sd import generate
 from sd.inside.tracer import Tracer, attention_weights, word_positions
 from sd.prompts.weights import layout
-from tests.synthetic import MICRO, random_models, random_networks
+from tests.support.synthetic import MICRO, random_models, random_networks
 
 OPTIONS = {"seed": 3, "n_inference_steps": 2, "height": 32, "width": 40}
 STAGES = ["down.1", "down.2", "down.4", "down.5", "down.7", "down.8", "middle", *(f"up.{i}" for i in range(3, 12))]

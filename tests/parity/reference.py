@@ -5,4 +5,4 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from scripts.reference_networks import text_encoder, unet, vae  # noqa: F401
+from scripts.benchmarks.reference_networks import text_encoder, unet, vae  # noqa: F401

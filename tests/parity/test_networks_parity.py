@@ -8,7 +8,7 @@ import torch
 from sd.config import TINY
 from sd.model_converter import to_compvis
 from tests.parity import reference
-from tests.synthetic import FULL_TEXT, FULL_UNET, FULL_VAE, HALF_UNET, INPAINTING_MICRO, MICRO, random_networks
+from tests.support.synthetic import FULL_TEXT, FULL_UNET, FULL_VAE, HALF_UNET, INPAINTING_MICRO, MICRO, random_networks
 
 TOLERANCE = 2e-5  # maximum absolute difference, on outputs of unit scale
 

@@ -8,7 +8,7 @@ from PIL import Image
 from sd import generate
 from sd.model_converter import to_compvis
 from tests.parity import reference
-from tests.synthetic import INPAINTING_MICRO, MICRO, random_models
+from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from sd.samplers import SAMPLERS
 from sd.samplers.ddim import DDIMSampler
 from sd.samplers.euler import EulerSampler
 from sd.samplers.lms import LMSSampler
-from tests.synthetic import MICRO, random_networks
+from tests.support.synthetic import MICRO, random_networks
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -8,7 +8,7 @@ import torch
 
 from sd import pipeline
 from sd.prompts.embeddings import mix, replace, slerp
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 CAT, PANDA, PUPPY = 2368, 12952, 6829
 

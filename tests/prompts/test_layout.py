@@ -9,7 +9,7 @@ import torch
 from sd import generate, pipeline
 from sd.prompts.weights import chunks_of, join_chunks, layout, split, weigh
 from sd.tokenizer import Tokenizer
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 START, END, CAT, COMMA = 49406, 49407, 2368, 267
 

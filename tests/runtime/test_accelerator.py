@@ -1,5 +1,5 @@
-"""The way of the data on an accelerator, or on what passes for one (`tests.accelerator`): nothing is left on the wrong
-device, pictures are those of the CPU, and the CPU waits once a step."""
+"""Device transfers, on a simulated GPU (`tests.support.accelerator`): every tensor is on the right device, pictures
+equal those of the CPU, and the CPU waits for the device once a step."""
 
 from itertools import islice
 
@@ -18,8 +18,8 @@ from sd.prompts.embeddings import mix, replace, slerp
 from sd.runtime.decode_in_strips import InStrips
 from sd.training import stages
 from sd.training.loop import load_state
-from tests.accelerator import accelerator
-from tests.synthetic import INPAINTING_MICRO, MICRO, random_state
+from tests.support.accelerator import accelerator
+from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_state
 
 CONFIGS = {"ordinary": MICRO, "inpainting": INPAINTING_MICRO}
 QUICK = {"n_inference_steps": 3, "height": 40, "width": 32, "seed": 1}

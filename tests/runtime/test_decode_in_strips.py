@@ -18,7 +18,7 @@ from sd.model_loader import load_models, place
 from sd.runtime import decode_in_strips as strips
 from sd.runtime.decode_in_strips import FeatureMap, InStrips, decode_in_strips, needed
 from tests import ROOT
-from tests.synthetic import MICRO, random_networks
+from tests.support.synthetic import MICRO, random_networks
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 NARROWING = ModelConfig(vae=VAEConfig(channels=(8, 16, 32, 32), groups=8), text=MICRO.text, unet=MICRO.unet)
@@ -222,7 +222,7 @@ import torch
 from pathlib import Path
 from sd.images import tensor_to_array
 from sd.runtime.decode_in_strips import decode_in_strips
-from tests.synthetic import FULL_VAE, random_networks
+from tests.support.synthetic import FULL_VAE, random_networks
 
 def status(field):
     return int(re.search(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from scripts import demo
-from scripts.synthetic_checkpoint import random_state
+from scripts.benchmarks.synthetic_checkpoint import random_state
 from sd import generate, pipeline
 from sd.checkpoints.files import write_checkpoint
 from sd.runtime.not_finite import NotFiniteError
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 QUICK = {"seed": 1, "n_inference_steps": 3, "height": 32, "width": 32}
 NETWORKS = {"clip": "text encoder", "diffusion": "U-Net", "encoder": "VAE encoder", "decoder": "VAE decoder"}

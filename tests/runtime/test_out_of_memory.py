@@ -12,7 +12,7 @@ import torch
 from sd import generate
 from sd.runtime.out_of_memory import OutOfMemory, advice
 from tests import ROOT
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 QUICK = {"seed": 1, "n_inference_steps": 2, "height": 32, "width": 32}
 ERRORS = {
@@ -104,7 +104,7 @@ import resource
 import numpy as np, torch
 from sd import generate
 from sd.runtime.out_of_memory import OutOfMemory
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 models = random_models(MICRO)
 quick = {"seed": 1, "n_inference_steps": 1, "input_image": np.zeros((32, 32, 3), np.uint8)}
@@ -122,7 +122,7 @@ print((before == after).all())
 PICTURES = """
 import resource, sys
 from sd import generate
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 models, sizes = random_models(MICRO), []
 for i in range(int(sys.argv[1])):

@@ -15,7 +15,7 @@ from sd.model_converter import to_compvis
 from sd.model_loader import awake
 from sd.runtime.speed import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, settle
 from tests import ROOT
-from tests.synthetic import MICRO, random_models, random_networks, random_state
+from tests.support.synthetic import MICRO, random_models, random_networks, random_state
 
 CPU, CUDA, MPS, META = torch.device("cpu"), torch.device("cuda"), torch.device("mps"), torch.device("meta")
 

@@ -5,7 +5,7 @@ import torch
 
 from sd.ddpm import DDPMSampler
 from sd.samplers.ddim import DDIMSampler
-from tests.gaussian import order_of_convergence
+from tests.support.gaussian import order_of_convergence
 
 
 def make_sampler(steps=10, seed=0, **options):

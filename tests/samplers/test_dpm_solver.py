@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sd.samplers.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
-from tests.gaussian import order_of_convergence
+from tests.support.gaussian import order_of_convergence
 
 
 def make_sampler(steps, sampler=DPMSolverSampler):

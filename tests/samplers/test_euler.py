@@ -5,7 +5,7 @@ import torch
 
 from sd.samplers.ddim import DDIMSampler
 from sd.samplers.euler import EulerKarrasSampler, EulerSampler
-from tests.gaussian import order_of_convergence
+from tests.support.gaussian import order_of_convergence
 
 
 def test_step_follows_the_slope():

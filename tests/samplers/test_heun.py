@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sd.samplers.heun import HeunKarrasSampler, HeunSampler
-from tests.gaussian import order_of_convergence
+from tests.support.gaussian import order_of_convergence
 
 
 @pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")

@@ -6,7 +6,7 @@ import torch
 from sd.samplers.euler import EulerSampler
 from sd.samplers.lms import LMSKarrasSampler, LMSSampler, lms_weights
 from sd.samplers.plms import ADAMS_BASHFORTH
-from tests.gaussian import order_of_convergence
+from tests.support.gaussian import order_of_convergence
 
 TIMESTEPS = [999, 927.6429, 856.2857, 784.9286, 713.5714, 642.2143, 570.8571, 499.5, 428.1429, 356.7857, 285.4286]
 TIMESTEPS += [214.0714, 142.7143, 71.3571, 0]

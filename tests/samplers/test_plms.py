@@ -6,7 +6,7 @@ import torch
 from sd.config import ScheduleConfig
 from sd.samplers.ddim import DDIMSampler
 from sd.samplers.plms import ADAMS_BASHFORTH, PLMSSampler
-from tests.gaussian import order_of_convergence
+from tests.support.gaussian import order_of_convergence
 
 pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
 

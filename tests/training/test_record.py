@@ -13,7 +13,7 @@ from sd.training import stages
 from sd.training.data import DataError
 from sd.training.loop import TrainingError, load_state, save_atomically
 from sd.training.stages import Workshop
-from tests.synthetic import INPAINTING_MICRO, MICRO, random_state
+from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_state
 
 SMALL = MICRO  # its latents are scaled by 0.5: a stage that forgets the factor is found out
 

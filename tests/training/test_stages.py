@@ -23,7 +23,7 @@ from sd.training.loop import Training, TrainingError, load_state
 from sd.training.stages import Workshop
 from sd.training.text import end_states, pick_captions, retrieval, shrink, silence_unknown_tokens, tokenise
 from sd.training.vae import VAEStage, encode_all, normalise_latents, psnr
-from tests.synthetic import MICRO, random_state
+from tests.support.synthetic import MICRO, random_state
 
 CPU = torch.device("cpu")
 SMALL = MICRO  # its latents are scaled by 0.5: a stage that forgets the factor is found out

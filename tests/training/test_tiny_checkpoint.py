@@ -1,4 +1,4 @@
-"""The model that is shipped: it does what it is told, as `tests/judge.safetensors`, a small classifier, sees it."""
+"""The shipped model draws what the prompt says, judged by a small classifier (`tests/support/judge.safetensors`)."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not TINY_CHECKPOINT.exists(), reason="data/tiny.
 
 @pytest.fixture(scope="module")
 def judge():
-    return evaluation.load_judge(ROOT / "tests" / "judge.safetensors")
+    return evaluation.load_judge(ROOT / "tests" / "support" / "judge.safetensors")
 
 
 @pytest.fixture(scope="module")

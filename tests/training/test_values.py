@@ -19,7 +19,7 @@ from sd.training.losses import vae_loss
 from sd.training.muon import Muon
 from sd.training.text import TextStage
 from sd.training.vae import DecoderStage, VAEStage
-from tests.synthetic import MICRO
+from tests.support.synthetic import MICRO
 from tests.training.test_loop import Line
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from tests import malicious_pickles as evil
+from tests.support import malicious_pickles as evil
 
 # Where sizes and places change their meaning: signs, widths of integers, and our own limits.
 NUMBERS = [-(2**63), -(2**31), -8, -1, 0, 1, 2, 3, 4, 5, 8, 127, 255, 4096, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32]

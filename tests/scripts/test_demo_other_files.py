@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.demo_results import names, prompt_and_seed
+from tests.support.demo_results import names, prompt_and_seed
 
 
 def test_only_the_file_that_was_named_is_overwritten(run_demo):

@@ -1,6 +1,6 @@
 """Writes a full-size Stable Diffusion 1.5 checkpoint of random weights: for speed and memory, not for pictures.
 
-    python scripts/synthetic_checkpoint.py runs/synthetic.safetensors      # 4.3 GB; .ckpt works as well
+    python scripts/benchmarks/synthetic_checkpoint.py runs/synthetic.safetensors      # 4.3 GB; .ckpt works as well
 
 It has the names, shapes and sizes of the real file, and weights that keep activations at about unit scale, so whatever
 runs on it takes the time and memory that it takes on the real one, with no download.
@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.command_line import Parser, exit_status
+from scripts.support.command_line import Parser, exit_status
 
 if TYPE_CHECKING:
     import torch
@@ -54,13 +54,15 @@ def random_state(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("synthetic_checkpoint.py", __doc__)
+    parser = Parser("benchmarks/synthetic_checkpoint.py", __doc__)
     parser.add_argument("out", type=Path, metavar="FILE", help="a .safetensors or .ckpt file")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes other weights (0)")
     options: argparse.Namespace = parser.parse_args(arguments)
     if options.out.exists():
         parser.error(f"{options.out} is there already: choose another name.")
-    return exit_status("synthetic_checkpoint.py", lambda: write(options), "interrupted; nothing was written.")
+    return exit_status(
+        "benchmarks/synthetic_checkpoint.py", lambda: write(options), "interrupted; nothing was written."
+    )
 
 
 def write(options: argparse.Namespace) -> None:

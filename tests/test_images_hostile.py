@@ -15,9 +15,9 @@ from PIL import Image
 
 from sd.images import image_to_tensor, read_image
 from sd.inpainting import read_mask
-from tests import picture_mutations
-from tests.fuzzing import fuzz
-from tests.picture_mutations import LOSSLESS, OTHERS, honest, png, png_chunk
+from tests.support import picture_mutations
+from tests.support.fuzzing import fuzz
+from tests.support.picture_mutations import LOSSLESS, OTHERS, honest, png, png_chunk
 from tests.test_images_reading import STORED
 
 FIRST = int(os.environ.get("FUZZ_FIRST", 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import diffusers
 import transformers
@@ -81,7 +81,7 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 
 def main() -> None:
-    """python scripts/reference_networks.py CHECKPOINT FOLDER: weights as diffusers' `from_pretrained` reads them."""
+    """python scripts/benchmarks/reference_networks.py CHECKPOINT FOLDER: writes a folder for diffusers."""
     checkpoint, folder = map(Path, sys.argv[1:])
     state = read_state_dict(checkpoint)
     incomplete = folder.with_name(f".{folder.name}.incomplete")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from scripts import download as script
-from scripts import transfer
 from scripts.download import DownloadError, download
-from tests.misbehaving_server import BODY, WRONG, files, run, weights
+from scripts.support import transfer
+from tests.support.misbehaving_server import BODY, WRONG, files, run, weights
 
 
 @pytest.mark.parametrize("size", [len(BODY), None])

@@ -11,8 +11,8 @@ from functools import cache
 import torch
 
 from sd.config import ModelConfig
-from tests.mutations import NUMBERS, VALUES, mutate
-from tests.synthetic import random_state
+from tests.support.mutations import NUMBERS, VALUES, mutate
+from tests.support.synthetic import random_state
 
 NANO = ModelConfig.from_dict(
     {

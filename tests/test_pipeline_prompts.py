@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sd.conditioning import encode_prompt
-from tests.synthetic import MICRO, random_models
+from tests.support.synthetic import MICRO, random_models
 
 
 @pytest.fixture(scope="module")

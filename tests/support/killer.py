@@ -1,6 +1,6 @@
 """Starts a writer, kills it at a random moment, looks at what is there; again and again. Reports as JSON.
 
-    python -m tests.killer FOLDER KILLS SEED URL
+    python -m tests.support.killer FOLDER KILLS SEED URL
 
 A writer is a copy of this process (a fork, which starts in a millisecond) that writes as fast as it can until it is
 killed: pictures, checkpoints, training states, and a download from URL, so many KILLS of each. After each, no file
@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts import transfer
 from scripts.download import download
+from scripts.support import transfer
 from sd.checkpoints.files import read_state_dict, write_checkpoint
 from sd.images import read_image, write_animation, write_png
 from sd.training.loop import Training
-from tests.misbehaving_server import BODY, weights
+from tests.support.misbehaving_server import BODY, weights
 from tests.training.test_loop import Line
 
 

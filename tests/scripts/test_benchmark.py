@@ -19,7 +19,7 @@ from scripts.benchmark import (
     workers,
 )
 from sd.checkpoints.files import write_checkpoint
-from tests.synthetic import MICRO, random_state
+from tests.support.synthetic import MICRO, random_state
 
 
 def test_quick_is_a_part():

@@ -12,7 +12,7 @@ from functools import cache
 
 from PIL import Image, ImageCms
 
-from tests.mutations import mutate
+from tests.support.mutations import mutate
 
 # Formats and the modes that Pillow writes in them without a loss.
 LOSSLESS = {

@@ -12,7 +12,7 @@ def fuzz(folder: Path, first: int, **counts: int) -> dict:
     """The report on so many cases of each kind, once it says that each was read, or refused in one clear sentence, in
     under two seconds of processor time and a gigabyte of memory, without anything else happening."""
     arguments = [str(folder), str(first), *(f"{what}={count}" for what, count in counts.items())]
-    command = [sys.executable, "-m", "tests.fuzzer", *arguments]
+    command = [sys.executable, "-m", "tests.support.fuzzer", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr  # a crash, or a hang of a minute
     report = json.loads(result.stdout)

@@ -1,6 +1,6 @@
 """Looks for checkpoints that the reader cannot bear, guided by which of its lines each try reaches.
 
-    python tests/fuzz_checkpoint.py [FOLDER] [options of libFuzzer, such as -max_total_time=600]
+    python tests/support/fuzz_checkpoint.py [FOLDER] [options of libFuzzer, such as -max_total_time=600]
 
 It needs the package atheris (pip install atheris), and runs until it finds something or is stopped. FOLDER keeps the
 tries that reached new lines, for the next run. A try is a byte that says what follows, 0 a whole file, 1 a pickle in an
@@ -20,7 +20,7 @@ except ImportError:
     sys.exit("fuzz_checkpoint.py: the package atheris is missing: `pip install atheris`.")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(
     include=[
@@ -34,9 +34,9 @@ with atheris.instrument_imports(
     from sd.checkpoints.checkpoint import CheckpointError
     from sd.checkpoints.files import read_checkpoint
 
-from tests import malicious_pickles as evil
-from tests import mutations
-from tests.auditing import watching
+from tests.support import malicious_pickles as evil
+from tests.support import mutations
+from tests.support.auditing import watching
 
 LIMITS = ["-timeout=10", "-rss_limit_mb=1536", "-max_len=65536"]  # torch alone takes 300 MB
 

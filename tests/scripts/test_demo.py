@@ -11,7 +11,7 @@ from PIL import Image
 
 from scripts import demo
 from tests import ROOT
-from tests.demo_results import names, prompt_and_seed
+from tests.support.demo_results import names, prompt_and_seed
 
 
 def test_writes_a_picture_and_says_where(run_demo):

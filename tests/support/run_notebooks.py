@@ -1,8 +1,8 @@
 """Notebooks run top to bottom in a kernel of their own, as Jupyter would run them.
 
-`python -m tests.run_notebooks [01_tour.ipynb ...]` writes what they show into their files, all of them if none is
-named: for whoever has changed a notebook, the code behind it, or the tiny model. Nothing is written that would differ
-from one run to the next for no reason: no times, and no version of Python.
+`python -m tests.support.run_notebooks [01_tour.ipynb ...]` runs the named notebooks, or all of them, and saves their
+outputs. Run it after changing a notebook, the code it uses, or the tiny model. Times and the Python version are left
+out, so that a second run changes nothing.
 """
 
 import os

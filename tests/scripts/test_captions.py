@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.captions import command, details, parameters
 from scripts.demo import parse
+from scripts.support.captions import command, details, parameters
 from sd.prompts.alternatives import expand
 from sd.samplers import SAMPLERS
 

@@ -10,8 +10,8 @@ import pytest
 
 from sd.checkpoints.files import write_checkpoint
 from sd.config import TextConfig
-from tests.run_notebooks import FOLDER, NOTEBOOKS, execute
-from tests.synthetic import MICRO, random_state
+from tests.support.run_notebooks import FOLDER, NOTEBOOKS, execute
+from tests.support.synthetic import MICRO, random_state
 
 PATH_CELL = """\
 import sys

@@ -12,12 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import benchmark, evaluate_tiny, make_gallery, synthetic_checkpoint, train_tiny
-from scripts.command_line import exit_status
+from scripts import benchmark, evaluate_tiny, make_gallery, train_tiny
+from scripts.benchmarks import synthetic_checkpoint
+from scripts.support.command_line import exit_status
 from sd import files
 from tests import ROOT
 
-ENTRIES = ["demo", "download", "train_tiny", "evaluate_tiny", "make_gallery", "benchmark", "synthetic_checkpoint"]
+ENTRIES = ["demo", "download", "train_tiny", "evaluate_tiny", "make_gallery", "benchmark"]
+ENTRIES += ["benchmarks/synthetic_checkpoint"]
+
+
+def name_of(script):
+    """demo.py, benchmarks/synthetic_checkpoint.py: how a script's errors begin."""
+    return Path(script.__file__).relative_to(ROOT / "scripts").as_posix()
 
 
 def interrupt(*_, **__):
@@ -84,7 +91,7 @@ def test_an_interruption_is_one_line_and_status_130(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(script, function, interrupt)
     assert script.main(arguments) == 130
     error = capsys.readouterr().err
-    assert error.startswith(f"{Path(script.__file__).name}: interrupted; ")
+    assert error.startswith(f"{name_of(script)}: interrupted; ")
     assert error.count("\n") == 1
     assert {path.name for path in tmp_path.rglob("*.*")} <= {"steps.png", "changes.png"}
 
@@ -98,7 +105,7 @@ def test_a_checkpoint_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_python_without_packages_says_where_there_is_one(name, tmp_path):
-    arguments = [tmp_path / "new.ckpt"] if name == "synthetic_checkpoint" else []
+    arguments = [tmp_path / "new.ckpt"] if name.endswith("synthetic_checkpoint") else []
     command = [sys.executable, "-I", "-S", ROOT / f"scripts/{name}.py", *arguments]  # without site-packages
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
@@ -163,7 +170,7 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path, monkeypatch, capsys
         status = stop.code
     error = capsys.readouterr().err
     assert status == 2
-    assert error.startswith(f"{Path(script.__file__).name}: {sentence}")
+    assert error.startswith(f"{name_of(script)}: {sentence}")
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*")] == ["exists.png"]
     assert Path("exists.png").read_text() == "kept"

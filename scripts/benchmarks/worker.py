@@ -3,8 +3,8 @@
 In: commands, one JSON list a line, such as ["step"] or ["picture", 20]. Out: a line of JSON for each, with the seconds
 that it took, infinitely many where memory ran out, and the memory that the process needed at most so far.
 
-    python scripts/benchmark_worker.py sd bf16 cpu runs/benchmark/sd15.safetensors
-    python scripts/benchmark_worker.py diffusers fp32 cuda runs/benchmark/diffusers
+    python scripts/benchmarks/worker.py sd bf16 cpu runs/benchmark/sd15.safetensors
+    python scripts/benchmarks/worker.py diffusers fp32 cuda runs/benchmark/diffusers
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

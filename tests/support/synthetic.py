@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from scripts.synthetic_checkpoint import random_state
+from scripts.benchmarks.synthetic_checkpoint import random_state
 from sd.config import SD15, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from sd.model_converter import empty_networks, from_compvis
 from sd.model_loader import Models

@@ -7,9 +7,9 @@ import ssl
 
 import pytest
 
-from scripts import transfer
 from scripts.download import DownloadError, download
-from tests.misbehaving_server import BODY, files, run, weights
+from scripts.support import transfer
+from tests.support.misbehaving_server import BODY, files, run, weights
 
 
 def test_goes_on_after_dropped_connections(server, tmp_path, capsys):

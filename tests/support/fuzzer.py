@@ -1,6 +1,6 @@
 """Gives many hostile files one after the other to the code that reads them, and reports what happened, as JSON.
 
-    python -m tests.fuzzer FOLDER FIRST files=1000 models=30 pictures=200
+    python -m tests.support.fuzzer FOLDER FIRST files=1000 models=30 pictures=200
 
 `files` are those of `mutations.case` for the checkpoint reader, `models` those of `model_mutations.model_case` for
 `load_models`, `pictures` those of `picture_mutations.case`, read as pictures and as masks. A process of its own,
@@ -27,8 +27,8 @@ from sd.images import read_image
 from sd.inpainting import read_mask
 from sd.model_loader import load_models
 from sd.paths import DATA
-from tests import model_mutations, mutations, picture_mutations
-from tests.auditing import watching
+from tests.support import model_mutations, mutations, picture_mutations
+from tests.support.auditing import watching
 
 ADDRESS_SPACE = 8 << 30  # bytes: so that a bug found here does not bring down the machine
 HANG = 60  # seconds of a case after which the process ends with a traceback
