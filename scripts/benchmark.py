@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def benchmark(options: argparse.Namespace) -> None:
     """Measures what the options ask for, prints the table, and writes the file."""
-    from sd.model_loader import best_device, best_dtype
+    from sd.runtime.devices import best_device, best_dtype
 
     results = Results()
     options.device = str(device := best_device(options.device))

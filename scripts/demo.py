@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from sd.model_loader import Models
+    from sd.models import Models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -201,7 +201,7 @@ def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int)
 
 def with_defaults(settings: dict, models: Models) -> dict:
     """The models, and how they make pictures where the options do not say it: the report and the file will tell."""
-    from sd.pipeline import SAMPLERS
+    from sd.samplers import SAMPLERS
 
     usual, name = models.config.sampling, settings["sampler_name"]
     default_steps = SAMPLERS[name].default_steps if name else usual.steps
@@ -217,11 +217,11 @@ def load(options: argparse.Namespace, prompts: list[str]) -> Models:
     """The models that the options ask for, with a line about how long it took."""
     import torch
 
-    from sd import pipeline
+    from sd import model_loader
 
     started = time.perf_counter()
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
-    models = pipeline.load_models(
+    models = model_loader.load_models(
         options.checkpoint, options.device, dtype, vae=options.vae, prediction_type=options.prediction_type
     )
     if options.checkpoint is None:

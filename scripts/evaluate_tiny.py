@@ -23,7 +23,7 @@ from scripts.support.output_files import make_folder, write_json
 if TYPE_CHECKING:
     from torch import nn
 
-    from sd.model_loader import Models
+    from sd.models import Models
 
 JUDGE_SCENES, TEST_SCENES = 6000, 500
 FOLDER = "runs/evaluation"
@@ -88,7 +88,7 @@ def prepare(options: argparse.Namespace) -> Models:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError for options that `generate` would not take, under their names here."""
-    from sd.arguments import check_request
+    from sd.request import check_request
 
     settings = {"n_inference_steps": options.steps, "deep_cache": options.deep_cache, "device": options.device}
     for sampler in options.samplers or [None]:

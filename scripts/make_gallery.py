@@ -19,7 +19,7 @@ from scripts.support.output_files import make_folder
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sd.model_loader import Models
+    from sd.models import Models
 
 # torch and sd are imported inside the functions: Ctrl-C, or a Python without torch, is then one line of main's.
 

@@ -1,38 +1,23 @@
-"""Attention: every position of a sequence gathers from every position of another (1706.03762).
+"""Attention: every position of one sequence gathers from every position of another (1706.03762).
 
 In: tokens (B, N, width), and for cross-attention the context (B, M, context_width). Out: tokens (B, N, width).
 """
 
-import math
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-STORING = ("mps",)  # devices on which the scores of all heads may be stored, in float32
-MOST_SCORES = 1 << 30  # bytes of them at a time
+from sd.runtime.devices import scaled_dot_product_attention
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Scaled dot-product attention in `heads` independent heads: softmax(q k^T / sqrt(d)) v (1706.03762, eq. 1).
 
-    query (B, N, C), key and value (B, M, C) -> (B, N, C). `causal` lets position i see positions 0 to i only.
-    `scaled_dot_product_attention` has fused kernels (2205.14135) that never store the (N, M) matrix of scores whole;
-    where none fits the dtype or the sizes, it falls back on the plain formula, which does. On MPS, where it may have
-    none, a part of the queries is taken at a time. There its `is_causal` lets 16-bit queries see later positions
-    (pytorch issue 195910), and the mask is spelled out.
+    query (B, N, C), key and value (B, M, C) -> (B, N, C). With `causal`, position i sees positions 0 to i only.
+    torch's fused kernels (2205.14135) never store the (N, M) scores; without a kernel for the dtype or the sizes, it
+    falls back to the plain formula.
     """
     # (B, N, C) -> (B, heads, N, C / heads)
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    if query.device.type in STORING and causal:  # the text encoder: few queries
-        later = query.new_full((query.shape[2], key.shape[2]), -math.inf).triu(1)  # (N, M)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=later)
-    elif query.device.type in STORING:
-        rows = max(1, MOST_SCORES // (4 * len(query) * heads * key.shape[2]))
-        parts = [F.scaled_dot_product_attention(part, key, value) for part in query.split(rows, dim=2)]
-        out = torch.cat(parts, dim=2)  # (B, heads, N, C / heads)
-    else:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    out = scaled_dot_product_attention(query, key, value, causal)  # (B, heads, N, C / heads)
     return out.transpose(1, 2).flatten(2)  # (B, N, C)
 
 
@@ -52,7 +37,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of a sequence to a context: here pixels of the latents ask, and tokens of the prompt answer."""
+    """Attention of a sequence to a context: in the U-Net, queries come from pixels, keys and values from the prompt."""
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()

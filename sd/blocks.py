@@ -3,6 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sd.attention import SelfAttention
+
+EPS = 1e-6  # of every GroupNorm in the VAE; the U-Net's residual blocks use 1e-5
+
 
 class ResidualBlock(nn.Module):
     """x + f(x), where f is twice GroupNorm, SiLU, 3x3 convolution (1512.03385; 2006.11239, app. B).
@@ -28,6 +32,30 @@ class ResidualBlock(nn.Module):
             h = h + self.time(F.silu(time))[:, :, None, None]  # (B, out_channels, 1, 1): the same for every pixel
         h = self.conv2(F.silu(self.norm2(h)))
         return h + self.shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """x + attention over all positions of the feature map, in a single head. The decoder uses it too."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, EPS)
+        self.attention = SelfAttention(channels, heads=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+        tokens = self.attention(tokens)
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+
+
+def middle(channels: int, groups: int) -> nn.Sequential:
+    """The coarsest level, where every position is cheap enough to see every other: the same in both halves."""
+    return nn.Sequential(
+        ResidualBlock(channels, channels, groups, EPS),
+        AttentionBlock(channels, groups),
+        ResidualBlock(channels, channels, groups, EPS),
+    )
 
 
 class Downsample(nn.Module):

@@ -5,7 +5,8 @@ In: x_t and the U-Net's output for it. Out: x at the next timestep, drawn from t
 
 from torch import Tensor
 
-from sd.sampler import Sampler, draw_noise
+from sd.noise import draw_noise
+from sd.sampler import Sampler
 
 
 class DDPMSampler(Sampler):

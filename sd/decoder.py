@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sd.blocks import ResidualBlock, Upsample
+from sd.blocks import EPS, ResidualBlock, Upsample, middle
 from sd.config import VAEConfig
-from sd.encoder import EPS, middle
 
 
 class UpLevel(nn.Module):

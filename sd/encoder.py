@@ -7,35 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd.attention import SelfAttention
-from sd.blocks import Downsample, ResidualBlock
+from sd.blocks import EPS, Downsample, ResidualBlock, middle
 from sd.config import VAEConfig
-
-EPS = 1e-6  # of every GroupNorm in the VAE; the U-Net's residual blocks use 1e-5
-
-
-class AttentionBlock(nn.Module):
-    """x + attention over all positions of the feature map, in a single head. The decoder uses it too."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, EPS)
-        self.attention = SelfAttention(channels, heads=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
-        tokens = self.attention(tokens)
-        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
-
-
-def middle(channels: int, groups: int) -> nn.Sequential:
-    """The coarsest level, where every position is cheap enough to see every other: the same in both halves."""
-    return nn.Sequential(
-        ResidualBlock(channels, channels, groups, EPS),
-        AttentionBlock(channels, groups),
-        ResidualBlock(channels, channels, groups, EPS),
-    )
 
 
 class DownLevel(nn.Module):

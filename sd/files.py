@@ -22,6 +22,13 @@ except ImportError:  # Windows: leftovers stay there, for they cannot be told fr
     fcntl = None
 
 
+# The merges and the tiny model are in the repository's data/, or inside the package once it is installed.
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = PACKAGE / "_data"  # see pyproject.toml
+
+DATA = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "data"
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
     """An open file that becomes `path` at the end of the block, at once, or vanishes if the block raises.

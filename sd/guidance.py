@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sd.decoder import Decoder
-from sd.model_loader import place
+from sd.runtime.devices import device_and_dtype
 from sd.sampler import Sampler
 
 ImageLoss = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in [-1, 1] -> one number, the smaller the better
@@ -52,7 +52,7 @@ def by_loss(
         with torch.enable_grad():
             x = latents.detach().requires_grad_()
             denoised, _ = sampler.predict(timestep, x, noise)
-            pictures = decoder(denoised.to(*place(decoder)))  # (B, 3, H, W)
+            pictures = decoder(denoised.to(*device_and_dtype(decoder)))  # (B, 3, H, W)
             seen = pictures.detach().float().requires_grad_()
             push = torch.autograd.grad(loss(seen), seen)[0]  # (B, 3, H, W)
             # A mean over so many pixels has a gradient that float16 would round to 0: it goes through scaled to 1.

@@ -17,15 +17,11 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.variants import recognise, standard_layout
-from sd.clip import CLIP
 from sd.config import ModelConfig
-from sd.decoder import Decoder
-from sd.diffusion import Diffusion
-from sd.encoder import Encoder
+from sd.models import empty_networks
 
 # All rules are pairs: theirs, ours. First, how a network's keys begin.
 PREFIXES = [
@@ -201,27 +197,6 @@ def _split(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             split[name] = tensor
     return split
-
-
-def empty_networks(config: ModelConfig) -> dict[str, nn.Module]:
-    """The four networks on the meta device: names and shapes without memory, to `load_state_dict(..., assign=True)`."""
-    with torch.device("meta"), _NoInitialisation():
-        return {
-            "clip": CLIP(config.text),
-            "encoder": Encoder(config.vae),
-            "decoder": Decoder(config.vae),
-            "diffusion": Diffusion(config.unet),
-        }
-
-
-class _NoInitialisation(TorchFunctionMode):
-    """Leaves new parameters as they are: even on the meta device `normal_` costs a second, for it loads a compiler."""
-
-    SKIPPED = (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return kwargs["tensor"] if func in self.SKIPPED else func(*args, **kwargs)
 
 
 def compvis_shapes(config: ModelConfig, networks: dict[str, nn.Module] | None = None) -> dict[str, torch.Size]:

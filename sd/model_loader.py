@@ -9,49 +9,30 @@ the weights come in from the disk when they are first used, and there is no seco
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sd.checkpoints import variants
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.diffusers_folder import read_folder
 from sd.checkpoints.files import read_checkpoint
-from sd.clip import CLIP
 from sd.config import PREDICTION_TYPES, ModelConfig
-from sd.decoder import Decoder
-from sd.diffusion import Diffusion
-from sd.encoder import Encoder
-from sd.model_converter import empty_networks, from_compvis
-from sd.paths import DATA
+from sd.files import DATA
+from sd.model_converter import from_compvis
+from sd.models import Models, empty_networks
 from sd.runtime import speed
+from sd.runtime.devices import Device, best_device, best_dtype
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 
 TINY_CHECKPOINT = DATA / "tiny.ckpt"
 
 RELEASE_AFTER = 256 << 20  # bytes of the file, copied
-
-Device = torch.device | str | None
-
-
-@dataclass
-class Models:
-    """What a picture is made with."""
-
-    clip: CLIP
-    encoder: Encoder
-    decoder: Decoder
-    diffusion: Diffusion
-    tokenizer: Tokenizer
-    config: ModelConfig
-    device: torch.device  # where they compute
 
 
 def load_models(
@@ -164,71 +145,3 @@ def _naming(path: Path | str) -> Iterator[None]:
     except ValueError as error:
         named = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise CheckpointError(named) from error
-
-
-def best_device(device: Device = None) -> torch.device:
-    """`device` itself, or the fastest there is. Raises ValueError for one that torch cannot use here."""
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        if torch.empty(0, device=device).is_meta:  # nothing can be computed there
-            raise RuntimeError
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"device should be one that torch can use here, such as 'cpu', not {device!r}.") from error
-    return torch.device(device)
-
-
-def best_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype:
-    """`dtype` itself, or the fastest without a visible loss on `device`. Raises ValueError for an unusable one.
-
-    That is float16 on a GPU; on a CPU bfloat16 where it multiplies bfloat16 natively, and float32 elsewhere.
-    """
-    usable = (torch.float32, torch.float16, torch.bfloat16)
-    if dtype is None:
-        if device.type != "cpu":
-            return torch.float16
-        return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
-    if dtype not in usable:
-        raise ValueError(f"dtype should be one of {', '.join(map(str, usable))}, not {dtype!r}.")
-    return dtype
-
-
-def place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a network computes, and in what."""
-    parameter = next(network.parameters())
-    return parameter.device, parameter.dtype
-
-
-@contextmanager
-def awake(network: nn.Module, device: torch.device, idle_device: Device = None) -> Iterator[None]:
-    """The network on `device` while it works, and on `idle_device`, if there is one, once it has.
-
-    Raises ValueError for packed weights, which stay where they are (`sd.runtime.speed`).
-    """
-    try:
-        network.to(device)
-    except NotImplementedError:
-        raise ValueError(
-            f"Packed weights cannot move to {device}: load the models there, or with tuned=False."
-        ) from None
-    except BaseException:  # memory ran out, and a part of the network has moved
-        if idle_device is not None:
-            network.to(idle_device)
-        raise
-    try:
-        yield
-    finally:
-        if idle_device is not None:
-            network.to(idle_device)
-
-
-@cache
-def _cpu_multiplies_bfloat16() -> bool:
-    """Whether the processor has bfloat16 dot products. Only Linux tells; torch itself has no public word for it."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None

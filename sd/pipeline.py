@@ -19,18 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.arguments import check_deep_cache, check_request, check_size
-from sd.conditioning import encode_prompt
-from sd.diffusion import DeepCache
 from sd.guidance import ImageLoss, by_loss, classifier_free
 from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
 from sd.inpainting import Known, read_mask, read_mask_image, without_masked
-from sd.model_loader import Device, Models, awake, best_device, load_models, place
+from sd.models import Models
+from sd.noise import draw_noise, make_generators
+from sd.prompts.weights import join_chunks, layout, weigh
+from sd.request import check_deep_cache, check_prompts, check_request, check_size
 from sd.runtime.decode_in_strips import InStrips, needed
+from sd.runtime.deep_cache import DeepCache
+from sd.runtime.devices import Device, best_device, device_and_dtype, is_compiled, on_device
 from sd.runtime.not_finite import check_finite, run_vae
 from sd.runtime.out_of_memory import advice
-from sd.runtime.speed import is_compiled
-from sd.sampler import Sampler, draw_noise, make_generators
+from sd.sampler import Sampler
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 
@@ -91,23 +92,26 @@ def generate(
     check_request(**locals())  # every argument, under its own name
     input_image = None if input_image is None else read_image(input_image)
     mask_image = None if mask_image is None else read_mask_image(mask_image, input_image)
-    models = models or load_models(device=device)
+    if models is None:
+        from sd.model_loader import load_models  # only here: whoever brings models needs no checkpoint reader
+
+        models = load_models(device=device)
     device = models.device if device is None else best_device(device)
     if idle_device is not None and is_compiled(models.diffusion):
         raise ValueError("idle_device should be None for compiled models: their graphs know where the weights lie.")
     models = replace(models, tokenizer=tokenizer or models.tokenizer, device=device)
     prompts = [prompt] if isinstance(prompt, str) else prompt
 
-    with awake(models.clip, device, idle_device):
+    with on_device(models.clip, device, idle_device):
         context = encode_prompt(models, prompts, (uncond_prompt or "") if do_cfg else None)
-    with awake(models.encoder, device, idle_device):
+    with on_device(models.encoder, device, idle_device):
         size_and_pictures = (height, width, input_image, mask_image, strength, feather)
         sampler, latents, known = begin(models, len(prompts), sampler_name, n_inference_steps, seed, *size_and_pictures)
-    with awake(models.diffusion, device, idle_device):
+    with on_device(models.diffusion, device, idle_device):
         steps = denoise(models, latents, context, sampler, cfg_scale, known, cfg_rescale, deep_cache=deep_cache)
         for step in tqdm(steps, total=len(sampler.timesteps)):
             latents = step.latents
-    with awake(models.decoder, device, idle_device):
+    with on_device(models.decoder, device, idle_device):
         images = decode_latents(models, latents)
     images = known.paste(images) if known else images
     return images[0] if isinstance(prompt, str) else images
@@ -145,6 +149,36 @@ def begin(
 
 
 @torch.no_grad()
+def encode_prompt(
+    models: Models, prompt: str | list[str], uncond_prompt: str | list[str] | None = "", plain: bool = False
+) -> Tensor:
+    """B prompts -> context (2B, 77 k, D), the unconditional half first; (B, 77 k, D) where `uncond_prompt` is None.
+
+    One `uncond_prompt` serves all prompts; of a list each has its own. Weights, as in "(word:1.3)", and BREAK are
+    obeyed. k is the least common multiple of the numbers of chunks that the texts take, and the context of a text that
+    takes fewer is repeated, which changes no picture: see `sd.prompts`. With `plain` brackets and BREAK are text like
+    any other, a prompt that is longer than 75 tokens is truncated, with a warning, and k is 1.
+
+    Raises ValueError for anything but texts, for another number of negative prompts than of prompts, and as
+    `prompts.layout` does; NotFiniteError if the text encoder gives NaN or infinity.
+    """
+    check_prompts(prompt, uncond_prompt)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    unconds = [] if uncond_prompt is None else uncond_prompt
+    unconds = [unconds] * len(prompts) if isinstance(unconds, str) else unconds
+    texts = [*unconds, *prompts]
+    if plain:
+        return _encode_text(models, models.tokenizer(texts))  # (2B, 77, D)
+    tokens, weights, counts = layout(texts, models.tokenizer)  # (N, 77) both
+    return join_chunks(weigh(_encode_text(models, tokens), weights), counts)  # (2B, 77 k, D), from (N, 77, D)
+
+
+def _encode_text(models: Models, tokens: Tensor) -> Tensor:
+    """Token ids (N, 77) -> their context (N, 77, D)."""
+    return check_finite(models.clip(tokens.to(device_and_dtype(models.clip)[0])), models.clip, "text encoder")
+
+
+@torch.no_grad()
 def get_latents(
     models: Models,
     batch_size: int = 1,
@@ -164,7 +198,7 @@ def get_latents(
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
     noise = draw_noise(_latent_shape(models, batch_size, height, width), generators)
     if input_image is None:
-        return noise.to(place(models.diffusion)[0])
+        return noise.to(device_and_dtype(models.diffusion)[0])
     if sampler is None:
         raise ValueError("sampler should be given with input_image: it knows how much noise to add.")
     latents = _encode(models, image_to_tensor(input_image, height, width), noise)
@@ -241,7 +275,7 @@ def denoise(
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
     if known is None and models.config.unet.inpaints:
         raise ValueError("known should be what `get_known` gives: the U-Net of this checkpoint is made for inpainting.")
-    device, dtype = place(models.diffusion)
+    device, dtype = device_and_dtype(models.diffusion)
     cfg_scale = float(models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale)
     latents, context = latents.to(device), context.to(device, dtype)
     unet = models.diffusion if deep_cache == 1 else DeepCache(models.diffusion, deep_cache)

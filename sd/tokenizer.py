@@ -27,7 +27,7 @@ import regex
 import torch
 
 from sd.cleaning import clean
-from sd.paths import DATA
+from sd.files import DATA
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"  # part of the last symbol of a word: "cat</w>" is the word, "cat" the beginning of "catalog"

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from sd.attention import CrossAttention, SelfAttention, attention
 
@@ -24,28 +23,6 @@ def test_attention(n, m, causal, heads):
     query, key, value = torch.randn(3, n, 16), torch.randn(3, m, 16), torch.randn(3, m, 16)
     actual = attention(query, key, value, heads, causal)
     torch.testing.assert_close(actual, by_definition(query, key, value, heads, causal), rtol=0, atol=1e-6)
-
-
-def test_where_scores_are_stored_some_queries_attend_at_a_time(monkeypatch):
-    query, key, value = torch.randn(3, 9, 16), torch.randn(3, 5, 16), torch.randn(3, 5, 16)
-    monkeypatch.setattr("sd.attention.STORING", ("cpu",))
-    sizes, attend = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, *rest: sizes.append(q.shape[2]) or attend(q, *rest)
-    )
-    for most, parts in ((1 << 30, [9]), (4 * 3 * 4 * 5 * 4, [4, 4, 1]), (1, [1] * 9)):
-        monkeypatch.setattr("sd.attention.MOST_SCORES", most)
-        sizes.clear()
-        torch.testing.assert_close(attention(query, key, value, 4), by_definition(query, key, value, 4))
-        assert sizes == parts
-
-
-def test_where_scores_are_stored_the_causal_mask_is_spelled_out(monkeypatch):
-    query, key, value = torch.randn(3, 3, 9, 16).unbind()
-    monkeypatch.setattr("sd.attention.STORING", ("cpu",))
-    attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: attend(q, k, v, attn_mask))
-    torch.testing.assert_close(attention(query, key, value, 4, True), by_definition(query, key, value, 4, True))
 
 
 def test_self_attention_projects_queries_keys_and_values_in_that_order():

@@ -7,7 +7,8 @@ import torch
 
 from sd.blocks import Downsample, Upsample
 from sd.config import SD15
-from sd.diffusion import DeepCache, Diffusion, SpatialTransformer, Stage, timestep_embedding
+from sd.diffusion import Diffusion, SpatialTransformer, Stage, timestep_embedding
+from sd.runtime.deep_cache import DeepCache
 from tests.support.synthetic import MICRO, random_networks
 
 

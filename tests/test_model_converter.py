@@ -7,15 +7,8 @@ import torch
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.config import SD15, SD15_INPAINTING, TINY
-from sd.model_converter import (
-    POSITION_IDS,
-    compvis_shapes,
-    empty_networks,
-    from_compvis,
-    to_compvis,
-    to_our_name,
-    to_their_name,
-)
+from sd.model_converter import POSITION_IDS, compvis_shapes, from_compvis, to_compvis, to_our_name, to_their_name
+from sd.models import empty_networks
 from tests.support.synthetic import MICRO, random_networks, random_state
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"

@@ -10,7 +10,7 @@ from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.files import write_checkpoint
 from sd.config import SD15_INPAINTING
 from sd.model_converter import compvis_shapes, to_compvis
-from sd.model_loader import best_device, best_dtype, load_models, preload_models_from_standard_weights
+from sd.model_loader import load_models, preload_models_from_standard_weights
 from tests.support.synthetic import MICRO, random_state
 
 VAE = "first_stage_model."
@@ -157,23 +157,3 @@ def test_a_vae_that_does_not_fit_is_named(folder, tmp_path):
     write_checkpoint(tmp_path / "other.ckpt", random_state(MICRO), config.to_dict())
     with pytest.raises(CheckpointError, match=r"micro.ckpt with the VAE of .*other.ckpt: The checkpoint does not fit"):
         load_models(folder / "micro.ckpt", "cpu", vae=tmp_path / "other.ckpt")
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", 3.5, "meta"])
-def test_bad_device(device):
-    with pytest.raises(ValueError, match="device should be one that torch can use here"):
-        best_device(device)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "float16"])
-def test_bad_dtype(dtype):
-    with pytest.raises(ValueError, match="dtype should be one of"):
-        best_dtype(torch.device("cpu"), dtype)
-
-
-def test_best_dtype(monkeypatch):
-    assert best_dtype(torch.device("cuda")) == torch.float16
-    assert best_dtype(torch.device("mps")) == torch.float16
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(model_loader, "_cpu_multiplies_bfloat16", lambda native=native: native)
-        assert best_dtype(torch.device("cpu")) == dtype

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from sd.paths import DATA
+from sd.files import DATA
 from tests import ROOT
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from scripts import demo
 from scripts.benchmarks.synthetic_checkpoint import random_state
-from sd import generate, pipeline
+from sd import generate, model_loader, pipeline
 from sd.checkpoints.files import write_checkpoint
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def check_invalid(name, value):
     """One sentence that begins with the name, and nothing has been loaded."""
     asked = "input_image" if value is PICTURE else name  # a mask needs a picture
     with (
-        mock.patch.object(pipeline, "load_models", side_effect=AssertionError("loaded before checking")),
+        mock.patch.object(model_loader, "load_models", side_effect=AssertionError("loaded before checking")),
         pytest.raises(ValueError, match=f"^{asked} should ") as error,
     ):
         generate(**({"prompt": "a cat"} | {name: value}))
@@ -187,11 +187,11 @@ TEXTS = ["a cat", "a {red|blue} cat", "a {red", "((a", "", "\udc80", "x" * 30_00
 def run_demo(arguments):
     """-> exit code, the pictures that are new, what was said, and whether weights were loaded."""
     said = []
-    loads = mock.Mock(side_effect=pipeline.load_models)
+    loads = mock.Mock(side_effect=model_loader.load_models)
     before = set(Path().rglob("*.png"))
     with (
         mock.patch.object(sys, "argv", ["demo.py", *arguments]),
-        mock.patch.object(pipeline, "load_models", loads),
+        mock.patch.object(model_loader, "load_models", loads),
         mock.patch.object(sys, "stderr", mock.Mock(write=said.append)),
         mock.patch.object(sys, "stdout", mock.Mock()),
     ):

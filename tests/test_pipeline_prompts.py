@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sd.conditioning import encode_prompt
+from sd.pipeline import encode_prompt
 from tests.support.synthetic import MICRO, random_models
 
 

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from sd import generate, pipeline
+from sd import generate, model_loader, pipeline
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ from sd import generate, pipeline
     ],
 )
 def test_bad_arguments_are_named_before_any_work(monkeypatch, name, value, allowed):
-    monkeypatch.setattr(pipeline, "load_models", lambda **_: pytest.fail("loaded before checking"))
+    monkeypatch.setattr(model_loader, "load_models", lambda **_: pytest.fail("loaded before checking"))
     with pytest.raises(ValueError, match=f"^{name} should be .*{allowed}") as error:
         generate(**({"prompt": "a cat"} | {name: value}))
     assert repr(value) in str(error.value)
@@ -76,7 +76,7 @@ def test_check_request_knows_the_arguments_of_generate():
     ],
 )
 def test_texts_that_cannot_be_read_are_refused_before_any_work(monkeypatch, name, text, reason):
-    monkeypatch.setattr(pipeline, "load_models", lambda **_: pytest.fail("loaded before checking"))
+    monkeypatch.setattr(model_loader, "load_models", lambda **_: pytest.fail("loaded before checking"))
     with pytest.raises(ValueError, match=f"^{name} should be ") as error:
         generate(**({"prompt": "a cat"} | {name: text}))
     assert reason in str(error.value)

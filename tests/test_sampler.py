@@ -10,7 +10,7 @@ from scripts import demo
 from sd.checkpoints.files import write_checkpoint
 from sd.config import ScheduleConfig
 from sd.ddpm import DDPMSampler
-from sd.sampler import draw_noise, karras_sigmas, make_betas, space_timesteps
+from sd.noise import draw_noise, karras_sigmas, make_betas, space_timesteps
 from sd.samplers import SAMPLERS
 from sd.samplers.euler import EulerKarrasSampler, EulerSampler
 from tests.support.synthetic import MICRO, random_state

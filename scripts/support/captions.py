@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from sd.model_loader import Models
+    from sd.models import Models
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # what --dtype calls them
 
@@ -125,7 +125,7 @@ def _settings(options: argparse.Namespace, settings: dict, seed: int, shape: tup
 
 def _place(models: Models) -> tuple[str, str]:
     """Where the models compute, and in what, as --device and --dtype call them."""
-    from sd.model_loader import place
+    from sd.runtime.devices import device_and_dtype
 
-    device, dtype = place(models.diffusion)
+    device, dtype = device_and_dtype(models.diffusion)
     return str(device), next(short for short, name in DTYPES.items() if f"torch.{name}" == str(dtype))

@@ -13,7 +13,7 @@ from sd import pipeline
 from sd.config import SD15
 from sd.inside.preview import SD15_PREVIEW
 from sd.inside.recording import Recording
-from sd.model_loader import Models
+from sd.models import Models
 
 
 def frames(recording: Recording) -> list[np.ndarray]:

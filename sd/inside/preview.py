@@ -17,7 +17,8 @@ from torch import Tensor
 from sd.config import SD15
 from sd.decoder import Decoder
 from sd.images import tensor_to_array
-from sd.model_loader import Models, place
+from sd.models import Models
+from sd.runtime.devices import device_and_dtype
 
 FIT_PICTURES, FIT_SIZE, FIT_BLOCK = 4, 16, 4  # random latents to fit on: how many, their side, and that of one colour
 
@@ -64,7 +65,7 @@ def fit(decoder: Decoder, latents: Tensor | None = None) -> Preview:
         shape = FIT_PICTURES, decoder.post_quant_conv.in_channels, FIT_SIZE // FIT_BLOCK, FIT_SIZE // FIT_BLOCK
         blocks = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         latents = F.interpolate(blocks, scale_factor=FIT_BLOCK)  # (B, 4, h, w)
-    pictures = decoder(latents.to(*place(decoder))).float().cpu()  # (B, 3, H, W)
+    pictures = decoder(latents.to(*device_and_dtype(decoder))).float().cpu()  # (B, 3, H, W)
     pixels = F.adaptive_avg_pool2d(pictures, latents.shape[2:])  # (B, 3, h, w)
     rows = latents.float().cpu().movedim(1, -1).flatten(0, 2)  # (B h w, 4)
     rows = F.pad(rows, (0, 1), value=1)  # (B h w, 5): the last is for the bias

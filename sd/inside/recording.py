@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd import pipeline
-from sd.arguments import check_request
 from sd.inpainting import Known
-from sd.model_loader import Models, load_models
+from sd.model_loader import load_models
+from sd.models import Models
+from sd.request import check_request
 from sd.runtime.out_of_memory import advice
 from sd.sampler import Sampler
 

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from sd.attention import CrossAttention
 from sd.diffusion import SpatialTransformer
-from sd.model_loader import Models
+from sd.models import Models
 from sd.prompts.weights import layout
-from sd.runtime.speed import is_compiled
+from sd.runtime.devices import is_compiled
 from sd.tokenizer import Tokenizer
 
 NETWORKS = ("clip", "encoder", "diffusion", "decoder")

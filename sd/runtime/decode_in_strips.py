@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sd.blocks import ResidualBlock, Upsample
 from sd.decoder import Decoder
-from sd.runtime.speed import is_compiled
+from sd.runtime.devices import is_compiled
 
 # How many of its largest map `Decoder.forward` takes, with some to spare. Measured on the CPU: 3.2 in channels-last
 # order, 3.9 in contiguous order in float32, 5.4 in contiguous order in bfloat16.

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from sd.model_loader import place
+from sd.runtime.devices import device_and_dtype
 
 
 class NotFiniteError(ValueError):
@@ -51,7 +51,7 @@ def run_vae(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
 
     Raises NotFiniteError if float32 does not help, and at once in any other dtype.
     """
-    device, dtype = place(network)
+    device, dtype = device_and_dtype(network)
     output = network(*(x.to(device, dtype) for x in inputs))
     if dtype == torch.float16 and not output.isfinite().all():
         wide = {key: tensor.float() for key, tensor in network.state_dict().items()}

@@ -116,11 +116,6 @@ class PackedGEGLU(nn.Module):
         destination[f"{prefix}proj.bias"] = self.bias.detach()
 
 
-def is_compiled(network: nn.Module) -> bool:
-    """Whether `compile_networks` has compiled it: its modules then run without being called, and no hook hears them."""
-    return network._compiled_call_impl is not None
-
-
 def compile_networks(networks: list[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     """torch.compile, in place. The first picture then takes minutes, and the next ones less time each.
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sd.sampler import Sampler, draw_noise
+from sd.noise import draw_noise
+from sd.sampler import Sampler
 
 
 class DDIMSampler(Sampler):

@@ -6,7 +6,8 @@ In: x_t and the U-Net's output for it. Out: x at the next timestep.
 import numpy as np
 from torch import Tensor
 
-from sd.sampler import Sampler, draw_noise, space_timesteps
+from sd.noise import draw_noise, space_timesteps
+from sd.sampler import Sampler
 
 
 class DPMSolverSampler(Sampler):

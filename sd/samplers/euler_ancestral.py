@@ -5,7 +5,8 @@ In: x and its slope at a noise level. Out: x at the next.
 
 from torch import Tensor
 
-from sd.sampler import SigmaSampler, draw_noise
+from sd.noise import draw_noise
+from sd.sampler import SigmaSampler
 
 
 class EulerAncestralSampler(SigmaSampler):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sd.clip import CLIP
 from sd.config import ScheduleConfig, UNetConfig
 from sd.diffusion import Diffusion
-from sd.sampler import make_betas
+from sd.noise import make_betas
 from sd.training.losses import diffusion_loss, drop_captions
 from sd.training.text import pick_captions
 

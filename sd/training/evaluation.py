@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd.checkpoints.files import read_state_dict
-from sd.model_loader import Models, place
-from sd.pipeline import SAMPLERS, decode_latents, denoise, encode_prompt, get_latents, make_generators
+from sd.models import Models
+from sd.noise import make_generators
+from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
+from sd.runtime.devices import device_and_dtype
+from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 from sd.training.data import Pictures
 from sd.training.loop import load_state
@@ -132,7 +135,7 @@ def draw_prompts(
 def through_the_vae(models: Models, images: Tensor) -> tuple[Tensor, float]:
     """Pictures (N, 3, H, W) -> the same after encoding and decoding, and the mean PSNR in dB."""
     parts = [
-        reconstruct(models.encoder, models.decoder, part.to(*place(models.encoder))).float().cpu()
+        reconstruct(models.encoder, models.decoder, part.to(*device_and_dtype(models.encoder))).float().cpu()
         for part in images.split(16)
     ]
     copies = torch.cat(parts)

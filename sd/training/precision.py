@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from sd.model_loader import best_dtype
+from sd.runtime.devices import best_dtype
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from sd.model_loader import Models
+from sd.models import Models
 from sd.training.data import fingerprint, read_captions
 from sd.training.loop import TrainingError, load_state
 

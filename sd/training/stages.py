@@ -25,8 +25,11 @@ from sd.diffusion import Diffusion
 from sd.encoder import Encoder
 from sd.images import tensor_to_array, write_png
 from sd.model_converter import to_compvis
-from sd.model_loader import Models, best_device, load_models
-from sd.pipeline import SAMPLERS, decode_latents, denoise, encode_prompt, get_latents
+from sd.model_loader import load_models
+from sd.models import Models
+from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
+from sd.runtime.devices import best_device
+from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 from sd.training.data import Pictures, load_folder, load_scenes
 from sd.training.diffusion import DiffusionStage

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sd import generate, pipeline
+from sd import generate, model_loader, pipeline
 from sd.prompts.weights import chunks_of, join_chunks, layout, split, weigh
 from sd.tokenizer import Tokenizer
 from tests.support.synthetic import MICRO, random_models
@@ -232,6 +232,6 @@ def test_generate_obeys_weights_and_takes_long_prompts(models):
 
 @pytest.mark.parametrize("argument, value", [("prompt", "a (cat"), ("uncond_prompt", "a cat]")])
 def test_generate_refuses_unbalanced_brackets_before_any_work(monkeypatch, argument, value):
-    monkeypatch.setattr(pipeline, "load_models", lambda **_: pytest.fail("loaded before checking"))
+    monkeypatch.setattr(model_loader, "load_models", lambda **_: pytest.fail("loaded before checking"))
     with pytest.raises(ValueError, match=f"^{argument} should have its brackets in pairs: nothing "):
         generate(**({"prompt": "a cat"} | {argument: value}))

@@ -14,9 +14,10 @@ from sd.blocks import Upsample
 from sd.config import SD15, ModelConfig, VAEConfig
 from sd.decoder import Decoder
 from sd.images import tensor_to_array
-from sd.model_loader import load_models, place
+from sd.model_loader import load_models
 from sd.runtime import decode_in_strips as strips
 from sd.runtime.decode_in_strips import FeatureMap, InStrips, decode_in_strips, needed
+from sd.runtime.devices import device_and_dtype
 from tests import ROOT
 from tests.support.synthetic import MICRO, random_networks
 
@@ -163,7 +164,7 @@ def test_as_a_network():
     """It has the decoder's place, dtype and weights, which can be replaced for one call."""
     decoder, latents = decoder_of(MICRO), torch.randn(1, 4, 4, 4)
     network = InStrips(decoder.half())
-    assert place(network) == (torch.device("cpu"), torch.float16)
+    assert device_and_dtype(network) == (torch.device("cpu"), torch.float16)
     wide = {key: tensor.float() for key, tensor in network.state_dict().items()}
     image = torch.func.functional_call(network, wide, latents)
     torch.testing.assert_close(image, decoder.float()(latents), rtol=1e-5, atol=2e-5)

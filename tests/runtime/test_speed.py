@@ -12,12 +12,16 @@ from sd.checkpoints.files import write_checkpoint
 from sd.diffusion import Diffusion
 from sd.inside.tracer import Tracer
 from sd.model_converter import to_compvis
-from sd.model_loader import awake
-from sd.runtime.speed import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, settle
+from sd.runtime.devices import on_device
+from sd.runtime.speed import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, packs, settle
 from tests import ROOT
 from tests.support.synthetic import MICRO, random_models, random_networks, random_state
 
 CPU, CUDA, MPS, META = torch.device("cpu"), torch.device("cuda"), torch.device("mps"), torch.device("meta")
+
+needs_packing = pytest.mark.skipif(
+    not packs(torch.device("cpu"), torch.bfloat16), reason="this CPU has no packed bfloat16: no AVX-512 or the like"
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,7 @@ def test_keeping_freed_memory_can_be_asked_for_twice():
     keep_freed_memory()
 
 
+@needs_packing
 @torch.no_grad()
 def test_packed_weights_compute_the_same():
     unet = random_networks(MICRO).diffusion.bfloat16()
@@ -76,6 +81,7 @@ def test_weights_come_out_as_they_went_in(checkpoint, dtype):
     assert all(torch.equal(tuned[key], plain[key]) for key in plain)
 
 
+@needs_packing
 def test_tuning_can_be_switched_off(checkpoint):
     plain = load_models(checkpoint, "cpu", torch.bfloat16, tuned=False)
     assert packed(plain.diffusion) == 0
@@ -111,11 +117,12 @@ def test_a_processor_without_the_instructions_packs_nothing(checkpoint):
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, cwd=ROOT)
 
 
+@needs_packing
 def test_packed_weights_cannot_move(checkpoint):
     unet = load_models(checkpoint, "cpu", torch.bfloat16).diffusion
     with (
         pytest.raises(ValueError, match="Packed weights cannot move to meta: load the models there"),
-        awake(unet, META),
+        on_device(unet, META),
     ):
         pass
 

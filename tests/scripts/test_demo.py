@@ -181,9 +181,9 @@ def test_long_prompts_and_weights_simply_work(run_demo):
 
 
 def test_a_bracket_that_is_not_closed_is_refused_before_any_weight_is_loaded(run_demo, monkeypatch):
-    from sd import pipeline
+    from sd import model_loader
 
-    monkeypatch.setattr(pipeline, "load_models", lambda *_: pytest.fail("loaded before checking"))
+    monkeypatch.setattr(model_loader, "load_models", lambda *_: pytest.fail("loaded before checking"))
     code, _, err = run_demo("a cat", "--negative", "a (dog")
     assert code == 2
     assert err.startswith("demo.py: --negative should have its brackets in pairs: nothing closes the '(' of '(dog'")

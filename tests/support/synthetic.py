@@ -7,8 +7,8 @@ import torch
 
 from scripts.benchmarks.synthetic_checkpoint import random_state
 from sd.config import SD15, ModelConfig, TextConfig, UNetConfig, VAEConfig
-from sd.model_converter import empty_networks, from_compvis
-from sd.model_loader import Models
+from sd.model_converter import from_compvis
+from sd.models import Models, empty_networks
 from sd.tokenizer import Tokenizer
 
 # As small as the topology allows, for what does not depend on width.

@@ -24,7 +24,7 @@ from sd.inside.report.figures import schedule_svg, unet_svg
 from sd.inside.report.pictures import encode, encode_exactly, encode_maps
 from sd.inside.report.tokens import MOST_TOKENS, Token, tokens_of
 from sd.inside.tracer import Tracer
-from sd.model_converter import empty_networks
+from sd.models import empty_networks
 
 HERE = Path(__file__).resolve().parent
 # Bytes of pictures; Base64 makes four of three, and the page shall stay below 5 MB.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sd.inside.tracer import Tracer
-from sd.model_loader import Models
+from sd.models import Models
 from sd.prompts.weights import chunks_of
 from sd.tokenizer import SYMBOL_TO_BYTE, WORD_END, Tokenizer
 

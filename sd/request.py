@@ -15,8 +15,9 @@ from PIL import Image
 
 from sd.cleaning import clean
 from sd.config import SD15
-from sd.model_loader import Models, best_device
+from sd.models import Models
 from sd.prompts.weights import parse
+from sd.runtime.devices import best_device
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 
