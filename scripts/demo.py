@@ -36,7 +36,7 @@ from scripts.support.output_files import candidates, check_free, first_path, sav
 TINY_PROMPT = "a red lighthouse by the sea at sunset, on the right, with the sun"
 PROMPT = "a photograph of an astronaut riding a horse"
 
-MOST_PICTURES = 10_000
+MAX_PICTURES = 10_000
 
 # What `generate` calls its arguments, and what they are called here.
 FLAGS = {
@@ -256,8 +256,8 @@ def hint(prompt: str) -> None:
 
 def check_files(options: argparse.Namespace) -> None:
     """Raises ValueError for what can be told without loading anything."""
-    if not 1 <= options.n <= MOST_PICTURES:
-        raise ValueError(f"--n should be from 1 to {MOST_PICTURES}, not {options.n}.")
+    if not 1 <= options.n <= MAX_PICTURES:
+        raise ValueError(f"--n should be from 1 to {MAX_PICTURES}, not {options.n}.")
     for flag, value in (("--mask", options.mask), ("--strength", options.strength)):
         if value is not None and not options.image:
             raise ValueError(f"--image should be given with {flag}: it is the picture to change.")

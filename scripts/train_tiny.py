@@ -60,12 +60,12 @@ def train(options: argparse.Namespace, names: list[str]) -> None:
     """The stages in turn; once there is a state of each, everything in one file."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from sd.training.stages import Workshop  # not before: torch takes a second, and a mistyped option should not wait
+    from sd.training.stages import TrainingRun  # not before: torch takes a second to import
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pictures = (options.folder, options.scenes)
     with logging_redirect_tqdm():
-        workshop = Workshop(
+        workshop = TrainingRun(
             options.out, *pictures, options.device, options.seed, options.save_every, start=options.start
         )
         for name in names:

@@ -24,8 +24,8 @@ CHARACTER_FIXES = [
     *[fixes.fix_line_breaks, fixes.fix_surrogates, fixes.remove_terminal_escapes, fixes.remove_control_chars],
 ]
 # Text from the real world takes two or three passes. More than `FREE_PASSES` of them are made only while all passes
-# together look at no more than `MOST_WORK` characters, so that the time does not grow with the square of the length.
-FREE_PASSES, MOST_WORK = 8, 1_000_000
+# together look at no more than `MAX_WORK` characters, so that the time does not grow with the square of the length.
+FREE_PASSES, MAX_WORK = 8, 1_000_000
 
 
 def clean(text: str) -> str:
@@ -47,7 +47,7 @@ def repair(text: str) -> str:
         text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
         raise ValueError(f"A prompt must be valid Unicode; {text[:80]!a} has a lone surrogate in it.") from None
-    passes = max(FREE_PASSES, MOST_WORK // max(len(text), 1))
+    passes = max(FREE_PASSES, MAX_WORK // max(len(text), 1))
     unescapes = True  # until the first line with a "<", which looks like HTML that is meant to be read as such
     lines = []
     repaired: dict[tuple[str, bool], str] = {}  # the same line over and over is repaired once

@@ -22,11 +22,11 @@ class DDPMSampler(Sampler):
         steps taken here the product of those skipped. After the last step there is no noise: a_t' = 1.
         """
         i = self._advance(timestep)
-        a_t, a_next = self.a[i], self.a[i + 1]
+        a_t, a_next = self.alpha_bar[i], self.alpha_bar[i + 1]
         alpha = a_t / a_next
         beta = 1 - alpha
 
-        denoised, _ = self._split(a_t, latents, output)
+        denoised, _ = self.x0_and_noise(a_t, latents, output)
         mean = (a_next.sqrt() * beta * denoised + alpha.sqrt() * (1 - a_next) * latents) / (1 - a_t)
         if a_next == 1:
             return mean

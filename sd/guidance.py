@@ -60,4 +60,4 @@ def by_loss(
             gradient = size * torch.autograd.grad(pictures, x, (push / size).to(pictures))[0]  # (B, 4, h, w)
     finally:
         decoder.gradient_checkpointing = False
-    return latents - (1 - sampler.a_at(timestep).to(latents)) * gradient
+    return latents - (1 - sampler.alpha_bar_at(timestep).to(latents)) * gradient

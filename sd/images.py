@@ -25,10 +25,10 @@ FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "J
 FORMATS += ["PPM", "TGA", "ICO", "PCX", "SGI", "QOI"]
 ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
 
-Picture = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
+ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 
 
-def read_image(source: Picture, behind: str = "white") -> Image.Image:
+def read_image(source: ImageSource, behind: str = "white") -> Image.Image:
     """Read a picture as a viewer shows it: a PIL image of mode RGB, in sRGB, upright, transparency over white.
 
     `source` is a path, a file that is open for reading bytes, a PIL image, which is left as it is, or an array, uint8
@@ -54,7 +54,7 @@ def read_image(source: Picture, behind: str = "white") -> Image.Image:
 
 
 def image_to_tensor(
-    image: Picture, height: int, width: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
+    image: ImageSource, height: int, width: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
     """Turn a picture into float32 (1, 3, height, width) in [-1, 1]: pixel / 127.5 - 1.
 

@@ -1,7 +1,7 @@
 """A picture and a mask -> what must stay of the picture while the rest of it is painted anew.
 
-In: a picture, and a mask that is white where it is to be repainted and black where it is to stay. Out: `Known`, which
-`pipeline.denoise` holds on to at every step and which puts the pixels that stay back in the end.
+In: a picture, and a mask that is white where it is repainted and black where it stays. Out: `InpaintingInputs`, which
+`pipeline.denoise` uses at every step and which puts the kept pixels back at the end.
 
 An ordinary U-Net does not know that anything must stay. So after every step the known region is replaced by the
 picture itself, noised to the level that the next step expects (2201.09865, eq. 8). The U-Net of the inpainting
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
+from sd.images import ImageSource, image_to_tensor, read_image, tensor_to_array
 from sd.sampler import Sampler
 
 
 @dataclass(frozen=True)
-class Known:
+class InpaintingInputs:
     """What inpainting knows of B pictures, all of it float32."""
 
     picture: Tensor  # (1, 3, H, W), in [-1, 1]
@@ -36,29 +36,29 @@ class Known:
         """The latents (B, 4, h, w) to denoise: the noised picture, or at full strength noise alone."""
         return self.noise if strength == 1 else sampler.add_noise(self.latents, sampler.timesteps[0], self.noise)
 
-    def beside(self, latents: Tensor) -> Tensor:
+    def with_mask_channels(self, latents: Tensor) -> Tensor:
         """Latents (B, 4, h, w) -> what the U-Net sees, (B, 4, h, w) or for the inpainting U-Net (B, 9, h, w)."""
         return latents if self.condition is None else torch.cat([latents, self.condition.to(latents)], dim=1)
 
-    def keep(self, latents: Tensor, sampler: Sampler, step: int) -> Tensor:
+    def restore_known(self, latents: Tensor, sampler: Sampler, step: int) -> Tensor:
         """Latents (B, 4, h, w) before step `step`, with the known region as the picture has it at that noise level."""
         if self.condition is not None:
             return latents
         known = self.latents.to(latents)
         if step < len(sampler.timesteps):
             known = sampler.add_noise(known, sampler.timesteps[step], self.noise)
-        # A latent is painted if any of its pixels is: `paste` puts the other pixels back.
+        # A latent is painted if any of its pixels is: `restore_pixels` puts the other pixels back.
         painted = F.adaptive_max_pool2d(self.mask, latents.shape[2:]).to(latents) > 0  # (1, 1, h, w)
         return torch.where(painted, latents, known)
 
-    def paste(self, images: np.ndarray) -> np.ndarray:
+    def restore_pixels(self, images: np.ndarray) -> np.ndarray:
         """Painted pictures, uint8 (B, H, W, 3), with what stays put back: to the byte where the mask is 0."""
         original = tensor_to_array(self.picture)[0]  # (H, W, 3)
         share = self.mask[0, 0, :, :, None].numpy()  # (H, W, 1)
         return np.rint(share * images + (1 - share) * original).astype(np.uint8)
 
 
-def read_mask_image(mask: Picture, picture: Image.Image | None = None) -> Image.Image:
+def read_mask_image(mask: ImageSource, picture: Image.Image | None = None) -> Image.Image:
     """A mask as `read_image` reads it, but transparent is black: editors save strokes on an empty layer.
 
     Raises ValueError for another shape than that of `picture`, which may be larger or smaller: they are cropped alike.
@@ -73,7 +73,7 @@ def read_mask_image(mask: Picture, picture: Image.Image | None = None) -> Image.
     return mask
 
 
-def read_mask(mask: Picture, height: int, width: int, feather: float = 0) -> Tensor:
+def read_mask(mask: ImageSource, height: int, width: int, feather: float = 0) -> Tensor:
     """A mask picture of any mode and size -> float32 (1, 1, height, width), 1 where white, 0 where black or nothing.
 
     `feather` softens its edges over so many pixels, inwards, so that black stays black.

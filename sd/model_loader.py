@@ -81,8 +81,9 @@ def load_models(
     for name, network in networks.items():
         network.load_state_dict(weights.pop(name), assign=True)  # the file's own memory
         network.eval().requires_grad_(False)
-        packs = name == "diffusion" and tuned and not compiled and speed.packs(device, dtype)  # the compiler packs too
-        speed.settle(network, _Placing(checkpoint, device, dtype, ordered=tuned and not packs), packs)
+        # The compiler packs weights itself.
+        packs = name == "diffusion" and tuned and not compiled and speed.can_pack(device, dtype)
+        speed.place_weights(network, _Placing(checkpoint, device, dtype, ordered=tuned and not packs), packs)
     checkpoint.release()  # what was joined or converted is read no more
     if compiled:
         speed.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)

@@ -1,4 +1,9 @@
-"""The forward process: the noise schedule, seeds, and what timesteps a run visits."""
+"""The forward process of diffusion: seeds, the noise schedule, and how noise is added to latents.
+
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,    e ~ N(0, I),    a_t = prod_{s <= t} (1 - beta_s)        (2006.11239, eq. 4)
+
+a_t, the paper's alpha-bar, falls from almost 1 (a clean picture) to almost 0 (noise alone).
+"""
 
 from __future__ import annotations
 
@@ -12,27 +17,32 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
-    """One random generator per image, seeded with seed, seed + 1, ...; at random without a seed."""
+    """One random generator per image, seeded with seed, seed + 1, ...; with a random seed if it is None."""
     if seed is None:
         seed = torch.Generator().seed() % 2**32
     return [torch.Generator().manual_seed(int(seed) + i) for i in range(batch_size)]
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
-    """Standard normal noise (B, ...) in float32, drawn on the CPU: a seed gives the same picture on every device.
+    """Standard normal noise (B, ...) in float32, drawn on the CPU, so that a seed gives the same image on every device.
 
     With a list of B generators, image i gets the noise that its own generator would give it alone. Raises ValueError
-    for another number of generators.
+    if the list has another length.
     """
     if isinstance(generator, list):
         if len(generator) != shape[0]:
-            raise ValueError(f"A batch of {shape[0]} needs as many generators, not {len(generator)}.")
+            raise ValueError(f"generator should have {shape[0]} generators, one per image, not {len(generator)}.")
         return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generator])
     return torch.randn(shape, generator=generator)
 
 
+def add_noise(x_0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e (2006.11239, eq. 4): x_0 and noise (B, C, h, w), alpha_bar (B, 1, 1, 1)."""
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+
+
 def make_betas(schedule: ScheduleConfig) -> Tensor:
-    """The variances of the forward process, beta_0 .. beta_999. Raises ValueError for an unknown `beta_schedule`.
+    """The variances beta_0 ... beta_999 of the forward process. Raises ValueError for an unknown `beta_schedule`.
 
     "scaled_linear" is linear in sqrt(beta), as in the latent diffusion code; "linear" is 2006.11239, section 4.
     """
@@ -45,11 +55,11 @@ def make_betas(schedule: ScheduleConfig) -> Tensor:
 
 
 def space_timesteps(n: int, total: int, spacing: str, offset: int = 0) -> np.ndarray:
-    """n of the timesteps 0 .. total - 1, noisiest first, float64 (n,); 2305.08891, table 2, names the spacings.
+    """n of the timesteps 0 ... total - 1, noisiest first, float64 (n,). The names are those of 2305.08891, table 2.
 
-    "leading"   0, k, 2k, ... for the whole number k = total // n, and `offset` added where there is room for it
-    "trailing"  total - 1 and on down, in equal steps of total / n, rounded
-    "linspace"  total - 1 to 0 in equal steps, which need not be whole; 0 alone for n = 1
+    "leading"   0, k, 2k, ... for k = total // n, plus `offset` where there is room for it
+    "trailing"  total - 1 and down, in equal steps of total / n, rounded
+    "linspace"  total - 1 to 0 in equal steps, which may be fractions; 0 alone for n = 1
 
     Raises ValueError for another spacing.
     """
@@ -65,7 +75,7 @@ def space_timesteps(n: int, total: int, spacing: str, offset: int = 0) -> np.nda
 
 
 def karras_sigmas(n: int, sigma_max: float, sigma_min: float, rho: float = 7) -> np.ndarray:
-    """n noise levels, the higher the further apart, float64 (n,) (2206.00364, eq. 5):
+    """n noise levels, further apart where they are high, float64 (n,) (2206.00364, eq. 5):
 
     sigma_i = (sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
     """

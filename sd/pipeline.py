@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.guidance import ImageLoss, by_loss, classifier_free
-from sd.images import Picture, image_to_tensor, read_image, tensor_to_array
-from sd.inpainting import Known, read_mask, read_mask_image, without_masked
+from sd.images import ImageSource, image_to_tensor, read_image, tensor_to_array
+from sd.inpainting import InpaintingInputs, read_mask, read_mask_image, without_masked
 from sd.models import Models
 from sd.noise import draw_noise, make_generators
 from sd.prompts.weights import join_chunks, layout, weigh
@@ -29,8 +29,8 @@ from sd.request import check_deep_cache, check_prompts, check_request, check_siz
 from sd.runtime.decode_in_strips import InStrips, needed
 from sd.runtime.deep_cache import DeepCache
 from sd.runtime.devices import Device, best_device, device_and_dtype, is_compiled, on_device
-from sd.runtime.not_finite import check_finite, run_vae
-from sd.runtime.out_of_memory import advice
+from sd.runtime.not_finite import check_finite, run_in_range
+from sd.runtime.out_of_memory import explain_out_of_memory
 from sd.sampler import Sampler
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
@@ -49,12 +49,12 @@ class Step:
     noise_cond: Tensor  # likewise, for the prompt
 
 
-@advice()
+@explain_out_of_memory()
 def generate(
     prompt: str | list[str],
     uncond_prompt: str | list[str] | None = "",
-    input_image: Picture | None = None,
-    mask_image: Picture | None = None,
+    input_image: ImageSource | None = None,
+    mask_image: ImageSource | None = None,
     strength: float = 0.8,
     do_cfg: bool = True,
     cfg_scale: float | None = None,
@@ -106,18 +106,20 @@ def generate(
         context = encode_prompt(models, prompts, (uncond_prompt or "") if do_cfg else None)
     with on_device(models.encoder, device, idle_device):
         size_and_pictures = (height, width, input_image, mask_image, strength, feather)
-        sampler, latents, known = begin(models, len(prompts), sampler_name, n_inference_steps, seed, *size_and_pictures)
+        sampler, latents, known = prepare(
+            models, len(prompts), sampler_name, n_inference_steps, seed, *size_and_pictures
+        )
     with on_device(models.diffusion, device, idle_device):
         steps = denoise(models, latents, context, sampler, cfg_scale, known, cfg_rescale, deep_cache=deep_cache)
         for step in tqdm(steps, total=len(sampler.timesteps)):
             latents = step.latents
     with on_device(models.decoder, device, idle_device):
         images = decode_latents(models, latents)
-    images = known.paste(images) if known else images
+    images = known.restore_pixels(images) if known else images
     return images[0] if isinstance(prompt, str) else images
 
 
-def begin(
+def prepare(
     models: Models,
     batch_size: int,
     sampler_name: str | None = None,
@@ -125,11 +127,11 @@ def begin(
     seed: int | None = None,
     height: int | None = None,
     width: int | None = None,
-    input_image: Picture | None = None,
-    mask_image: Picture | None = None,
+    input_image: ImageSource | None = None,
+    mask_image: ImageSource | None = None,
     strength: float = 0.8,
     feather: float = 0,
-) -> tuple[Sampler, Tensor, Known | None]:
+) -> tuple[Sampler, Tensor, InpaintingInputs | None]:
     """A sampler, the latents (B, 4, height / 8, width / 8) that it starts from, and what it must keep of a picture.
 
     The arguments are those of `generate`; `arguments.check_request` checks them, this does not.
@@ -144,7 +146,7 @@ def begin(
     start = (models, batch_size, height, width, generators, input_image)
     if mask_image is None and not models.config.unet.inpaints:
         return sampler, get_latents(*start, sampler), None
-    known = get_known(*start, mask_image, feather)
+    known = get_inpainting_inputs(*start, mask_image, feather)
     return sampler, known.start(sampler, strength), known
 
 
@@ -185,7 +187,7 @@ def get_latents(
     height: int | None = None,
     width: int | None = None,
     seed: int | list[torch.Generator] | None = None,
-    input_image: Picture | None = None,
+    input_image: ImageSource | None = None,
     sampler: Sampler | None = None,
 ) -> Tensor:
     """What to start from: float32 latents (B, 4, height / 8, width / 8), pure noise unless there is an `input_image`.
@@ -206,16 +208,16 @@ def get_latents(
 
 
 @torch.no_grad()
-def get_known(
+def get_inpainting_inputs(
     models: Models,
     batch_size: int = 1,
     height: int | None = None,
     width: int | None = None,
     seed: int | list[torch.Generator] | None = None,
-    input_image: Picture | None = None,
-    mask_image: Picture | None = None,
+    input_image: ImageSource | None = None,
+    mask_image: ImageSource | None = None,
     feather: float = 0,
-) -> Known:
+) -> InpaintingInputs:
     """What `denoise` must keep of `input_image`: all but where `mask_image` is white. No mask: nothing of it.
 
     The other arguments are those of `get_latents`. Raises ValueError for a size that cannot be and for a mask of
@@ -237,12 +239,12 @@ def get_known(
         rest = _encode(models, without_masked(picture, mask), draw_noise(shape, generators))
         small = F.interpolate((mask >= 0.5).float(), size=shape[2:])  # (1, 1, H/8, W/8)
         condition = torch.cat([small.expand(batch_size, -1, -1, -1).to(rest), rest], dim=1)  # (B, 5, H/8, W/8)
-    return Known(picture, mask, latents, noise, condition)
+    return InpaintingInputs(picture, mask, latents, noise, condition)
 
 
 def _encode(models: Models, picture: Tensor, noise: Tensor) -> Tensor:
     """picture (1, 3, H, W), noise (B, 4, H/8, W/8) -> B samples of its latents, float32 (B, 4, H/8, W/8)."""
-    return run_vae(models.encoder, "VAE encoder", picture, noise)
+    return run_in_range(models.encoder, "VAE encoder", picture, noise)
 
 
 @torch.no_grad()
@@ -252,7 +254,7 @@ def denoise(
     context: Tensor,
     sampler: Sampler,
     cfg_scale: float | None = None,
-    known: Known | None = None,
+    known: InpaintingInputs | None = None,
     cfg_rescale: float = 0,
     cfg_interval: tuple[float, float] = (0, 1),
     guidance: ImageLoss | None = None,
@@ -274,7 +276,9 @@ def denoise(
     if len(context) not in (len(latents), 2 * len(latents)):
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
     if known is None and models.config.unet.inpaints:
-        raise ValueError("known should be what `get_known` gives: the U-Net of this checkpoint is made for inpainting.")
+        raise ValueError(
+            "known should be what `get_inpainting_inputs` gives: the U-Net of this checkpoint is made for inpainting."
+        )
     device, dtype = device_and_dtype(models.diffusion)
     cfg_scale = float(models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale)
     latents, context = latents.to(device), context.to(device, dtype)
@@ -284,7 +288,7 @@ def denoise(
     for index, timestep in enumerate(sampler.timesteps):
         guided = len(context) > len(latents) and first <= index < last and cfg_scale != 1
         rows = context if guided else context[-len(latents) :]  # (2B, 77, D), or the conditional half (B, 77, D)
-        inputs = latents if known is None else known.beside(latents)  # (B, 4 or 9, h, w)
+        inputs = latents if known is None else known.with_mask_channels(latents)  # (B, 4 or 9, h, w)
         inputs = inputs.to(dtype).repeat(len(rows) // len(inputs), 1, 1, 1)  # (2B, 4 or 9, h, w)
         noise = unet(inputs, rows, timesteps[index].expand(len(rows)))  # (2B, 4, h, w)
         when = f" at step {index + 1} of {len(timesteps)}"
@@ -296,20 +300,20 @@ def denoise(
             latents = by_loss(models.decoder, sampler, timestep, latents, noise, guidance)
         denoised, _ = sampler.predict(timestep, latents, noise)
         latents = sampler.step(timestep, latents, noise)
-        latents = latents if known is None else known.keep(latents, sampler, index + 1)
+        latents = latents if known is None else known.restore_known(latents, sampler, index + 1)
         yield Step(index, timestep.item(), latents, denoised, noise, noise_uncond, noise_cond)
 
 
 @torch.no_grad()
 def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
-    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_vae` does.
+    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_in_range` does.
 
     It decodes in strips where memory is short, and large pictures in float32 on a CPU always, which gives the same but
     for rounding. While a forward hook or a `Tracer` listens to the decoder, it works whole if memory allows.
     """
     # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
     decoder = InStrips(models.decoder) if needed(models.decoder, latents) else models.decoder
-    return np.concatenate([tensor_to_array(run_vae(decoder, "VAE decoder", one)) for one in latents.split(1)])
+    return np.concatenate([tensor_to_array(run_in_range(decoder, "VAE decoder", one)) for one in latents.split(1)])
 
 
 def _size(models: Models, height: int | None, width: int | None) -> tuple[int, int]:

@@ -21,9 +21,9 @@ from sd.runtime.devices import best_device
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 
-MOST_PIXELS = 8192  # of a side: one feature map of SD 1.5's decoder then takes 34 GB in 16 bits
-MOST_FEATHER = 1000
-MOST_SCALE = 1000
+MAX_PIXELS = 8192  # of a side: one feature map of SD 1.5's decoder then takes 34 GB in 16 bits
+MAX_FEATHER = 1000
+MAX_SCALE = 1000
 QUOTED = 200  # characters of a value that an error quotes
 
 
@@ -79,7 +79,7 @@ def check_size(height: int | None, width: int | None, multiple: int) -> None:
     for name, size in (("height", height), ("width", width)):
         ok = size is None or (_is_number(size, multiple, whole=True) and size % multiple == 0)
         _require(ok, name, size, f"a multiple of {multiple} pixels")
-        _require(size is None or size <= MOST_PIXELS, name, size, f"at most {MOST_PIXELS} pixels")
+        _require(size is None or size <= MAX_PIXELS, name, size, f"at most {MAX_PIXELS} pixels")
 
 
 def check_deep_cache(deep_cache: int) -> None:
@@ -102,9 +102,9 @@ def check_prompts(prompt: str | list[str], uncond_prompt: str | list[str] | None
 def _check_numbers(strength: float, cfg_scale: float, cfg_rescale: float, feather: float) -> None:
     _require(_is_number(strength, 0, 1) and strength > 0, "strength", strength, "a number above 0 and at most 1")
     _require(_is_number(feather, 0), "feather", feather, "a number of pixels, 0 or more")
-    _require(feather <= MOST_FEATHER, "feather", feather, f"at most {MOST_FEATHER} pixels")
+    _require(feather <= MAX_FEATHER, "feather", feather, f"at most {MAX_FEATHER} pixels")
     _require(_is_number(cfg_scale), "cfg_scale", cfg_scale, "a number; 1 to 14 is usual")
-    _require(abs(cfg_scale) <= MOST_SCALE, "cfg_scale", cfg_scale, f"from -{MOST_SCALE} to {MOST_SCALE}")
+    _require(abs(cfg_scale) <= MAX_SCALE, "cfg_scale", cfg_scale, f"from -{MAX_SCALE} to {MAX_SCALE}")
     _require(_is_number(cfg_rescale, 0, 1), "cfg_rescale", cfg_rescale, "a number from 0 to 1")
 
 

@@ -119,7 +119,7 @@ class Sampler(ABC):
         """
         if noise is None:
             noise = draw_noise(latents.shape, self.generator)
-        a_t = self.a_at(timestep).to(latents.device)  # (B, 1, 1, 1)
+        a_t = self.alpha_bar_at(timestep).to(latents.device)  # (B, 1, 1, 1)
         return a_t.sqrt() * latents + (1 - a_t).sqrt() * noise.to(latents.device)
 
     def predict(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,9 +130,9 @@ class Sampler(ABC):
 
         `timestep` and its errors are those of `add_noise`.
         """
-        return self._split(self.a_at(timestep).to(latents.device), latents, output)
+        return self.x0_and_noise(self.alpha_bar_at(timestep).to(latents.device), latents, output)
 
-    def a_at(self, timestep: int | float | Tensor) -> Tensor:
+    def alpha_bar_at(self, timestep: int | float | Tensor) -> Tensor:
         """a_t at one timestep, (1, 1, 1, 1), or at one per image, (B, 1, 1, 1); float32, on the CPU.
 
         Where the run visits a timestep, the level that it has there counts: rounding may have parted the two. Raises
@@ -148,7 +148,7 @@ class Sampler(ABC):
                 sigma = np.interp(t, np.arange(last + 1), self._training_sigmas)
                 a.append(1 / (1 + sigma**2))
             else:
-                a.append(self.a[i].item())
+                a.append(self.alpha_bar[i].item())
         return torch.tensor(a, dtype=torch.float32).reshape(-1, 1, 1, 1)
 
     @abstractmethod
@@ -174,7 +174,7 @@ class Sampler(ABC):
         self.skipped = first  # how many of the n timesteps strength left out
         self.timesteps = self._all_timesteps[visits]  # (m,)
         self.sigmas = torch.tensor(sigmas, dtype=torch.float32)  # (m + 1,)
-        self.a = torch.tensor(1 / (1 + sigmas**2), dtype=torch.float32)  # (m + 1,): a_t at each, and 1 at the end
+        self.alpha_bar = torch.tensor(1 / (1 + sigmas**2), dtype=torch.float32)  # (m + 1,): 1 at the end
         self.history: list[Tensor] = []  # what a multistep algorithm remembers of the steps before, the latest first
         self._next = 0
 
@@ -196,7 +196,7 @@ class Sampler(ABC):
                 return timesteps.index(timestep, start)
         return None
 
-    def _split(self, a_t: Tensor, latents: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    def x0_and_noise(self, a_t: Tensor, latents: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """`predict`, for whom a_t is known."""
         signal, noise_level = a_t.sqrt(), (1 - a_t).sqrt()
         if self.schedule.prediction_type == "v_prediction":
@@ -205,7 +205,7 @@ class Sampler(ABC):
 
 
 class SigmaSampler(Sampler):
-    """The base of samplers that are written for x = x_0 + sigma e: an algorithm adds `move`.
+    """The base of samplers that are written for x = x_0 + sigma e: an algorithm adds `sigma_step`.
 
     They solve the ODE along which x loses its noise (2206.00364, eq. 1 and 3, for sigma(t) = t):
 
@@ -219,12 +219,12 @@ class SigmaSampler(Sampler):
     whole_timesteps = False
 
     def step(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> Tensor:
-        """As `Sampler.step`: into the space of sigmas, one `move`, and back."""
+        """As `Sampler.step`: into the space of sigmas, one `sigma_step`, and back."""
         i = self._advance(timestep)
-        _, slope = self._split(self.a[i], latents, output)
-        x = self.move(i, latents / self.a[i].sqrt(), slope)
-        return self.a[i + 1].sqrt() * x
+        _, slope = self.x0_and_noise(self.alpha_bar[i], latents, output)
+        x = self.sigma_step(i, latents / self.alpha_bar[i].sqrt(), slope)
+        return self.alpha_bar[i + 1].sqrt() * x
 
     @abstractmethod
-    def move(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
+    def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """x at the noise level sigmas[i], and dx / dsigma there -> x at sigmas[i + 1]; all (B, C, h, w)."""

@@ -57,7 +57,7 @@ def test_the_known_region_is_at_every_noise_level(picture):
     generators = pipeline.make_generators(0, 1)
     sampler = pipeline.SAMPLERS["ddpm"](generators)
     sampler.set_inference_timesteps(4)
-    known = pipeline.get_known(models, 1, 32, 48, generators, picture, half_mask())
+    known = pipeline.get_inpainting_inputs(models, 1, 32, 48, generators, picture, half_mask())
     context = pipeline.encode_prompt(models, "a cat")
     latents = known.start(sampler, 1.0)
     assert torch.equal(latents, known.noise)
@@ -145,7 +145,7 @@ def test_the_inpainting_unet_draws_without_a_picture_too():
     models = random_models(INPAINTING_MICRO)
     assert generate("a cat", models=models, **QUICK).std() > 10
     context, sampler = pipeline.encode_prompt(models, "a cat"), pipeline.SAMPLERS["ddpm"]()
-    with pytest.raises(ValueError, match="known should be what `get_known` gives"):
+    with pytest.raises(ValueError, match="known should be what `get_inpainting_inputs` gives"):
         next(pipeline.denoise(models, pipeline.get_latents(models), context, sampler))
 
 

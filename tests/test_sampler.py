@@ -164,7 +164,7 @@ def test_a_generator_per_image_gives_what_it_gives_alone():
     together = draw_noise((3, 4, 8, 8), [torch.Generator().manual_seed(s) for s in (5, 6, 7)])
     alone = draw_noise((1, 4, 8, 8), torch.Generator().manual_seed(6))
     assert torch.equal(together[1:2], alone)
-    with pytest.raises(ValueError, match="A batch of 3 needs as many generators, not 1"):
+    with pytest.raises(ValueError, match="generator should have 3 generators, one per image, not 1"):
         draw_noise((3, 4, 8, 8), [torch.Generator()])
 
 

@@ -167,10 +167,10 @@ def timed(device: torch.device, function) -> float:
 
 def until_memory_ends(job, contestant: Contestant) -> float:
     """Seconds that a job takes; infinitely many if memory does not suffice."""
-    from sd.runtime.out_of_memory import OutOfMemory, advice
+    from sd.runtime.out_of_memory import OutOfMemory, explain_out_of_memory
 
     try:
-        with advice():
+        with explain_out_of_memory():
             return timed(contestant.device, job)
     except OutOfMemory:
         return math.inf

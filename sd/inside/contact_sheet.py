@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 GAP = 4  # pixels between pictures
-MOST_LINES = 3  # of a label
+MAX_LINES = 3  # of a label
 
 
 def contact_sheet(rows: list[list[np.ndarray]], labels: list[list[str]]) -> Image.Image:
@@ -71,9 +71,9 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
             lines.append(word)
         else:
             lines[-1] = longer
-    if len(lines) > MOST_LINES:
-        last = lines[MOST_LINES - 1]
+    if len(lines) > MAX_LINES:
+        last = lines[MAX_LINES - 1]
         while last and font.getlength(last + " ...") > width:
             last = last.rpartition(" ")[0]
-        lines = [*lines[: MOST_LINES - 1], last + " ..."]
+        lines = [*lines[: MAX_LINES - 1], last + " ..."]
     return lines

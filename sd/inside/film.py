@@ -25,7 +25,7 @@ def frames(recording: Recording) -> list[np.ndarray]:
     draw = _previewed if models.config.vae == SD15.vae else pipeline.decode_latents
     images = (draw(models, moment.denoised) for moment in recording.moments)  # each (1, H, W, 3)
     if known is not None:
-        images = map(known.paste, images)  # with what stays of the picture that is repainted
+        images = map(known.restore_pixels, images)  # with what stays of the picture that is repainted
     return [*(image[0] for image in images), recording.picture]
 
 

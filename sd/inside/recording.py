@@ -20,14 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd import pipeline
-from sd.inpainting import Known
+from sd.inpainting import InpaintingInputs
 from sd.model_loader import load_models
 from sd.models import Models
 from sd.request import check_request
-from sd.runtime.out_of_memory import advice
+from sd.runtime.out_of_memory import explain_out_of_memory
 from sd.sampler import Sampler
 
-MOST_MOMENTS = 60
+MAX_MOMENTS = 60
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # of Linux: the memory of this process
 
 
@@ -62,11 +62,11 @@ class Recording:
     picture: np.ndarray  # uint8 (H, W, 3)
     moments: list[Moment]  # 60 at most, evenly spaced, the first and the last step among them
     sampler: Sampler  # its timesteps are those of all steps; `skipped` says how many strength left out
-    known: Known | None  # what inpainting kept
-    costs: dict[str, Cost]  # of "encode_prompt", "begin", "denoise" and "decode_latents"
+    known: InpaintingInputs | None  # what inpainting kept
+    costs: dict[str, Cost]  # of "encode_prompt", "prepare", "denoise" and "decode_latents"
 
 
-@advice()
+@explain_out_of_memory()
 def record(
     prompt: str,
     uncond_prompt: str | None = "",
@@ -78,7 +78,7 @@ def record(
     deep_cache: int = 1,
     **start: object,
 ) -> Recording:
-    """Makes the picture that `generate` makes of the same arguments; `start` are those that `pipeline.begin` takes.
+    """Makes the picture that `generate` makes of the same arguments; `start` are those that `pipeline.prepare` takes.
 
     Raises ValueError and OutOfMemory as `generate` does.
     """
@@ -89,20 +89,20 @@ def record(
     costs: dict[str, Cost] = {}
     with _measured(costs, "encode_prompt", models):
         context = pipeline.encode_prompt(models, prompt, uncond_prompt if do_cfg else None)
-    with _measured(costs, "begin", models):
-        sampler, latents, known = pipeline.begin(models, 1, sampler_name, **start)
+    with _measured(costs, "prepare", models):
+        sampler, latents, known = pipeline.prepare(models, 1, sampler_name, **start)
     with _measured(costs, "denoise", models):
         steps = pipeline.denoise(models, latents, context, sampler, known=known, **guidance)
         moments, latents = _watch(steps, latents, len(sampler.timesteps))
     with _measured(costs, "decode_latents", models):
         images = pipeline.decode_latents(models, latents)  # (1, H, W, 3)
-    picture = (images if known is None else known.paste(images))[0]
+    picture = (images if known is None else known.restore_pixels(images))[0]
     return Recording(prompt, uncond_prompt, cfg_scale, models, picture, moments, sampler, known, costs)
 
 
 def _watch(steps: Iterator[pipeline.Step], latents: Tensor, total: int) -> tuple[list[Moment], Tensor]:
     """Runs all `total` steps from `latents` -> the moments to keep, and the latents at the end."""
-    kept = set(np.linspace(0, total - 1, min(total, MOST_MOMENTS)).round().astype(int).tolist())
+    kept = set(np.linspace(0, total - 1, min(total, MAX_MOMENTS)).round().astype(int).tolist())
     moments = []
     for step in tqdm(steps, total=total):
         if step.index in kept:

@@ -226,7 +226,7 @@ def word_positions(tokenizer: Tokenizer, word: str, prompt: str, total: int | No
     return [again + start + i for again in repetitions for start in starts for i in range(len(wanted))]
 
 
-def feature_picture(features: Tensor) -> np.ndarray:
+def feature_image(features: Tensor) -> np.ndarray:
     """A feature map (C, h, w) as a picture, uint8 (h, w, 3), in which alike features have alike colours.
 
     Red, green and blue are the three directions in which the features vary most (their principal components), each

@@ -10,7 +10,7 @@ import math
 import re
 
 GROUP = re.compile(r"\{([^{}]*)\}")
-MOST_PROMPTS = 1000
+MAX_PROMPTS = 1000
 
 
 def expand(prompt: str) -> list[str]:
@@ -27,7 +27,7 @@ def expand(prompt: str) -> list[str]:
         return parts
     choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
     count = math.prod(map(len, choices))
-    if count > MOST_PROMPTS:
-        raise ValueError(f"prompt should stand for at most {MOST_PROMPTS} prompts, not {count}.")
+    if count > MAX_PROMPTS:
+        raise ValueError(f"prompt should stand for at most {MAX_PROMPTS} prompts, not {count}.")
     # An empty alternative leaves two blanks side by side.
     return [" ".join("".join(chosen).split()) for chosen in itertools.product(*choices)]

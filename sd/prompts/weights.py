@@ -32,8 +32,8 @@ FACTORS = {"()": 1.1, "[]": 1 / 1.1}  # of brackets without a number
 MAX_WEIGHT = 1e30  # beyond it, products with the context would not be finite in float32
 BACKTRACK = 20  # so many tokens after a comma may move to the next chunk, to stay with the rest of their phrase
 QUOTED = 40  # characters of a prompt that an error quotes
-MOST_CHARACTERS, MOST_CHUNKS = 30_000, 100  # of a prompt: far beyond any use, and still quick to read and to attend to
-MOST_REPEATED = 60  # chunks of a context that is repeated: lcm(1, ..., 6), so prompts of up to six chunks go together
+MAX_CHARACTERS, MAX_CHUNKS = 30_000, 100  # of a prompt: far beyond any use, and still quick to read and to attend to
+MAX_REPEATED = 60  # chunks of a context that is repeated: lcm(1, ..., 6), so prompts of up to six chunks go together
 
 BREAK = re.compile(r"\bBREAK\b")
 MARK = re.compile(r"""(?xs)                                    # every character of a prompt belongs to one mark
@@ -57,8 +57,8 @@ def parse(text: str, name: str = "prompt") -> list[list[Piece]]:
     prompt `name` and quotes the place, for brackets that are not in pairs, for a number that is none, like 1.2.3, and
     for a weight in square brackets, by which the web UI means something else, and for more than 30,000 characters.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"{name} should be at most {MOST_CHARACTERS} characters long, not {len(text)}.")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{name} should be at most {MAX_CHARACTERS} characters long, not {len(text)}.")
     marks = list(MARK.finditer(text))
     factors = _factors(marks, name)
     parts: list[list[Piece]] = [[]]
@@ -162,8 +162,8 @@ def chunks_of(text: str, tokenizer: Tokenizer) -> list[Sequence[Token]]:
     for part in parse(text):
         tokens = [(token, weight) for piece, weight in part for token in tokenizer.encode(piece)]
         chunks += split(tokens, room, commas)
-    if len(chunks) > MOST_CHUNKS:
-        raise ValueError(f"prompt should be at most {MOST_CHUNKS} chunks of {room} tokens long, not {len(chunks)}.")
+    if len(chunks) > MAX_CHUNKS:
+        raise ValueError(f"prompt should be at most {MAX_CHUNKS} chunks of {room} tokens long, not {len(chunks)}.")
     return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]  # nothing follows the last BREAK
 
 
@@ -190,7 +190,7 @@ def layout(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor, 
 
 def _check_counts(counts: list[int]) -> None:
     """Raises ValueError if a common length of contexts of so many chunks would take too much attention."""
-    most, together = max(MOST_REPEATED, *counts, 0), math.lcm(*counts)
+    most, together = max(MAX_REPEATED, *counts, 0), math.lcm(*counts)
     if together > most:
         numbers = ", ".join(map(str, sorted(set(counts))))
         raise ValueError(

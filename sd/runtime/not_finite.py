@@ -41,7 +41,7 @@ def check_finite(output: Tensor, network: nn.Module, name: str, inputs: Tensor |
     raise NotFiniteError(f"The {name} gave NaN or infinity{when}, in {str(dtype).removeprefix('torch.')}: {remedy}.")
 
 
-def run_vae(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
+def run_in_range(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     """One half of the VAE on its inputs -> float32, finite. If it overflows in float16, it runs once more in float32.
 
     In float32, and not in bfloat16, whose range is as wide: whole pictures in that are 0.4 of 255 levels off on

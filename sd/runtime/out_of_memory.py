@@ -27,7 +27,7 @@ class OutOfMemory(MemoryError):
 
 
 @contextmanager
-def advice() -> Iterator[None]:
+def explain_out_of_memory() -> Iterator[None]:
     """Turns torch's errors about memory into `OutOfMemory`. Usable with `with`, and as a decorator of functions."""
     try:
         yield

@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
         mallopt(option, size)
 
 
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether packed weights help here: on a CPU, in bfloat16, where torch has oneDNN."""
     if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
@@ -57,7 +57,7 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def settle(module: nn.Module, place: Callable[[Tensor], Tensor], pack: bool) -> None:
+def place_weights(module: nn.Module, place: Callable[[Tensor], Tensor], pack: bool) -> None:
     """Replaces each weight of a network by `place(weight)`; with `pack`, also packs its convolutions and GEGLUs.
 
     Packed weights lie in the order that oneDNN's bfloat16 kernels read, which would else bring them into it at every
@@ -70,7 +70,7 @@ def settle(module: nn.Module, place: Callable[[Tensor], Tensor], pack: bool) -> 
     for name, weight in module.named_parameters(recurse=False):
         setattr(module, name, nn.Parameter(place(weight.detach()), requires_grad=False))
     for name, child in module.named_children():
-        settle(child, place, pack)
+        place_weights(child, place, pack)
         if pack and isinstance(child, (nn.Conv2d, GEGLU)):
             setattr(module, name, PackedConvolution(child) if isinstance(child, nn.Conv2d) else PackedGEGLU(child))
 

@@ -38,8 +38,8 @@ class DDIMSampler(Sampler):
         sigma  = eta sqrt((1 - a_t') / (1 - a_t)) sqrt(1 - a_t / a_t')     (eq. 16)
         """
         i = self._advance(timestep)
-        a_t, a_next = self.a[i], self.a[i + 1]
-        denoised, noise = self._split(a_t, latents, output)
+        a_t, a_next = self.alpha_bar[i], self.alpha_bar[i + 1]
+        denoised, noise = self.x0_and_noise(a_t, latents, output)
         sigma = self.eta * ((1 - a_next) / (1 - a_t) * (1 - a_t / a_next)).sqrt()
         latents = a_next.sqrt() * denoised + (1 - a_next - sigma**2).sqrt() * noise
         if sigma > 0:

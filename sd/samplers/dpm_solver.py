@@ -32,7 +32,7 @@ class DPMSolverSampler(Sampler):
         first step has no x_0(r), and in the last h is infinite: both are of first order, D = x_0(s).
         """
         i = self._advance(timestep)
-        denoised, _ = self._split(self.a[i], latents, output)
+        denoised, _ = self.x0_and_noise(self.alpha_bar[i], latents, output)
         extrapolated = denoised
         if self.history and i + 1 < len(self.timesteps):
             lambda_r, lambda_s, lambda_t = -self.sigmas[i - 1 : i + 2].log()
@@ -43,7 +43,7 @@ class DPMSolverSampler(Sampler):
 
     def update(self, i: int, latents: Tensor, denoised: Tensor) -> Tensor:
         """The first line of the formula, for D = `denoised`."""
-        alpha_t, alpha_s = self.a[i + 1].sqrt(), self.a[i].sqrt()
+        alpha_t, alpha_s = self.alpha_bar[i + 1].sqrt(), self.alpha_bar[i].sqrt()
         decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), for these sigmas are exp(-lambda)
         # sigma_t / sigma_s, without 1 - a, which near a = 1 would lose digits
         return alpha_t / alpha_s * decay * latents - alpha_t * (decay - 1) * denoised
@@ -65,7 +65,7 @@ class DPMSolverSDESampler(DPMSolverSampler):
 
         in the symbols of `DPMSolverSampler.step`, with the same D (2211.01095, SDE-DPM-Solver++(2M)).
         """
-        alpha_t, alpha_s = self.a[i + 1].sqrt(), self.a[i].sqrt()
+        alpha_t, alpha_s = self.alpha_bar[i + 1].sqrt(), self.alpha_bar[i].sqrt()
         sigma_t = alpha_t * self.sigmas[i + 1]
         decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), for these sigmas are exp(-lambda)
         latents = alpha_t / alpha_s * decay**2 * latents + alpha_t * (1 - decay**2) * denoised

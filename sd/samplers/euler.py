@@ -11,7 +11,7 @@ from sd.sampler import SigmaSampler
 class EulerSampler(SigmaSampler):
     """The simplest way to solve the ODE: as if the slope were the same all along the step."""
 
-    def move(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
+    def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """x_{i+1} = x_i + (sigma_{i+1} - sigma_i) d_i     (2206.00364, algorithm 1, without its correction)
 
         This is DDIM's step without fresh noise, in other units: what differs is only which timesteps it visits.

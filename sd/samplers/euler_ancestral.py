@@ -12,7 +12,7 @@ from sd.sampler import SigmaSampler
 class EulerAncestralSampler(SigmaSampler):
     """Steps down too far, and back up with fresh noise: more steps keep changing the picture."""
 
-    def move(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
+    def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """x_{i+1} = x_i + (sigma_down - sigma_i) d_i + sigma_up z,    z ~ N(0, I), where
 
         sigma_up^2   = sigma_{i+1}^2 (sigma_i^2 - sigma_{i+1}^2) / sigma_i^2

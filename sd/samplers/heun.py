@@ -18,7 +18,7 @@ class HeunSampler(SigmaSampler):
         """0, 1, 1, 2, 2, ...: at the end of one step, and at the beginning of the next."""
         return sorted([*range(n), *range(1, n)])
 
-    def move(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
+    def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """One of the two halves of a step from sigma to sigma' (2206.00364, algorithm 1):
 
         x' = x + (sigma' - sigma) d                    and, unless sigma' = 0, with the slope d' at that x',

@@ -41,7 +41,7 @@ class LMSSampler(SigmaSampler):
         super().__init__(*args, **kwargs)
         self.order = order
 
-    def move(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
+    def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """x_{i+1} = x_i + sum_j w_j d_{i-j},    w_j the integral of l_j from sigma_i to sigma_{i+1}
 
         over the last `order` slopes, or those that there are.

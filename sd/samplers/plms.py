@@ -40,6 +40,6 @@ class PLMSSampler(Sampler):
             self.history = [output, *self.history[:3]]
             weights = ADAMS_BASHFORTH[len(self.history) - 1]
             output = sum(weight * e for weight, e in zip(weights, self.history))
-        a_next = torch.minimum(self.a[i + 1], self.alphas_cumprod[0])
-        denoised, noise = self._split(self.a[i], latents, output)
+        a_next = torch.minimum(self.alpha_bar[i + 1], self.alphas_cumprod[0])
+        denoised, noise = self.x0_and_noise(self.alpha_bar[i], latents, output)
         return a_next.sqrt() * denoised + (1 - a_next).sqrt() * noise

@@ -44,7 +44,7 @@ HELD_BACK = 64  # pictures of the set that no stage trains on: they tell how wel
 FEWEST = 8  # pictures to train on
 
 
-class Workshop:
+class TrainingRun:
     """What the stages share: the pictures, the device, the folder."""
 
     def __init__(

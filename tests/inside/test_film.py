@@ -72,6 +72,6 @@ def test_large_decoders_run_once(models, monkeypatch):
 
 @pytest.mark.parametrize("steps, count", [(2, 3), (3, 4), (4, 4), (7, 4)])
 def test_long_runs_have_no_more_frames(models, monkeypatch, steps, count):
-    monkeypatch.setattr(recording, "MOST_MOMENTS", 3)
+    monkeypatch.setattr(recording, "MAX_MOMENTS", 3)
     options = {"n_inference_steps": steps, "height": 8, "width": 8, "seed": 0}
     assert len(frames(record("a cat", models=models, **options))) == count  # at most 3 steps, and the picture

@@ -64,7 +64,7 @@ def test_moments_are_what_the_unet_saw(models):
 
 @pytest.mark.parametrize("steps, kept", [(1, [0]), (4, [0, 1, 2, 3]), (10, [0, 3, 6, 9])])
 def test_at_most_so_many_moments(models, monkeypatch, steps, kept):
-    monkeypatch.setattr(recording, "MOST_MOMENTS", 4)
+    monkeypatch.setattr(recording, "MAX_MOMENTS", 4)
     recorded = record("a cat", models=models, **OPTIONS | {"n_inference_steps": steps, "height": 8, "width": 8})
     assert [moment.index for moment in recorded.moments] == kept
     timesteps = [moment.timestep for moment in recorded.moments]
@@ -73,11 +73,11 @@ def test_at_most_so_many_moments(models, monkeypatch, steps, kept):
 
 def test_costs(models):
     costs = record("a cat", models=models, **OPTIONS).costs
-    assert list(costs) == ["encode_prompt", "begin", "denoise", "decode_latents"]
+    assert list(costs) == ["encode_prompt", "prepare", "denoise", "decode_latents"]
     for cost in costs.values():
         assert 0 <= cost.seconds < 100
         assert cost.peak > 50 << 20  # torch alone is more
-    assert costs["denoise"].seconds > costs["begin"].seconds
+    assert costs["denoise"].seconds > costs["prepare"].seconds
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can start its peak again")

@@ -215,7 +215,7 @@ def test_only_what_strength_skips_is_said_to_be_skipped(models, more, late):
 
 
 def test_long_runs_are_thinned_out(models, monkeypatch):
-    monkeypatch.setattr(recording, "MOST_MOMENTS", 4)
+    monkeypatch.setattr(recording, "MAX_MOMENTS", 4)
     _, text = make(models, n_inference_steps=9, height=8, width=8)
     steps = Page(text).data["steps"]
     assert [step["title"].split(",")[0] for step in steps] == [f"{i} of 9" for i in (1, 4, 6, 9)]

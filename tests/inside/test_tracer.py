@@ -11,7 +11,7 @@ from sd.config import SD15
 from sd.decoder import Decoder
 from sd.diffusion import Diffusion
 from sd.encoder import Encoder
-from sd.inside.tracer import Tracer, feature_picture
+from sd.inside.tracer import Tracer, feature_image
 from sd.runtime import decode_in_strips as strips
 from tests.support.synthetic import MICRO, random_models
 
@@ -215,7 +215,7 @@ def test_alike_features_have_alike_colours():
     features = torch.zeros(16, 8, 8)
     features[:, :, 4:] = torch.randn(16, 1, 1)
     features[:, 4:] += torch.randn(16, 1, 1) / 2
-    picture = feature_picture(features)
+    picture = feature_image(features)
     assert picture.shape == (8, 8, 3)
     assert picture.dtype == np.uint8
     quarters = [picture[:4, :4], picture[:4, 4:], picture[4:, :4], picture[4:, 4:]]
@@ -228,27 +228,27 @@ def test_alike_features_have_alike_colours():
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 64])
 def test_pictures_of_any_number_of_channels(channels, dtype):
     features = torch.randn(channels, 6, 9).to(dtype)
-    picture = feature_picture(features)
+    picture = feature_image(features)
     assert picture.shape == (6, 9, 3)
-    assert np.array_equal(picture, feature_picture(features * 4))  # stretched all the same
+    assert np.array_equal(picture, feature_image(features * 4))  # stretched all the same
     assert picture.max() == 255
     assert (picture[..., 0] == picture[..., 1]).all() == (channels == 1)
 
 
 def test_a_flat_feature_map_is_black():
-    assert (feature_picture(torch.ones(1, 4, 4)) == 0).all()
+    assert (feature_image(torch.ones(1, 4, 4)) == 0).all()
 
 
 @pytest.mark.parametrize("features", [torch.zeros(4, 4), torch.zeros(1, 3, 4, 4), torch.full((3, 4, 4), torch.nan)])
 def test_bad_features(features):
     with pytest.raises(ValueError, match=r"features should be of shape \(C, h, w\) and finite: these are "):
-        feature_picture(features)
+        feature_image(features)
 
 
 def test_pictures_of_the_decoder_level_by_level(models):
     names = [f"decoder.levels.{i}" for i in (3, 2, 1, 0)]
     with Tracer(models, activations=names) as trace:
         pipeline.decode_latents(models, torch.randn(1, 4, 4, 6))
-    pictures = [feature_picture(trace.activation(name)[0]) for name in names]
+    pictures = [feature_image(trace.activation(name)[0]) for name in names]
     assert [picture.shape for picture in pictures] == [(8, 12, 3), (16, 24, 3), (32, 48, 3), (32, 48, 3)]
     assert all(picture.std() > 10 for picture in pictures)

@@ -76,7 +76,7 @@ def test_pictures_are_those_of_the_cpu(pairs, device, name, settings):
 def test_the_cpu_waits_for_a_step_only_to_check_its_numbers(models, device):
     with accelerator(device) as active:
         context = pipeline.encode_prompt(models[1], "a cat", "")
-        sampler, latents, _ = pipeline.begin(models[1], 1, "dpm++2m", 5, seed=1)
+        sampler, latents, _ = pipeline.prepare(models[1], 1, "dpm++2m", 5, seed=1)
         active.waits.clear()
         steps = list(pipeline.denoise(models[1], latents, context, sampler))
     assert steps[-1].latents.device == torch.device(device)
@@ -113,7 +113,7 @@ def test_guidance_by_a_loss(models, device):
 
     def run(models):
         context = pipeline.encode_prompt(models, "a cat", "")
-        sampler, latents, _ = pipeline.begin(models, 1, "euler", 3, seed=1, height=40, width=32)
+        sampler, latents, _ = pipeline.prepare(models, 1, "euler", 3, seed=1, height=40, width=32)
         return [step.latents.cpu() for step in pipeline.denoise(models, latents, context, sampler, guidance=dark)][-1]
 
     expected = run(models[0])
@@ -188,7 +188,7 @@ def test_training(device, tmp_path, monkeypatch):
     """Every stage learns and is looked at, the last one resumed, and what comes out makes pictures anywhere."""
     monkeypatch.setattr(stages, "denoise", lambda *args, **kwargs: islice(pipeline.denoise(*args, **kwargs), 2))
     with accelerator(device):
-        workshop = stages.Workshop(tmp_path, scenes=16, device=device, config=MICRO)
+        workshop = stages.TrainingRun(tmp_path, scenes=16, device=device, config=MICRO)
         for name in ("vae", "text", "decoder", "diffusion"):
             workshop.train(name, minutes=1, steps=1)
         state = load_state(tmp_path / "diffusion.state")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sd import generate
-from sd.runtime.out_of_memory import OutOfMemory, advice
+from sd.runtime.out_of_memory import OutOfMemory, explain_out_of_memory
 from tests import ROOT
 from tests.support.synthetic import MICRO, random_models
 
@@ -85,7 +85,7 @@ def test_the_tensors_of_the_work_are_freed_while_the_error_is_still_held():
         raise ERRORS["cpu"]
 
     with pytest.raises(OutOfMemory) as caught:
-        advice()(work)()
+        explain_out_of_memory()(work)()
     assert caught.value
     assert kept[0]() is None
 
@@ -94,7 +94,7 @@ def test_the_tensors_of_the_work_are_freed_while_the_error_is_still_held():
     "error", [RuntimeError("shapes cannot be multiplied"), ValueError("out of memory"), KeyError(1)]
 )
 def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error)) as caught, advice():
+    with pytest.raises(type(error)) as caught, explain_out_of_memory():
         raise error
     assert caught.value is error
 

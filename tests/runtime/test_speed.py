@@ -13,14 +13,14 @@ from sd.diffusion import Diffusion
 from sd.inside.tracer import Tracer
 from sd.model_converter import to_compvis
 from sd.runtime.devices import on_device
-from sd.runtime.speed import PackedConvolution, PackedGEGLU, keep_freed_memory, memory_format, packs, settle
+from sd.runtime.speed import PackedConvolution, PackedGEGLU, can_pack, keep_freed_memory, memory_format, place_weights
 from tests import ROOT
 from tests.support.synthetic import MICRO, random_models, random_networks, random_state
 
 CPU, CUDA, MPS, META = torch.device("cpu"), torch.device("cuda"), torch.device("mps"), torch.device("meta")
 
 needs_packing = pytest.mark.skipif(
-    not packs(torch.device("cpu"), torch.bfloat16), reason="this CPU has no packed bfloat16: no AVX-512 or the like"
+    not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU has no packed bfloat16: no AVX-512 or the like"
 )
 
 
@@ -66,7 +66,7 @@ def test_packed_weights_compute_the_same():
     unet = random_networks(MICRO).diffusion.bfloat16()
     expected = unet(*inputs(torch.bfloat16)).float()
     reference = random_networks(MICRO).diffusion(*inputs(torch.float32))
-    settle(unet, lambda weight: weight, pack=True)
+    place_weights(unet, lambda weight: weight, pack=True)
     assert packed(unet) > 40
     actual = unet(*inputs(torch.bfloat16)).float()
     error = (actual - reference).norm() / reference.norm()

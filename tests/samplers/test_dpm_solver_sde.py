@@ -39,10 +39,10 @@ def test_it_keeps_the_noise_level():
     """With the true noise predicted, what is taken away and what is added make the next level again."""
     sampler = make_sampler()
     noise = torch.randn(1, 4, 256, 256, generator=torch.Generator().manual_seed(1))
-    x = (1 - sampler.a[0]).sqrt() * noise
+    x = (1 - sampler.alpha_bar[0]).sqrt() * noise
     for i, t in enumerate(sampler.timesteps[:-1]):
-        x = sampler.step(t, x, x / (1 - sampler.a[i]).sqrt())  # the picture is 0
-        torch.testing.assert_close(x.std(), (1 - sampler.a[i + 1]).sqrt(), rtol=0.01, atol=0)
+        x = sampler.step(t, x, x / (1 - sampler.alpha_bar[i]).sqrt())  # the picture is 0
+        torch.testing.assert_close(x.std(), (1 - sampler.alpha_bar[i + 1]).sqrt(), rtol=0.01, atol=0)
 
 
 def test_last_step_adds_no_noise():

@@ -17,8 +17,8 @@ def test_it_goes_down_too_far_and_back_up():
     sampler = make_sampler()
     noise = torch.randn(1, 4, 256, 256, generator=torch.Generator().manual_seed(1))
     for i, t in enumerate(sampler.timesteps[:-1]):
-        x = sampler.step(t, (1 - sampler.a[i]).sqrt() * noise, noise)  # the picture is 0
-        torch.testing.assert_close(x.std(), (1 - sampler.a[i + 1]).sqrt(), rtol=0.01, atol=0)
+        x = sampler.step(t, (1 - sampler.alpha_bar[i]).sqrt() * noise, noise)  # the picture is 0
+        torch.testing.assert_close(x.std(), (1 - sampler.alpha_bar[i + 1]).sqrt(), rtol=0.01, atol=0)
         correlation = (x * noise).mean() / x.std()
         expected = sampler.sigmas[i + 1] / sampler.sigmas[i]  # sigma_down / sigma_{i+1}: what is left of the old noise
         torch.testing.assert_close(correlation, expected, rtol=0, atol=0.01)

@@ -51,7 +51,7 @@ def test_the_right_prediction_leads_to_the_latents(name, steps, strength, predic
     x_0 = random_latents(1)
     x = sampler.add_noise(x_0, sampler.timesteps[0], random_latents(2))
     for i, t in enumerate(sampler.timesteps):
-        output = what_leads_to(x_0, x, sampler.a[i], prediction_type)
+        output = what_leads_to(x_0, x, sampler.alpha_bar[i], prediction_type)
         denoised, _ = sampler.predict(t, x, output)
         torch.testing.assert_close(denoised, x_0, rtol=0, atol=1e-3)
         x = sampler.step(t, x, output)
@@ -63,14 +63,14 @@ def test_the_right_prediction_leads_to_the_latents(name, steps, strength, predic
 def test_levels_belong_to_the_steps(name):
     """Also where a timestep comes twice, or was rounded: `add_noise` follows the run."""
     sampler = make_sampler(name, 100)
-    assert len(sampler.sigmas) == len(sampler.a) == len(sampler.timesteps) + 1
-    torch.testing.assert_close(sampler.a, 1 / (1 + sampler.sigmas**2))
+    assert len(sampler.sigmas) == len(sampler.alpha_bar) == len(sampler.timesteps) + 1
+    torch.testing.assert_close(sampler.alpha_bar, 1 / (1 + sampler.sigmas**2))
     assert sampler.sigmas[-1] == 0
     assert (sampler.sigmas.diff() <= 0).all()
     assert (sampler.timesteps.diff() <= 0).all()
     x, noise = random_latents(1), random_latents(2)
     for i, t in enumerate(sampler.timesteps):
-        a_t = sampler.a[i]
+        a_t = sampler.alpha_bar[i]
         torch.testing.assert_close(sampler.add_noise(x, t, noise), a_t.sqrt() * x + (1 - a_t).sqrt() * noise)
         assert torch.equal(sampler.add_noise(x, t.item(), noise), sampler.add_noise(x, t, noise))
         assert torch.equal(sampler.add_noise(x, t.expand(2), noise), sampler.add_noise(x, t, noise))

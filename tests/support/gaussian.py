@@ -21,8 +21,8 @@ def error(sampler, steps):
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     ratio = []
     for i, t in enumerate(sampler.timesteps):
-        ratio.append((x / (sampler.a[i] * SCALE**2 + 1 - sampler.a[i]).sqrt()).item())
-        x = sampler.step(t, x, best_output(x, sampler.a[i]))
+        ratio.append((x / (sampler.alpha_bar[i] * SCALE**2 + 1 - sampler.alpha_bar[i]).sqrt()).item())
+        x = sampler.step(t, x, best_output(x, sampler.alpha_bar[i]))
     return abs(ratio[-1] / ratio[0] - 1)
 
 

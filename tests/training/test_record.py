@@ -12,7 +12,7 @@ from sd.checkpoints.files import read_checkpoint, write_checkpoint
 from sd.training import stages
 from sd.training.data import DataError
 from sd.training.loop import TrainingError, load_state, save_atomically
-from sd.training.stages import Workshop
+from sd.training.stages import TrainingRun
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_state
 
 SMALL = MICRO  # its latents are scaled by 0.5: a stage that forgets the factor is found out
@@ -27,7 +27,7 @@ def make_folder(path, count=10):
 
 
 def workshop(out, config=SMALL, scenes=12, **options):
-    return Workshop(out, scenes=scenes, device="cpu", config=config, **options)
+    return TrainingRun(out, scenes=scenes, device="cpu", config=config, **options)
 
 
 def begin(out, name="vae", **options):

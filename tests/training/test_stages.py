@@ -20,7 +20,7 @@ from sd.training import evaluation, stages, text
 from sd.training.data import Pictures, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Training, TrainingError, load_state
-from sd.training.stages import Workshop
+from sd.training.stages import TrainingRun
 from sd.training.text import end_states, pick_captions, retrieval, shrink, silence_unknown_tokens, tokenise
 from sd.training.vae import VAEStage, encode_all, normalise_latents, psnr
 from tests.support.synthetic import MICRO, random_state
@@ -38,7 +38,7 @@ def pictures(tmp_path_factory):
 def trained(tmp_path_factory):
     """A folder in which every stage has been trained for three steps."""
     out = tmp_path_factory.mktemp("trained")
-    workshop = Workshop(out, scenes=40, device="cpu", config=SMALL)
+    workshop = TrainingRun(out, scenes=40, device="cpu", config=SMALL)
     for name in train_tiny.SHARES:
         workshop.train(name, minutes=1, steps=3)
     workshop.write_checkpoint()
@@ -184,7 +184,7 @@ def test_retrieval_counts_the_pictures_that_find_their_caption():
 
 def test_a_stage_names_the_one_that_it_needs(tmp_path):
     with pytest.raises(TrainingError, match="train stage text first"):
-        Workshop(tmp_path, scenes=12, device="cpu", config=SMALL).train("diffusion", 1, 1)
+        TrainingRun(tmp_path, scenes=12, device="cpu", config=SMALL).train("diffusion", 1, 1)
 
 
 def test_training_on_a_folder_of_ones_own(tmp_path):
@@ -193,14 +193,14 @@ def test_training_on_a_folder_of_ones_own(tmp_path):
     for i in range(10):
         Image.new("RGB", (80, 60), (25 * i, 0, 0)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"red number {i}", encoding="utf-8")
-    workshop = Workshop(tmp_path / "out", folder, device="cpu", config=SMALL)
+    workshop = TrainingRun(tmp_path / "out", folder, device="cpu", config=SMALL)
     workshop.train("text", minutes=1, steps=2)
     assert workshop.clip(Tokenizer()(["red"])).isfinite().all()
 
 
 def further(out, trained, name="diffusion", steps=2):
     """A workshop that starts from the finished checkpoint, after some steps."""
-    workshop = Workshop(out, scenes=40, device="cpu", start=trained / "tiny.ckpt")
+    workshop = TrainingRun(out, scenes=40, device="cpu", start=trained / "tiny.ckpt")
     workshop.train(name, minutes=1, steps=steps)
     return workshop
 
@@ -215,7 +215,7 @@ def test_a_finished_model_learns_further_in_its_unet_alone(tmp_path, trained):
 
 
 def test_it_starts_with_what_the_model_has_learned(tmp_path, trained):
-    workshop = Workshop(tmp_path, scenes=40, device="cpu", start=trained / "tiny.ckpt")
+    workshop = TrainingRun(tmp_path, scenes=40, device="cpu", start=trained / "tiny.ckpt")
     assert workshop.pictures.pixels.shape[1:3] == (64, 64)  # what the model makes, not the tiny model's 128
     stage, known = workshop._stage("diffusion"), sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32)
     for name, tensor in known.diffusion.state_dict().items():
@@ -230,7 +230,7 @@ def test_other_stages_have_nothing_to_start_from(tmp_path, trained):
 
 def test_a_handful_of_pictures_is_too_few(tmp_path):
     with pytest.raises(TrainingError, match="3 pictures are too few to train on: 8 are the least"):
-        Workshop(tmp_path, scenes=3, device="cpu", config=SMALL)
+        TrainingRun(tmp_path, scenes=3, device="cpu", config=SMALL)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from sd.inside.preview import preview_for
 from sd.inside.recording import Moment, Recording
 from sd.inside.report.figures import schedule_svg, unet_svg
 from sd.inside.report.pictures import encode, encode_exactly, encode_maps
-from sd.inside.report.tokens import MOST_TOKENS, Token, tokens_of
+from sd.inside.report.tokens import MAX_TOKENS, Token, tokens_of
 from sd.inside.tracer import Tracer
 from sd.models import empty_networks
 
@@ -33,7 +33,7 @@ LONG_PROMPT = 90  # characters: longer headings are set smaller
 
 COSTS = {
     "encode_prompt": ("Text encoder", "clip", "prompt to context"),
-    "begin": ("First latents", "encoder", "noise, and the picture to start from"),
+    "prepare": ("First latents", "encoder", "noise, and the picture to start from"),
     "denoise": ("U-Net", "diffusion", "all steps"),
     "decode_latents": ("Decoder", "decoder", "latents to picture"),
 }
@@ -85,8 +85,8 @@ def _prompt_parts(recording: Recording, tokens: list[Token]) -> dict[str, str]:
     beside = sum(token.share for token in tokens if token.id is None)
     note = f"The start and the end of the prompt are tokens too, and got {beside:.0%} of the attention. The maps are "
     note += "averages over all steps, layers and heads, each from its own least to its own most."
-    if len(tokens) == MOST_TOKENS + 2:
-        note += f" No more than the first {MOST_TOKENS} tokens are shown."
+    if len(tokens) == MAX_TOKENS + 2:
+        note += f" No more than the first {MAX_TOKENS} tokens are shown."
     negative = ""
     if recording.uncond_prompt and recording.moments[0].noise_uncond is not None:
         negative = f"<p class='negative'>Negative prompt: <bdi>{escape(recording.uncond_prompt)}</bdi></p>\n"
@@ -171,7 +171,7 @@ def _maps(moments: list[Moment]) -> list[dict[str, Tensor]]:
 
 def _mixture(recording: Recording, timestep: float) -> tuple[float, float]:
     """sqrt(a_t) and sqrt(1 - a_t)."""
-    a_t = float(recording.sampler.a_at(timestep))
+    a_t = float(recording.sampler.alpha_bar_at(timestep))
     return a_t**0.5, (1 - a_t) ** 0.5
 
 

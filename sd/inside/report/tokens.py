@@ -15,7 +15,7 @@ from sd.models import Models
 from sd.prompts.weights import chunks_of
 from sd.tokenizer import SYMBOL_TO_BYTE, WORD_END, Tokenizer
 
-MOST_TOKENS = 300
+MAX_TOKENS = 300
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def tokens_of(models: Models, prompt: str, trace: Tracer) -> list[Token]:
     ends = [i for i in range(total) if i % own not in places and i not in starts]
     tokens = [Token("start", None, 1, False, *_looked_at(models, trace, starts))]
     joined = False
-    for place, (token, weight) in list(places.items())[:MOST_TOKENS]:
+    for place, (token, weight) in list(places.items())[:MAX_TOKENS]:
         text, ends_word = token_text(models.tokenizer, token)
         tokens.append(Token(text, token, weight, joined, *_looked_at(models, trace, list(range(place, total, own)))))
         joined = not ends_word
