@@ -1,4 +1,4 @@
-"""DDPM: the sampler of "Denoising diffusion probabilistic models" (2006.11239, algorithm 2).
+"""DDPM: the sampler of "Denoising diffusion probabilistic models" (2006.11239, algorithm 2). Read this sampler first.
 
 In: x_t and the U-Net's output for it. Out: x at the next timestep, drawn from the posterior.
 """
@@ -12,16 +12,15 @@ from sd.sampler import Sampler
 class DDPMSampler(Sampler):
     """Ancestral sampling: every step removes the predicted noise and adds a little fresh noise."""
 
-    def step(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> Tensor:
+    def take_step(self, i: int, latents: Tensor, output: Tensor) -> Tensor:
         """x_t, the U-Net's output for it -> x_{t'} ~ q(x_{t'} | x_t, x_0), a normal distribution with
 
         mean      sqrt(a_t') beta / (1 - a_t) x_0 + sqrt(alpha) (1 - a_t') / (1 - a_t) x_t
         variance  (1 - a_t') / (1 - a_t) beta                                        (2006.11239, eq. 6 and 7)
 
-        where alpha = a_t / a_t' and beta = 1 - alpha: for t' = t - 1 the paper's alpha_t and beta_t, and for the longer
-        steps taken here the product of those skipped. After the last step there is no noise: a_t' = 1.
+        Here alpha = a_t / a_t' and beta = 1 - alpha. For t' = t - 1 they are the paper's alpha_t and beta_t; for the
+        longer steps taken here, the product over the timesteps in between. After the last step a_t' = 1: no noise.
         """
-        i = self._advance(timestep)
         a_t, a_next = self.alpha_bar[i], self.alpha_bar[i + 1]
         alpha = a_t / a_next
         beta = 1 - alpha

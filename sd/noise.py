@@ -1,6 +1,6 @@
 """The forward process of diffusion: seeds, the noise schedule, and how noise is added to latents.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,    e ~ N(0, I),    a_t = prod_{s <= t} (1 - beta_s)        (2006.11239, eq. 4)
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,   e ~ N(0, I),   a_t = prod_{s <= t} (1 - beta_s)      (2006.11239, eq. 4)
 
 a_t, the paper's alpha-bar, falls from almost 1 (a clean picture) to almost 0 (noise alone).
 """

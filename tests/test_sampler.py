@@ -11,8 +11,9 @@ from sd.checkpoints.files import write_checkpoint
 from sd.config import ScheduleConfig
 from sd.ddpm import DDPMSampler
 from sd.noise import draw_noise, karras_sigmas, make_betas, space_timesteps
+from sd.sampler import at_karras_levels
 from sd.samplers import SAMPLERS
-from sd.samplers.euler import EulerKarrasSampler, EulerSampler
+from sd.samplers.euler import EulerSampler
 from tests.support.synthetic import MICRO, random_state
 
 
@@ -91,7 +92,7 @@ def test_karras_sigmas():
 
 def test_karras_timesteps_belong_to_the_sigmas():
     """At a whole timestep the level is that timestep's own; between two the logarithm of sigma is interpolated."""
-    sampler = EulerKarrasSampler()
+    sampler = at_karras_levels(EulerSampler)()
     sampler.set_inference_timesteps(12)
     a = sampler.alphas_cumprod
     log_sigmas = ((1 - a) / a).log() / 2

@@ -12,15 +12,15 @@ from sd.sampler import Sampler
 
 
 class DDIMSampler(Sampler):
-    """Goes to the predicted picture and back out, to the next noise level, along the predicted noise.
+    """Goes to the predicted image, then back out to the next noise level along the predicted noise.
 
-    `eta`, from 0 to 1, is the share of fresh noise in the noise it adds: 0 adds none, so that the picture depends on
-    the first latents only, and 1 is DDPM. Raises ValueError for another `eta`.
+    `eta`, from 0 to 1, is the share of fresh noise: with 0 the image depends on the first latents alone, with 1 this
+    is DDPM. Raises ValueError for another `eta`.
 
     The last step ends at a_t = 1, without noise, as in the paper's eq. 12 and by default in diffusers' `DDIMScheduler`
-    (which with more than half as many steps as training steps ends at a_0).
-    The settings published with Stable Diffusion (`set_alpha_to_one` false) end at a_0, `alphas_cumprod[0]`, instead,
-    and so leave sqrt(1 - a_0) = 0.03 of the predicted noise in the latents.
+    (which ends at a_0 when it takes more than half of the training steps). The settings published with Stable
+    Diffusion (`set_alpha_to_one` false) end at a_0 = `alphas_cumprod[0]`, and so leave sqrt(1 - a_0) = 0.03 of the
+    predicted noise in the latents.
     """
 
     steps_offset = 1
@@ -31,13 +31,12 @@ class DDIMSampler(Sampler):
         super().__init__(*args, **kwargs)
         self.eta = eta
 
-    def step(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> Tensor:
+    def take_step(self, i: int, latents: Tensor, output: Tensor) -> Tensor:
         """x_t -> x_{t'} (2010.02502, eq. 12, whose alpha_t is a_t here):
 
         x_{t'} = sqrt(a_t') x_0 + sqrt(1 - a_t' - sigma^2) e + sigma z,    z ~ N(0, I)
         sigma  = eta sqrt((1 - a_t') / (1 - a_t)) sqrt(1 - a_t / a_t')     (eq. 16)
         """
-        i = self._advance(timestep)
         a_t, a_next = self.alpha_bar[i], self.alpha_bar[i + 1]
         denoised, noise = self.x0_and_noise(a_t, latents, output)
         sigma = self.eta * ((1 - a_next) / (1 - a_t) * (1 - a_t / a_next)).sqrt()

@@ -11,27 +11,26 @@ from sd.sampler import Sampler
 
 
 class DPMSolverSampler(Sampler):
-    """Extrapolates the predicted picture from the last two predictions: second order, for one U-Net call a step."""
+    """Extrapolates the predicted image from the last two predictions: second order, for one U-Net call a step."""
 
     default_steps = 20
 
-    def _choose_timesteps(self, n: int) -> np.ndarray:
-        """n + 1 equally spaced timesteps without the last, 0, whose place the end of the run takes."""
+    def choose_timesteps(self, n: int) -> np.ndarray:
+        """The first n of n + 1 equally spaced timesteps: the end of the run takes the place of the last one, 0."""
         total = self.schedule.num_training_steps
         if self.karras:
-            return np.linspace(total - 1, 0, n)  # from end to end: the levels between are chosen for themselves
+            return np.linspace(total - 1, 0, n)  # from end to end: `karras_sigmas` chooses the levels between
         return space_timesteps(min(n + 1, total), total, "linspace").round()[:n]
 
-    def step(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> Tensor:
+    def take_step(self, i: int, latents: Tensor, output: Tensor) -> Tensor:
         """x_s -> x_t (2211.01095, algorithm 2), with s one timestep, t the next, and r the one before s:
 
         x_t = sigma_t / sigma_s x_s - alpha_t (exp(-h) - 1) D
         D   = x_0(s) + h / (2 h_last) (x_0(s) - x_0(r)),    h = lambda_t - lambda_s,    h_last = lambda_s - lambda_r
 
         In the paper's symbols alpha_t = sqrt(a_t), sigma_t = sqrt(1 - a_t) and lambda_t = log(alpha_t / sigma_t). The
-        first step has no x_0(r), and in the last h is infinite: both are of first order, D = x_0(s).
+        first step has no x_0(r), and in the last step h is infinite: both are of first order, D = x_0(s).
         """
-        i = self._advance(timestep)
         denoised, _ = self.x0_and_noise(self.alpha_bar[i], latents, output)
         extrapolated = denoised
         if self.history and i + 1 < len(self.timesteps):
@@ -45,25 +44,19 @@ class DPMSolverSampler(Sampler):
         """The first line of the formula, for D = `denoised`."""
         alpha_t, alpha_s = self.alpha_bar[i + 1].sqrt(), self.alpha_bar[i].sqrt()
         decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), for these sigmas are exp(-lambda)
-        # sigma_t / sigma_s, without 1 - a, which near a = 1 would lose digits
+        # sigma_t / sigma_s is written without 1 - a_t, which would lose digits near a_t = 1.
         return alpha_t / alpha_s * decay * latents - alpha_t * (decay - 1) * denoised
 
 
-class DPMSolverKarrasSampler(DPMSolverSampler):
-    """DPM-Solver++(2M) at the noise levels of 2206.00364, eq. 5; the U-Net sees the nearest whole timesteps."""
-
-    karras = True
-
-
 class DPMSolverSDESampler(DPMSolverSampler):
-    """DPM-Solver++(2M) for the SDE of diffusion instead of its ODE: noise corrects what earlier steps got wrong."""
+    """DPM-Solver++(2M) for the SDE of diffusion instead of its ODE: fresh noise corrects errors of earlier steps."""
 
     default_steps = 30
 
     def update(self, i: int, latents: Tensor, denoised: Tensor) -> Tensor:
         """x_t = sigma_t / sigma_s exp(-h) x_s + alpha_t (1 - exp(-2 h)) D + sigma_t sqrt(1 - exp(-2 h)) z,  z ~ N(0, I)
 
-        in the symbols of `DPMSolverSampler.step`, with the same D (2211.01095, SDE-DPM-Solver++(2M)).
+        in the symbols of `DPMSolverSampler.take_step`, with the same D (2211.01095, SDE-DPM-Solver++(2M)).
         """
         alpha_t, alpha_s = self.alpha_bar[i + 1].sqrt(), self.alpha_bar[i].sqrt()
         sigma_t = alpha_t * self.sigmas[i + 1]
@@ -73,9 +66,3 @@ class DPMSolverSDESampler(DPMSolverSampler):
             noise = draw_noise(latents.shape, self.generator).to(latents.device)
             latents = latents + sigma_t * (1 - decay**2).sqrt() * noise
         return latents
-
-
-class DPMSolverSDEKarrasSampler(DPMSolverSDESampler):
-    """SDE-DPM-Solver++(2M) at the noise levels of 2206.00364, eq. 5; the U-Net sees the nearest whole timesteps."""
-
-    karras = True

@@ -1,6 +1,6 @@
 """Heun's method, as in "Elucidating the design space of diffusion-based generative models" (2206.00364, algorithm 1).
 
-In: x and its slope at a noise level. Out: x at the next. Every step but the last asks the U-Net twice, so `timesteps`
+In: x and its slope at a noise level. Out: x at the next. Every step but the last calls the U-Net twice, so `timesteps`
 has 2 n - 1 entries for n steps.
 """
 
@@ -10,12 +10,12 @@ from sd.sampler import SigmaSampler
 
 
 class HeunSampler(SigmaSampler):
-    """Looks ahead with Euler's method, and steps by the mean of the slopes at both ends: second order."""
+    """Looks ahead with Euler's method, then steps by the mean of the slopes at both ends: second order."""
 
     default_steps = 15
 
-    def _visits(self, n: int) -> list[int]:
-        """0, 1, 1, 2, 2, ...: at the end of one step, and at the beginning of the next."""
+    def visits(self, n: int) -> list[int]:
+        """0, 1, 1, 2, 2, ...: each timestep ends one step and begins the next."""
         return sorted([*range(n), *range(1, n)])
 
     def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
@@ -29,9 +29,3 @@ class HeunSampler(SigmaSampler):
             return x + (self.sigmas[i + 1] - self.sigmas[i]) * slope
         first_x, first_slope = self.history
         return first_x + (self.sigmas[i] - self.sigmas[i - 1]) * (first_slope + slope) / 2
-
-
-class HeunKarrasSampler(HeunSampler):
-    """Heun's method at the noise levels of 2206.00364, eq. 5."""
-
-    karras = True

@@ -1,7 +1,7 @@
-"""LMS: the linear multistep method for the ODE of 2206.00364, as k-diffusion introduced it.
+"""LMS: the linear multistep method of k-diffusion for the ODE of 2206.00364.
 
-In: x and its slope at a noise level. Out: x at the next. Where PLMS weighs past outputs as if all steps were of one
-length, this method works out the weights for the noise levels as they are.
+In: x and its slope at a noise level. Out: x at the next. PLMS weighs past outputs as if all steps had equal length;
+this method computes the weights for the actual noise levels.
 """
 
 import math
@@ -14,7 +14,7 @@ from sd.sampler import SigmaSampler
 
 
 def lms_weights(sigmas: list[float], sigma_next: float) -> list[float]:
-    """What each of the slopes at `sigmas`, the latest first, counts for in a step from sigmas[0] to `sigma_next`.
+    """The weights of the slopes at `sigmas`, the latest first, for a step from sigmas[0] to `sigma_next`.
 
     The polynomial through all slopes is sum_j d_j l_j, where Lagrange's l_j is 1 at sigma_j and 0 at the other levels.
     The weight of slope j is the integral of l_j over the step.
@@ -32,7 +32,7 @@ def lms_weights(sigmas: list[float], sigma_next: float) -> list[float]:
 class LMSSampler(SigmaSampler):
     """Adams and Bashforth's method on uneven steps.
 
-    `order`, from 1 to 4, is how many slopes it remembers; 1 is Euler's method. Raises ValueError for another order.
+    `order`, from 1 to 4, is the number of slopes it keeps; 1 is Euler's method. Raises ValueError for another order.
     """
 
     def __init__(self, *args: Any, order: int = 4, **kwargs: Any):
@@ -44,15 +44,9 @@ class LMSSampler(SigmaSampler):
     def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """x_{i+1} = x_i + sum_j w_j d_{i-j},    w_j the integral of l_j from sigma_i to sigma_{i+1}
 
-        over the last `order` slopes, or those that there are.
+        over the last `order` slopes, or as many as there are.
         """
         self.history = [slope, *self.history[: self.order - 1]]
         sigma_next, *sigmas = self.sigmas[: i + 2].tolist()[::-1]
         weights = lms_weights(sigmas[: len(self.history)], sigma_next)
         return x + sum(weight * d for weight, d in zip(weights, self.history))
-
-
-class LMSKarrasSampler(LMSSampler):
-    """The linear multistep method at the noise levels of 2206.00364, eq. 5."""
-
-    karras = True

@@ -1,7 +1,7 @@
 """PLMS: the linear multistep method of "Pseudo numerical methods for diffusion models on manifolds" (2202.09778).
 
-In: x_t and the U-Net's output for it. Out: x at the next timestep. It was the default of the original Stable Diffusion,
-and is given here as it was there: with a simpler start than the paper's, and an end at a_0 rather than at 1.
+In: x_t and the U-Net's output for it. Out: x at the next timestep. It was the default of the original Stable Diffusion
+and is implemented as it was there: with a simpler start than the paper's, and ending at a_0 instead of 1.
 """
 
 import torch
@@ -14,23 +14,22 @@ ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24,
 
 
 class PLMSSampler(Sampler):
-    """DDIM's step with a better output: the last four, extrapolated to the whole of the step."""
+    """DDIM's step with a better output: the last four outputs, extrapolated over the step."""
 
     steps_offset = 1
 
-    def _visits(self, n: int) -> list[int]:
-        """0, 1, 1, 2, 3, ...: the first step, before which there are no outputs, is taken again from its end."""
+    def visits(self, n: int) -> list[int]:
+        """0, 1, 1, 2, 3, ...: the first step has no earlier outputs, so it is taken again once its end is known."""
         return [*range(min(n, 2)), *range(1, n)]
 
-    def step(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> Tensor:
+    def take_step(self, i: int, latents: Tensor, output: Tensor) -> Tensor:
         """x_t -> x_{t'} = sqrt(a_t') x_0 + sqrt(1 - a_t') e, with x_0 and e not from the output e_t alone but from
 
         e'_t = (55 e_t - 59 e_{t+d} + 37 e_{t+2d} - 9 e_{t+3d}) / 24,    d timesteps a step     (2202.09778, eq. 12)
 
-        be they predictions of e or of v. Until there are four outputs, Adams-Bashforth methods of lower order stand in.
-        The first step is taken twice, the second time with the mean of the outputs at both of its ends.
+        for outputs that predict e or v. Until there are four outputs, Adams-Bashforth methods of lower order are used.
+        The first step is taken twice, the second time with the mean of the outputs at its two ends.
         """
-        i = self._advance(timestep)
         if i == 0:
             self.first_latents = latents
         if i == 1:

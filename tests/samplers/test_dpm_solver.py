@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sd.samplers.dpm_solver import DPMSolverKarrasSampler, DPMSolverSampler
+from sd.sampler import at_karras_levels
+from sd.samplers.dpm_solver import DPMSolverSampler
 from tests.support.gaussian import order_of_convergence
 
 
@@ -20,7 +21,7 @@ def test_timesteps_leave_out_the_last_of_one_more():
 
 
 def test_karras_timesteps_are_whole_and_sigmas_reach_from_end_to_end():
-    sampler = make_sampler(50, DPMSolverKarrasSampler)
+    sampler = make_sampler(50, at_karras_levels(DPMSolverSampler))
     assert sampler.timesteps.dtype == torch.long
     assert sampler.timesteps[[0, -1]].tolist() == [999, 0]
     assert (sampler.timesteps.diff() == 0).any()  # two levels may round to one timestep,
@@ -59,4 +60,4 @@ def test_last_step_gives_the_prediction(steps):
 
 def test_second_order():
     """At Karras's levels, which end at the same sigma for any n: with equal steps the last level falls with n."""
-    assert order_of_convergence(DPMSolverKarrasSampler(), 40) == pytest.approx(2, abs=0.15)
+    assert order_of_convergence(at_karras_levels(DPMSolverSampler)(), 40) == pytest.approx(2, abs=0.15)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from sd.sampler import at_karras_levels
 from sd.samplers.ddim import DDIMSampler
-from sd.samplers.euler import EulerKarrasSampler, EulerSampler
+from sd.samplers.euler import EulerSampler
 from tests.support.gaussian import order_of_convergence
 
 
@@ -36,6 +37,6 @@ def test_it_is_ddim_in_other_units(monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", [EulerSampler, EulerKarrasSampler])
+@pytest.mark.parametrize("sampler", [EulerSampler, at_karras_levels(EulerSampler)])
 def test_first_order(sampler):
     assert order_of_convergence(sampler(), 80) == pytest.approx(1, abs=0.1)

@@ -3,7 +3,7 @@
 import torch
 
 from sd.samplers.ddim import DDIMSampler
-from sd.samplers.euler_ancestral import EulerAncestralSampler
+from sd.samplers.euler import EulerAncestralSampler
 
 
 def make_sampler(steps=10):

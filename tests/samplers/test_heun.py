@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sd.samplers.heun import HeunKarrasSampler, HeunSampler
+from sd.sampler import at_karras_levels
+from sd.samplers.heun import HeunSampler
 from tests.support.gaussian import order_of_convergence
 
 
@@ -34,6 +35,6 @@ def test_two_halves_of_a_step():
     torch.testing.assert_close(corrected, (x + (sigma_next - sigma) * (slope + slope_next) / 2) / scale)
 
 
-@pytest.mark.parametrize("sampler", [HeunSampler, HeunKarrasSampler])
+@pytest.mark.parametrize("sampler", [HeunSampler, at_karras_levels(HeunSampler)])
 def test_second_order(sampler):
     assert order_of_convergence(sampler(), 40) == pytest.approx(2, abs=0.15)

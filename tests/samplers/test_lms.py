@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from sd.sampler import at_karras_levels
 from sd.samplers.euler import EulerSampler
-from sd.samplers.lms import LMSKarrasSampler, LMSSampler, lms_weights
+from sd.samplers.lms import LMSSampler, lms_weights
 from sd.samplers.plms import ADAMS_BASHFORTH
 from tests.support.gaussian import order_of_convergence
 
@@ -47,7 +48,7 @@ def test_order_1_is_euler():
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_order_of_convergence(order):
-    assert order_of_convergence(LMSKarrasSampler(order=order), 40) == pytest.approx(order, abs=0.3)
+    assert order_of_convergence(at_karras_levels(LMSSampler)(order=order), 40) == pytest.approx(order, abs=0.3)
 
 
 @pytest.mark.parametrize("order", [0, 5, 2.5, None])
