@@ -167,9 +167,11 @@ def draw(
     from sd.inside.recording import record
     from sd.inside.report import report
     from sd.inside.tracer import Tracer
+    from sd.request import Request
 
     with Tracer(settings["models"], attention=bool(options.report)) as trace:
-        recording = record(prompt, **settings, seed=seed)
+        more = {name: value for name, value in settings.items() if name != "models"}
+        recording = record(Request(prompt, **more, seed=seed), settings["models"])
     frames = film.frames(recording)
     if not options.report:
         return recording.picture, frames, ""
@@ -179,7 +181,8 @@ def draw(
 
 def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int) -> dict:
     """The arguments of `generate` that all pictures share. Raises ValueError for what cannot be."""
-    from sd import images, inpainting, pipeline
+    from sd import images, inpainting
+    from sd.request import Request
 
     settings = {
         "uncond_prompt": options.negative,
@@ -193,7 +196,7 @@ def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int)
         "deep_cache": options.deep_cache,
     }
     for one in (seed, seed + options.n - 1):
-        pipeline.check_request(prompts, **settings, seed=one)
+        Request(prompts, **settings, seed=one).check()
     image = images.read_image(options.image) if options.image else None
     mask = inpainting.read_mask_image(options.mask, image) if options.mask else None
     return settings | {"input_image": image, "mask_image": mask}

@@ -88,13 +88,14 @@ def prepare(options: argparse.Namespace) -> Models:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError for options that `generate` would not take, under their names here."""
-    from sd.request import check_request
+    from sd.request import Request, check_models
 
-    settings = {"n_inference_steps": options.steps, "deep_cache": options.deep_cache, "device": options.device}
+    settings = {"n_inference_steps": options.steps, "deep_cache": options.deep_cache}
     for sampler in options.samplers or [None]:
         for scale in options.cfg_scales or [None]:
             try:
-                check_request("", sampler_name=sampler, cfg_scale=scale, **settings)
+                Request("", sampler_name=sampler, cfg_scale=scale, **settings).check()
+                check_models(None, None, options.device, None)
             except ValueError as error:
                 name, _, rest = str(error).partition(" ")
                 raise ValueError(f"{FLAGS[name]} {rest}") from None

@@ -1,6 +1,6 @@
-"""Ways to push the prediction: by a prompt against another, and by the gradient of any loss on the picture.
+"""Guidance: steer the prediction by a prompt against another, or by the gradient of any loss on the image.
 
-In: what the U-Net predicted. Out: the prediction, or the latents, that the sampler goes on with.
+In: what the U-Net predicted. Out: the prediction, or the latents, that the sampler continues with.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from sd.decoder import Decoder
 from sd.runtime.devices import device_and_dtype
 from sd.sampler import Sampler
 
-ImageLoss = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in [-1, 1] -> one number, the smaller the better
+ImageLoss = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [-1, 1] -> one number, the smaller the better
 
 
 def classifier_free(noise_uncond: Tensor, noise_cond: Tensor, scale: float, rescale: float = 0) -> Tensor:
-    """Follows what the prompt adds to the unconditional prediction (2207.12598, eq. 6, with scale = 1 + w):
+    """Moves the prediction away from the unconditional one (2207.12598, eq. 6, with scale = 1 + w):
 
         e = e_uncond + scale (e_cond - e_uncond)
 
-    A large scale also makes e larger than any that the U-Net was trained to predict, and pictures too harsh. `rescale`,
-    from 0 to 1, is how far e is brought back to the deviation of e_cond (2305.08891, section 3.4):
+    A large scale also makes e larger than anything the U-Net was trained to predict, and images too harsh. `rescale`,
+    from 0 to 1, is how far e is brought back to the standard deviation of e_cond (2305.08891, section 3.4):
 
         e' = rescale e std(e_cond) / std(e) + (1 - rescale) e
 
-    All tensors are (B, 4, h, w); deviations are taken picture by picture.
+    All tensors are (B, 4, h, w); deviations are per image.
     """
     noise = noise_uncond + scale * (noise_cond - noise_uncond)
     if rescale == 0:
@@ -40,7 +40,7 @@ def classifier_free(noise_uncond: Tensor, noise_cond: Tensor, scale: float, resc
 def by_loss(
     decoder: Decoder, sampler: Sampler, timestep: Tensor, latents: Tensor, noise: Tensor, loss: ImageLoss
 ) -> Tensor:
-    """Latents x_t (B, 4, h, w), moved down the gradient of a loss on the picture that they are heading for:
+    """Latents x_t (B, 4, h, w), moved down the gradient of a loss on the image they are heading for:
 
         x_t - (1 - a_t) d loss(decode(x_0)) / d x_t,    x_0 predicted from x_t and the U-Net's output `noise`
 
@@ -52,12 +52,12 @@ def by_loss(
         with torch.enable_grad():
             x = latents.detach().requires_grad_()
             denoised, _ = sampler.predict(timestep, x, noise)
-            pictures = decoder(denoised.to(*device_and_dtype(decoder)))  # (B, 3, H, W)
-            seen = pictures.detach().float().requires_grad_()
-            push = torch.autograd.grad(loss(seen), seen)[0]  # (B, 3, H, W)
-            # A mean over so many pixels has a gradient that float16 would round to 0: it goes through scaled to 1.
+            images = decoder(denoised.to(*device_and_dtype(decoder)))  # (B, 3, H, W)
+            leaf = images.detach().float().requires_grad_()
+            push = torch.autograd.grad(loss(leaf), leaf)[0]  # (B, 3, H, W)
+            # A mean over that many pixels has a gradient that float16 rounds to 0, so it is scaled to 1 on the way.
             size = push.abs().amax().clamp_min(1e-30)
-            gradient = size * torch.autograd.grad(pictures, x, (push / size).to(pictures))[0]  # (B, 4, h, w)
+            gradient = size * torch.autograd.grad(images, x, (push / size).to(images))[0]  # (B, 4, h, w)
     finally:
         decoder.gradient_checkpointing = False
     return latents - (1 - sampler.alpha_bar_at(timestep).to(latents)) * gradient

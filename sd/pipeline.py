@@ -1,11 +1,11 @@
-"""A prompt, and perhaps a picture -> a picture: four steps, and `generate`, which is those four in a row.
+"""A prompt, and perhaps an image -> an image. `generate` is these four steps in a row:
 
     prompt --tokenizer--> ids (B, 77) --clip--> context (B, 77, D)             encode_prompt
     noise, or image --encoder--> latents (B, 4, H/8, W/8)                      get_latents
     latents --(diffusion, sampler) x steps--> latents                         denoise
     latents --decoder--> image (B, 3, H, W) --> uint8 (B, H, W, 3)             decode_latents
 
-Noise is drawn and latents are kept in float32 whatever the dtype of the networks is.
+Noise is drawn and latents are kept in float32, whatever the dtype of the networks.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from sd.guidance import ImageLoss, by_loss, classifier_free
 from sd.images import ImageSource, image_to_tensor, read_image, tensor_to_array
-from sd.inpainting import InpaintingInputs, read_mask, read_mask_image, without_masked
+from sd.inpainting import InpaintingInputs, mask_channels, read_mask, read_mask_image, without_masked
 from sd.models import Models
 from sd.noise import draw_noise, make_generators
 from sd.prompts.weights import join_chunks, layout, weigh
-from sd.request import check_deep_cache, check_prompts, check_request, check_size
+from sd.request import Request, check_models, check_prompts, check_size, check_steps
 from sd.runtime.decode_in_strips import InStrips, needed
-from sd.runtime.deep_cache import DeepCache
 from sd.runtime.devices import Device, best_device, device_and_dtype, is_compiled, on_device
 from sd.runtime.not_finite import check_finite, run_in_range
 from sd.runtime.out_of_memory import explain_out_of_memory
@@ -43,20 +41,19 @@ class Step:
     index: int
     timestep: int | float
     latents: Tensor  # after the step
-    denoised: Tensor  # x_0 as predicted at this step: where the picture seems to be heading
-    noise: Tensor  # what the U-Net predicted, after guidance: the noise, or v where it predicts v (2202.00512)
-    noise_uncond: Tensor | None  # likewise, for the negative prompt; None without guidance
-    noise_cond: Tensor  # likewise, for the prompt
+    denoised: Tensor  # x_0 as predicted at this step: the image it is heading for
+    noise: Tensor  # the U-Net's output after guidance: the noise, or v where it predicts v (2202.00512)
+    noise_uncond: Tensor | None  # the U-Net's output for the negative prompt; None without guidance
+    noise_cond: Tensor  # the U-Net's output for the prompt
 
 
-@explain_out_of_memory()
 def generate(
     prompt: str | list[str],
-    uncond_prompt: str | list[str] | None = "",
+    uncond_prompt: str | list[str] | None = Request.uncond_prompt,
     input_image: ImageSource | None = None,
     mask_image: ImageSource | None = None,
-    strength: float = 0.8,
-    do_cfg: bool = True,
+    strength: float = Request.strength,
+    do_cfg: bool = Request.do_cfg,
     cfg_scale: float | None = None,
     sampler_name: str | None = None,
     n_inference_steps: int | None = None,
@@ -67,102 +64,125 @@ def generate(
     tokenizer: Tokenizer | None = None,
     height: int | None = None,
     width: int | None = None,
-    feather: float = 0,
-    cfg_rescale: float = 0,
-    deep_cache: int = 1,
+    feather: float = Request.feather,
+    cfg_rescale: float = Request.cfg_rescale,
+    deep_cache: int = Request.deep_cache,
 ) -> np.ndarray:
-    """A picture for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
+    """An image for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
-    A prompt may weigh its words, as in "a (red:1.3) house", and be very long: see `sd.prompts`. `uncond_prompt` says
-    what the picture should not show (None is the same as ""), and `cfg_scale` how much more it should follow the prompt
-    than that; without `do_cfg` neither counts. `cfg_rescale`, from 0 to 1, softens what a large scale overdoes.
-    `input_image` is the picture to start from, cropped to the size asked for; `strength`, in (0, 1], is how much of it
-    may change, and `mask_image` where: white is repainted, black stays to the byte, and the edges are softened over
-    `feather` pixels. `seed` makes the picture repeatable: to the byte on one machine with one number of threads and one
-    torch, to a level or two elsewhere; picture i of a list is the one that `seed + i` would give alone. (A decoder that
-    finds little memory free works in strips, which may change a picture of trained weights by a level.) `height` and
-    `width` are multiples of 8, by default the size that the model was trained on. `device` is where to compute, and
-    `idle_device` where networks wait for their turn. `models` defaults to the tiny model, `tokenizer` to the models'
-    own, and `sampler_name`, `n_inference_steps` and `cfg_scale` to what their configuration says. With a `deep_cache`
-    of 2 or 3, so many steps share what the deep stages of the U-Net make: much faster, a slightly different picture.
+    prompt             what to draw; words can have weights, as in "a (red:1.3) house" (`sd.prompts`)
+    uncond_prompt      the negative prompt: what the image should not show
+    input_image        the image to start from, cropped to the size asked for
+    mask_image         where to repaint `input_image`: white is repainted, black stays the same to the byte
+    strength           how much of `input_image` may change, in (0, 1]
+    do_cfg, cfg_scale  classifier-free guidance, and how closely to follow the prompt
+    sampler_name, n_inference_steps   a key of `SAMPLERS`, and its number of steps
+    models, tokenizer  what `load_models` returns (default: the tiny model), and a tokenizer to use instead of its own
+    seed               makes the image repeatable; image i of a list is the one that `seed + i` gives alone
+    device, idle_device   where to compute, and where networks wait until they are needed
+    height, width      multiples of 8 (default: the size the model was trained on)
+    feather            softens the edges of `mask_image`, in pixels
+    cfg_rescale        softens what a large cfg_scale overdoes, from 0 to 1 (`guidance.classifier_free`)
+    deep_cache         2 or 3: much faster, and a slightly different image (`sd.runtime.deep_cache`)
 
-    Raises ValueError, before any work, for an argument that cannot be, and what `read_image` and `load_models` raise;
-    OutOfMemory, with advice, where memory runs out; NotFiniteError if a network gives NaN or infinity.
+    The bytes are repeatable on one machine with one number of threads and one version of torch; elsewhere they differ
+    by a level or two. (A decoder with little free memory works in strips, which may change an image by a level.)
+
+    Raises ValueError, before any work, for an argument that is not allowed, and what `read_image` and `load_models`
+    raise; OutOfMemory, with advice; NotFiniteError if a network's output has NaN or infinity.
     """
-    check_request(**locals())  # every argument, under its own name
-    input_image = None if input_image is None else read_image(input_image)
-    mask_image = None if mask_image is None else read_mask_image(mask_image, input_image)
+    request = Request(
+        prompt=prompt,
+        uncond_prompt=uncond_prompt,
+        input_image=input_image,
+        mask_image=mask_image,
+        strength=strength,
+        do_cfg=do_cfg,
+        cfg_scale=cfg_scale,
+        sampler_name=sampler_name,
+        n_inference_steps=n_inference_steps,
+        seed=seed,
+        height=height,
+        width=width,
+        feather=feather,
+        cfg_rescale=cfg_rescale,
+        deep_cache=deep_cache,
+    )
+    images = draw(request, models, device, idle_device, tokenizer)
+    return images[0] if isinstance(prompt, str) else images
+
+
+@explain_out_of_memory()
+def draw(
+    request: Request,
+    models: Models | None = None,
+    device: Device = None,
+    idle_device: Device = None,
+    tokenizer: Tokenizer | None = None,
+) -> np.ndarray:
+    """The images of a request, uint8 (N, height, width, 3). Arguments and errors are those of `generate`."""
+    request.check()
+    check_models(models, tokenizer, device, idle_device)
+    request = request.read_images()
     if models is None:
-        from sd.model_loader import load_models  # only here: whoever brings models needs no checkpoint reader
+        from sd.model_loader import load_models  # only here: whoever passes models needs no checkpoint reader
 
         models = load_models(device=device)
     device = models.device if device is None else best_device(device)
     if idle_device is not None and is_compiled(models.diffusion):
         raise ValueError("idle_device should be None for compiled models: their graphs know where the weights lie.")
     models = replace(models, tokenizer=tokenizer or models.tokenizer, device=device)
-    prompts = [prompt] if isinstance(prompt, str) else prompt
 
     with on_device(models.clip, device, idle_device):
-        context = encode_prompt(models, prompts, (uncond_prompt or "") if do_cfg else None)
+        uncond_prompt = (request.uncond_prompt or "") if request.do_cfg else None
+        context = encode_prompt(models, request.prompts, uncond_prompt)
     with on_device(models.encoder, device, idle_device):
-        size_and_pictures = (height, width, input_image, mask_image, strength, feather)
-        sampler, latents, known = prepare(
-            models, len(prompts), sampler_name, n_inference_steps, seed, *size_and_pictures
-        )
+        sampler, latents, inpainting = prepare(models, request)
     with on_device(models.diffusion, device, idle_device):
-        steps = denoise(models, latents, context, sampler, cfg_scale, known, cfg_rescale, deep_cache=deep_cache)
+        scale, rescale, deep_cache = request.cfg_scale, request.cfg_rescale, request.deep_cache
+        steps = denoise(models, latents, context, sampler, scale, inpainting, rescale, deep_cache=deep_cache)
         for step in tqdm(steps, total=len(sampler.timesteps)):
             latents = step.latents
     with on_device(models.decoder, device, idle_device):
         images = decode_latents(models, latents)
-    images = known.restore_pixels(images) if known else images
-    return images[0] if isinstance(prompt, str) else images
+    return images if inpainting is None else inpainting.restore_pixels(images)
 
 
-def prepare(
-    models: Models,
-    batch_size: int,
-    sampler_name: str | None = None,
-    n_inference_steps: int | None = None,
-    seed: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    input_image: ImageSource | None = None,
-    mask_image: ImageSource | None = None,
-    strength: float = 0.8,
-    feather: float = 0,
-) -> tuple[Sampler, Tensor, InpaintingInputs | None]:
-    """A sampler, the latents (B, 4, height / 8, width / 8) that it starts from, and what it must keep of a picture.
+def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, InpaintingInputs | None]:
+    """The sampler of a request, its first latents (B, 4, H/8, W/8), and what inpainting keeps.
 
-    The arguments are those of `generate`; `arguments.check_request` checks them, this does not.
+    The request is not checked again.
     """
-    strength = 1 if input_image is None else strength
-    generators = make_generators(seed, batch_size)
-    usual = models.config.sampling
-    sampler = SAMPLERS[sampler_name or usual.sampler](generators, schedule=models.config.schedule)
-    if n_inference_steps is not None or sampler_name is None:  # a sampler that is asked for has a default of its own
-        sampler.set_inference_timesteps(int(n_inference_steps or usual.steps))
+    defaults = models.config.sampling
+    generators = make_generators(request.seed, len(request.prompts))
+    sampler = SAMPLERS[request.sampler_name or defaults.sampler](generators, schedule=models.config.schedule)
+    # A sampler that is named has its own default number of steps.
+    if request.n_inference_steps is not None or request.sampler_name is None:
+        sampler.set_inference_timesteps(int(request.n_inference_steps or defaults.steps))
+    strength = 1 if request.input_image is None else request.strength
     sampler.set_strength(strength)
-    start = (models, batch_size, height, width, generators, input_image)
-    if mask_image is None and not models.config.unet.inpaints:
-        return sampler, get_latents(*start, sampler), None
-    known = get_inpainting_inputs(*start, mask_image, feather)
-    return sampler, known.start(sampler, strength), known
+    batch_size, height, width, image = len(request.prompts), request.height, request.width, request.input_image
+    if request.mask_image is None and not models.config.unet.inpaints:
+        return sampler, get_latents(models, batch_size, height, width, generators, image, sampler), None
+    inpainting = get_inpainting_inputs(
+        models, batch_size, height, width, generators, image, request.mask_image, request.feather
+    )
+    return sampler, inpainting.start(sampler, strength), inpainting
 
 
 @torch.no_grad()
 def encode_prompt(
     models: Models, prompt: str | list[str], uncond_prompt: str | list[str] | None = "", plain: bool = False
 ) -> Tensor:
-    """B prompts -> context (2B, 77 k, D), the unconditional half first; (B, 77 k, D) where `uncond_prompt` is None.
+    """B prompts -> context (2B, 77 k, D), the unconditional half first; (B, 77 k, D) if `uncond_prompt` is None.
 
-    One `uncond_prompt` serves all prompts; of a list each has its own. Weights, as in "(word:1.3)", and BREAK are
-    obeyed. k is the least common multiple of the numbers of chunks that the texts take, and the context of a text that
-    takes fewer is repeated, which changes no picture: see `sd.prompts`. With `plain` brackets and BREAK are text like
-    any other, a prompt that is longer than 75 tokens is truncated, with a warning, and k is 1.
+    One `uncond_prompt` serves all prompts, or each prompt has its own in a list. Weights, as in "(word:1.3)", and BREAK
+    are applied. A long prompt takes several chunks of 77 tokens; k is the least common multiple of the prompts' numbers
+    of chunks, and a shorter context is repeated, which changes no image (`sd.prompts.weights`). With `plain`, brackets
+    and BREAK are ordinary text, a prompt of more than 75 tokens is truncated with a warning, and k is 1.
 
     Raises ValueError for anything but texts, for another number of negative prompts than of prompts, and as
-    `prompts.layout` does; NotFiniteError if the text encoder gives NaN or infinity.
+    `prompts.weights.layout` does; NotFiniteError if the text encoder's output has NaN or infinity.
     """
     check_prompts(prompt, uncond_prompt)
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -170,14 +190,15 @@ def encode_prompt(
     unconds = [unconds] * len(prompts) if isinstance(unconds, str) else unconds
     texts = [*unconds, *prompts]
     if plain:
-        return _encode_text(models, models.tokenizer(texts))  # (2B, 77, D)
+        return _encode_tokens(models, models.tokenizer(texts))  # (2B, 77, D)
     tokens, weights, counts = layout(texts, models.tokenizer)  # (N, 77) both
-    return join_chunks(weigh(_encode_text(models, tokens), weights), counts)  # (2B, 77 k, D), from (N, 77, D)
+    return join_chunks(weigh(_encode_tokens(models, tokens), weights), counts)  # (2B, 77 k, D), from (N, 77, D)
 
 
-def _encode_text(models: Models, tokens: Tensor) -> Tensor:
-    """Token ids (N, 77) -> their context (N, 77, D)."""
-    return check_finite(models.clip(tokens.to(device_and_dtype(models.clip)[0])), models.clip, "text encoder")
+def _encode_tokens(models: Models, tokens: Tensor) -> Tensor:
+    """Token ids (N, 77) -> context (N, 77, D)."""
+    device, _ = device_and_dtype(models.clip)
+    return check_finite(models.clip(tokens.to(device)), models.clip, "text encoder")
 
 
 @torch.no_grad()
@@ -190,20 +211,20 @@ def get_latents(
     input_image: ImageSource | None = None,
     sampler: Sampler | None = None,
 ) -> Tensor:
-    """What to start from: float32 latents (B, 4, height / 8, width / 8), pure noise unless there is an `input_image`.
+    """The latents to start from, float32 (B, 4, height / 8, width / 8): pure noise unless there is an `input_image`.
 
-    The image is encoded, and noised to the level of the first timestep that the `sampler` visits. `seed` may also be
-    the list of generators that the sampler goes on drawing from. Raises ValueError for a size that cannot be, an image
+    The image is encoded, and noised to the level of the first timestep that the `sampler` visits. `seed` can also be
+    the list of generators that the sampler draws from. Raises ValueError for a size that is not allowed, an image
     without a sampler or another number of generators, and what `read_image` raises.
     """
-    height, width = _size(models, height, width)
+    shape = _latent_shape(models, batch_size, height, width)
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
-    noise = draw_noise(_latent_shape(models, batch_size, height, width), generators)
+    noise = draw_noise(shape, generators)
     if input_image is None:
         return noise.to(device_and_dtype(models.diffusion)[0])
     if sampler is None:
         raise ValueError("sampler should be given with input_image: it knows how much noise to add.")
-    latents = _encode(models, image_to_tensor(input_image, height, width), noise)
+    latents = _encode_image(models, image_to_tensor(input_image, *_image_size(models, shape)), noise)
     return sampler.add_noise(latents, sampler.timesteps[0])
 
 
@@ -218,33 +239,42 @@ def get_inpainting_inputs(
     mask_image: ImageSource | None = None,
     feather: float = 0,
 ) -> InpaintingInputs:
-    """What `denoise` must keep of `input_image`: all but where `mask_image` is white. No mask: nothing of it.
+    """What `denoise` keeps of `input_image`: all but where `mask_image` is white; without a mask, nothing.
 
-    The other arguments are those of `get_latents`. Raises ValueError for a size that cannot be and for a mask of
-    another shape than the picture's, and what `read_image` raises.
+    The other arguments are those of `get_latents`. Raises ValueError for a size that is not allowed and for a mask of
+    another shape than the image, and what `read_image` raises.
     """
-    height, width = _size(models, height, width)
-    size = (height, width)
+    shape = _latent_shape(models, batch_size, height, width)
+    size = _image_size(models, shape)
     if input_image is not None and mask_image is not None:
         input_image = read_image(input_image)
         mask_image = read_mask_image(mask_image, input_image)
-    picture = torch.zeros(1, 3, *size) if input_image is None else image_to_tensor(input_image, *size)
+    image = torch.zeros(1, 3, *size) if input_image is None else image_to_tensor(input_image, *size)
     mask = torch.ones(1, 1, *size) if mask_image is None else read_mask(mask_image, *size, float(feather))
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
-    shape = _latent_shape(models, batch_size, height, width)
-    latents = _encode(models, picture, draw_noise(shape, generators))
+    latents = _encode_image(models, image, draw_noise(shape, generators))
     noise = draw_noise(shape, generators)
-    condition = None
+    channels = None
     if models.config.unet.inpaints:
-        rest = _encode(models, without_masked(picture, mask), draw_noise(shape, generators))
-        small = F.interpolate((mask >= 0.5).float(), size=shape[2:])  # (1, 1, H/8, W/8)
-        condition = torch.cat([small.expand(batch_size, -1, -1, -1).to(rest), rest], dim=1)  # (B, 5, H/8, W/8)
-    return InpaintingInputs(picture, mask, latents, noise, condition)
+        kept = _encode_image(models, without_masked(image, mask), draw_noise(shape, generators))
+        channels = mask_channels(mask, kept)  # (B, 5, H/8, W/8)
+    return InpaintingInputs(image, mask, latents, noise, channels)
 
 
-def _encode(models: Models, picture: Tensor, noise: Tensor) -> Tensor:
-    """picture (1, 3, H, W), noise (B, 4, H/8, W/8) -> B samples of its latents, float32 (B, 4, H/8, W/8)."""
-    return run_in_range(models.encoder, "VAE encoder", picture, noise)
+def _encode_image(models: Models, image: Tensor, noise: Tensor) -> Tensor:
+    """image (1, 3, H, W), noise (B, 4, H/8, W/8) -> B samples of its latents, float32 (B, 4, H/8, W/8)."""
+    return run_in_range(models.encoder, "VAE encoder", image, noise)
+
+
+def _latent_shape(models: Models, batch_size: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+    vae, default = models.config.vae, models.config.image_size
+    check_size(height, width, vae.downscale)
+    height, width = int(height or default), int(width or default)
+    return batch_size, vae.latent_channels, height // vae.downscale, width // vae.downscale
+
+
+def _image_size(models: Models, latent_shape: tuple[int, int, int, int]) -> tuple[int, int]:
+    return latent_shape[2] * models.config.vae.downscale, latent_shape[3] * models.config.vae.downscale
 
 
 @torch.no_grad()
@@ -254,7 +284,7 @@ def denoise(
     context: Tensor,
     sampler: Sampler,
     cfg_scale: float | None = None,
-    known: InpaintingInputs | None = None,
+    inpainting: InpaintingInputs | None = None,
     cfg_rescale: float = 0,
     cfg_interval: tuple[float, float] = (0, 1),
     guidance: ImageLoss | None = None,
@@ -262,33 +292,35 @@ def denoise(
 ) -> Iterator[Step]:
     """Takes the noise out of latents (B, 4, h, w), step by step, and yields a `Step` after each.
 
-    With a context (2B, 77 k, D), one batch of 2B gives the two predictions that classifier-free guidance needs: see
+    With a context (2B, 77 k, D), one batch of 2B gives both predictions for classifier-free guidance: see
     `guidance.classifier_free` for `cfg_scale` and `cfg_rescale`. `cfg_interval` is the part of the run that is guided;
-    outside of it, as with a context of B rows, the prompt alone counts. `guidance` is a loss on pictures to follow
-    besides (`guidance.by_loss`), and `known` what inpainting must keep. `deep_cache` is how many steps share what the
-    deep stages of the U-Net make: see `diffusion.DeepCache`.
+    outside it, and with a context of B rows, only the prompt's prediction is used. `guidance` is a loss on images to
+    follow as well (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages
+    only every n steps (`sd.runtime.deep_cache`).
 
-    Raises ValueError for a context of any other number of rows, for a `deep_cache` that is not a whole number from 1 to
-    1000, and for an inpainting U-Net without `known`; NotFiniteError, which names the step, if the U-Net gives NaN or
-    infinity.
+    Raises ValueError for a context with any other number of rows, for a `deep_cache` that is not a whole number from 1
+    to 1000, and for an inpainting U-Net without `inpainting`; NotFiniteError, which names the step, if the U-Net's
+    output has NaN or infinity.
     """
-    check_deep_cache(deep_cache)
+    check_steps("deep_cache", deep_cache)
     if len(context) not in (len(latents), 2 * len(latents)):
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
-    if known is None and models.config.unet.inpaints:
-        raise ValueError(
-            "known should be what `get_inpainting_inputs` gives: the U-Net of this checkpoint is made for inpainting."
-        )
+    if inpainting is None and models.config.unet.inpaints:
+        raise ValueError("inpainting should be what `get_inpainting_inputs` returns: this U-Net is for inpainting.")
+    unet = models.diffusion
+    if deep_cache > 1:
+        from sd.runtime.deep_cache import DeepCache
+
+        unet = DeepCache(unet, deep_cache)
     device, dtype = device_and_dtype(models.diffusion)
     cfg_scale = float(models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale)
     latents, context = latents.to(device), context.to(device, dtype)
-    unet = models.diffusion if deep_cache == 1 else DeepCache(models.diffusion, deep_cache)
     first, last = (share * len(sampler.timesteps) for share in cfg_interval)
     timesteps = sampler.timesteps.to(device)  # all at once: copied one by one, each would make a GPU wait
     for index, timestep in enumerate(sampler.timesteps):
         guided = len(context) > len(latents) and first <= index < last and cfg_scale != 1
         rows = context if guided else context[-len(latents) :]  # (2B, 77, D), or the conditional half (B, 77, D)
-        inputs = latents if known is None else known.with_mask_channels(latents)  # (B, 4 or 9, h, w)
+        inputs = latents if inpainting is None else inpainting.with_mask_channels(latents)  # (B, 4 or 9, h, w)
         inputs = inputs.to(dtype).repeat(len(rows) // len(inputs), 1, 1, 1)  # (2B, 4 or 9, h, w)
         noise = unet(inputs, rows, timesteps[index].expand(len(rows)))  # (2B, 4, h, w)
         when = f" at step {index + 1} of {len(timesteps)}"
@@ -300,27 +332,18 @@ def denoise(
             latents = by_loss(models.decoder, sampler, timestep, latents, noise, guidance)
         denoised, _ = sampler.predict(timestep, latents, noise)
         latents = sampler.step(timestep, latents, noise)
-        latents = latents if known is None else known.restore_known(latents, sampler, index + 1)
+        if inpainting is not None:
+            latents = inpainting.restore_known(latents, sampler, index + 1)
         yield Step(index, timestep.item(), latents, denoised, noise, noise_uncond, noise_cond)
 
 
 @torch.no_grad()
 def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
-    """Latents (B, 4, h, w) -> pictures, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_in_range` does.
+    """Latents (B, 4, h, w) -> images, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_in_range` does.
 
-    It decodes in strips where memory is short, and large pictures in float32 on a CPU always, which gives the same but
-    for rounding. While a forward hook or a `Tracer` listens to the decoder, it works whole if memory allows.
+    It decodes in strips if memory is short, and always for large images in float32 on a CPU: the same image but for
+    rounding. A decoder with forward hooks, such as a `Tracer`'s, decodes whole if memory allows.
     """
-    # One at a time: the decoder's feature maps at full resolution are the most memory that a picture takes.
+    # One at a time: the decoder's feature maps at full resolution are the most memory that an image takes.
     decoder = InStrips(models.decoder) if needed(models.decoder, latents) else models.decoder
     return np.concatenate([tensor_to_array(run_in_range(decoder, "VAE decoder", one)) for one in latents.split(1)])
-
-
-def _size(models: Models, height: int | None, width: int | None) -> tuple[int, int]:
-    check_size(height, width, models.config.vae.downscale)
-    return int(height or models.config.image_size), int(width or models.config.image_size)
-
-
-def _latent_shape(models: Models, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
-    vae = models.config.vae
-    return batch_size, vae.latent_channels, height // vae.downscale, width // vae.downscale

@@ -1,13 +1,14 @@
-"""What `generate` may be asked for: every argument is checked here, in one place, before anything is loaded.
-
-In: the arguments. Out: nothing, or a ValueError of one sentence that names the argument, its value and what is allowed.
-"""
+"""What an image is asked for: every setting of `generate` in one dataclass, checked in one place, and sent as JSON."""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import numbers
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 
 import numpy as np
@@ -15,59 +16,103 @@ from PIL import Image
 
 from sd.cleaning import clean
 from sd.config import SD15
+from sd.images import ImageSource, read_image
+from sd.inpainting import read_mask_image
 from sd.models import Models
 from sd.prompts.weights import parse
-from sd.runtime.devices import best_device
+from sd.runtime.devices import Device, best_device
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 
 MAX_PIXELS = 8192  # of a side: one feature map of SD 1.5's decoder then takes 34 GB in 16 bits
 MAX_FEATHER = 1000
 MAX_SCALE = 1000
-QUOTED = 200  # characters of a value that an error quotes
+MAX_QUOTED = 200  # characters of a value that an error quotes
+PNG_URL = "data:image/png;base64,"  # how an image travels in JSON
 
 
-def check_request(
-    prompt: str | list[str],
-    uncond_prompt: str | list[str] | None = "",
-    input_image: object = None,
-    mask_image: object = None,
-    strength: float = 0.8,
-    do_cfg: bool = True,
-    cfg_scale: float | None = None,
-    sampler_name: str | None = None,
-    n_inference_steps: int | None = None,
-    models: object = None,
-    seed: int | None = None,
-    device: object = None,
-    idle_device: object = None,
-    tokenizer: object = None,
-    height: int | None = None,
-    width: int | None = None,
-    feather: float = 0,
-    cfg_rescale: float = 0,
-    deep_cache: int = 1,
-) -> None:
-    """Raises ValueError, in one sentence, for the first of `generate`'s arguments that cannot be."""
-    uncond_prompt = "" if uncond_prompt is None else uncond_prompt
-    check_prompts(prompt, uncond_prompt)
-    _check_notation(prompt, uncond_prompt)
-    for name, picture in (("input_image", input_image), ("mask_image", mask_image)):
-        _require(
-            picture is None or _is_picture(picture), name, picture, "a path, an open file, a PIL image or an array"
-        )
-    _require(mask_image is None or input_image is not None, "input_image", input_image, "given with mask_image")
-    _require(isinstance(do_cfg, (bool, np.bool_)), "do_cfg", do_cfg, "True or False")
-    _check_numbers(strength, 1 if cfg_scale is None else cfg_scale, cfg_rescale, feather)
-    named = sampler_name is None or (isinstance(sampler_name, str) and sampler_name in SAMPLERS)
-    _require(named, "sampler_name", sampler_name, f"one of {', '.join(SAMPLERS)}")
-    most = SD15.schedule.num_training_steps
-    counted = n_inference_steps is None or _is_number(n_inference_steps, 1, most, whole=True)
-    _require(counted, "n_inference_steps", n_inference_steps, f"a whole number from 1 to {most}")
-    check_deep_cache(deep_cache)
-    seeded = seed is None or _is_number(seed, 0, 2**63 - 1, whole=True)
-    _require(seeded, "seed", seed, "a whole number from 0 to 2**63 - 1")
-    check_size(height, width, SD15.vae.downscale)
+@dataclass(frozen=True)
+class Request:
+    """The settings of one image, or of one for each prompt of a list. `pipeline.generate` says what each one means.
+
+    None stands for the model's own default. `check` raises ValueError for a setting that is not allowed.
+    """
+
+    prompt: str | list[str]
+    uncond_prompt: str | list[str] | None = ""
+    input_image: ImageSource | None = None
+    mask_image: ImageSource | None = None
+    strength: float = 0.8
+    do_cfg: bool = True
+    cfg_scale: float | None = None
+    sampler_name: str | None = None
+    n_inference_steps: int | None = None
+    seed: int | None = None
+    height: int | None = None
+    width: int | None = None
+    feather: float = 0
+    cfg_rescale: float = 0
+    deep_cache: int = 1
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, as a list even if there is only one."""
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    def check(self) -> None:
+        """Raises ValueError, in one sentence that names the setting, for the first one that is not allowed."""
+        check_prompts(self.prompt, self.uncond_prompt)
+        _check_notation("prompt", self.prompt)
+        _check_notation("uncond_prompt", self.uncond_prompt or "")
+        for name, image in (("input_image", self.input_image), ("mask_image", self.mask_image)):
+            _require(image is None or _is_image(image), name, image, "a path, an open file, a PIL image or an array")
+        given = self.mask_image is None or self.input_image is not None
+        _require(given, "input_image", self.input_image, "given with mask_image")
+        _require(isinstance(self.do_cfg, (bool, np.bool_)), "do_cfg", self.do_cfg, "True or False")
+        _check_number("strength", self.strength, 0, 1, "a number above 0 and at most 1", above=True)
+        _check_number("feather", self.feather, 0, math.inf, "a number of pixels, 0 or more")
+        _require(self.feather <= MAX_FEATHER, "feather", self.feather, f"at most {MAX_FEATHER} pixels")
+        scale = 1 if self.cfg_scale is None else self.cfg_scale
+        _check_number("cfg_scale", scale, -math.inf, math.inf, "a number; 1 to 14 is usual")
+        _require(abs(scale) <= MAX_SCALE, "cfg_scale", scale, f"from -{MAX_SCALE} to {MAX_SCALE}")
+        _check_number("cfg_rescale", self.cfg_rescale, 0, 1, "a number from 0 to 1")
+        known = self.sampler_name is None or (isinstance(self.sampler_name, str) and self.sampler_name in SAMPLERS)
+        _require(known, "sampler_name", self.sampler_name, f"one of {', '.join(SAMPLERS)}")
+        if self.n_inference_steps is not None:
+            check_steps("n_inference_steps", self.n_inference_steps)
+        check_steps("deep_cache", self.deep_cache)
+        if self.seed is not None:
+            _check_number("seed", self.seed, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1", whole=True)
+        check_size(self.height, self.width, SD15.vae.downscale)
+
+    def read_images(self) -> Request:
+        """The same request with its images read: PIL images instead of paths. Raises what `read_image` raises."""
+        image = None if self.input_image is None else read_image(self.input_image)
+        mask = None if self.mask_image is None else read_mask_image(self.mask_image, image)
+        return replace(self, input_image=image, mask_image=mask)
+
+    def to_dict(self) -> dict:
+        """The request as JSON can express it. Images are read and become PNG data URLs, so that no file is needed."""
+        read = self.read_images()
+        values = {name: _plain(value) for name, value in vars(read).items()}
+        return values | {name: _png_url(getattr(read, name)) for name in ("input_image", "mask_image")}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Request:
+        """The inverse of `to_dict`: an unchecked request. It opens no files: an image has to be a PNG data URL.
+
+        Raises ValueError for an unknown setting, a missing prompt, or an image that is not a PNG data URL.
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in names]
+        _require(not unknown, "request", unknown, f"a dict of {', '.join(names)}")
+        _require("prompt" in values, "prompt", None, "given")
+        images = {name: _from_png_url(name, values.get(name)) for name in ("input_image", "mask_image")}
+        return cls(**(values | images))
+
+
+def check_models(models: object, tokenizer: object, device: Device, idle_device: Device) -> None:
+    """Raises ValueError unless these are what `generate` takes under their names, or None."""
     _require(models is None or isinstance(models, Models), "models", models, "what load_models gives")
     _require(tokenizer is None or isinstance(tokenizer, Tokenizer), "tokenizer", tokenizer, "a Tokenizer")
     for name, value in (("device", device), ("idle_device", idle_device)):
@@ -82,14 +127,14 @@ def check_size(height: int | None, width: int | None, multiple: int) -> None:
         _require(size is None or size <= MAX_PIXELS, name, size, f"at most {MAX_PIXELS} pixels")
 
 
-def check_deep_cache(deep_cache: int) -> None:
-    """Raises ValueError unless it is a number of steps that can share what the deep stages of the U-Net make."""
+def check_steps(name: str, steps: int) -> None:
+    """Raises ValueError, which calls the setting `name`, unless `steps` is a number of sampling steps."""
     most = SD15.schedule.num_training_steps
-    _require(_is_number(deep_cache, 1, most, whole=True), "deep_cache", deep_cache, f"a whole number from 1 to {most}")
+    _check_number(name, steps, 1, most, f"a whole number from 1 to {most}", whole=True)
 
 
-def check_prompts(prompt: str | list[str], uncond_prompt: str | list[str] | None) -> None:
-    """Raises ValueError unless these are texts, and as many of both, or one `uncond_prompt` for all, or None."""
+def check_prompts(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | None) -> None:
+    """Raises ValueError unless these are texts: equally many of both, or one `uncond_prompt` for all, or None."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     _require(_is_texts(prompts), "prompt", prompt, "a text or a list of one text or more")
     if uncond_prompt is None or isinstance(uncond_prompt, str):
@@ -99,29 +144,22 @@ def check_prompts(prompt: str | list[str], uncond_prompt: str | list[str] | None
     _require(paired, "uncond_prompt", uncond_prompt, f"one text, or {len(prompts)} like the prompts")
 
 
-def _check_numbers(strength: float, cfg_scale: float, cfg_rescale: float, feather: float) -> None:
-    _require(_is_number(strength, 0, 1) and strength > 0, "strength", strength, "a number above 0 and at most 1")
-    _require(_is_number(feather, 0), "feather", feather, "a number of pixels, 0 or more")
-    _require(feather <= MAX_FEATHER, "feather", feather, f"at most {MAX_FEATHER} pixels")
-    _require(_is_number(cfg_scale), "cfg_scale", cfg_scale, "a number; 1 to 14 is usual")
-    _require(abs(cfg_scale) <= MAX_SCALE, "cfg_scale", cfg_scale, f"from -{MAX_SCALE} to {MAX_SCALE}")
-    _require(_is_number(cfg_rescale, 0, 1), "cfg_rescale", cfg_rescale, "a number from 0 to 1")
+def _check_notation(name: str, texts: str | Sequence[str]) -> None:
+    """Raises ValueError for a text that cannot be read, or with unbalanced brackets."""
+    for text in dict.fromkeys([texts] if isinstance(texts, str) else texts):
+        for piece, _ in chain(*parse(text, name)):
+            try:
+                clean(piece)
+            except ValueError as error:
+                reason = str(error)
+                raise ValueError(f"{name} should be text that can be read: {reason[0].lower()}{reason[1:]}") from None
 
 
-def _check_notation(prompt: str | list[str], uncond_prompt: str | list[str]) -> None:
-    """Raises ValueError for a text that cannot be read, or whose brackets are not in pairs."""
-    for name, texts in (("prompt", prompt), ("uncond_prompt", uncond_prompt)):
-        for text in dict.fromkeys([texts] if isinstance(texts, str) else texts):
-            for piece, _ in chain(*parse(text, name)):
-                _check_text(piece, name)
-
-
-def _check_text(text: str, name: str) -> None:
-    try:
-        clean(text)
-    except ValueError as error:
-        reason = str(error)
-        raise ValueError(f"{name} should be text that can be read: {reason[0].lower()}{reason[1:]}") from None
+def _check_number(
+    name: str, value: object, low: float, high: float, allowed: str, whole: bool = False, above: bool = False
+) -> None:
+    """`above` excludes the lower limit itself."""
+    _require(_is_number(value, low, high, whole) and not (above and value == low), name, value, allowed)
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -130,12 +168,12 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """A value as an error quotes it: on one line, and not all of a long one."""
+    """A value as an error quotes it: on one line, and shortened."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # whatever an object of someone else's class raises, and an int of thousands of digits
+    except Exception:  # whatever a foreign class raises, or an int of thousands of digits
         text = f"this {type(value).__name__}"
-    return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def _is_texts(value: object) -> bool:
@@ -152,7 +190,7 @@ def _is_number(value: object, low: float = -math.inf, high: float = math.inf, wh
         return False
 
 
-def _is_picture(value: object) -> bool:
+def _is_image(value: object) -> bool:
     return isinstance(value, (str, os.PathLike, Image.Image, np.ndarray)) or hasattr(value, "read")
 
 
@@ -162,3 +200,29 @@ def _is_device(value: object) -> bool:
     except (ValueError, OverflowError):
         return False
     return True
+
+
+def _plain(value: object) -> object:
+    """A setting as JSON takes it: numpy's numbers as Python's, a tuple of prompts as a list."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _png_url(image: Image.Image | None) -> str | None:
+    if image is None:
+        return None
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return PNG_URL + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _from_png_url(name: str, text: object) -> Image.Image | None:
+    if text is None:
+        return None
+    _require(isinstance(text, str) and text.startswith(PNG_URL), name, text, f"a text that begins with {PNG_URL!r}")
+    try:
+        content = base64.b64decode(text.removeprefix(PNG_URL), validate=True)
+    except ValueError:
+        raise ValueError(f"{name} should be a PNG data URL in base64, and this one is damaged.") from None
+    return read_image(io.BytesIO(content))

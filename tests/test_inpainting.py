@@ -61,7 +61,7 @@ def test_the_known_region_is_at_every_noise_level(picture):
     context = pipeline.encode_prompt(models, "a cat")
     latents = known.start(sampler, 1.0)
     assert torch.equal(latents, known.noise)
-    steps = list(pipeline.denoise(models, latents, context, sampler, known=known))
+    steps = list(pipeline.denoise(models, latents, context, sampler, inpainting=known))
     for step, timestep in zip(steps, sampler.timesteps[1:]):
         expected = sampler.add_noise(known.latents, timestep, known.noise)
         # Columns 0 and 1 have only black pixels; the edge at pixel 20 lies in column 2.
@@ -145,7 +145,7 @@ def test_the_inpainting_unet_draws_without_a_picture_too():
     models = random_models(INPAINTING_MICRO)
     assert generate("a cat", models=models, **QUICK).std() > 10
     context, sampler = pipeline.encode_prompt(models, "a cat"), pipeline.SAMPLERS["ddpm"]()
-    with pytest.raises(ValueError, match="known should be what `get_inpainting_inputs` gives"):
+    with pytest.raises(ValueError, match="inpainting should be what `get_inpainting_inputs` returns"):
         next(pipeline.denoise(models, pipeline.get_latents(models), context, sampler))
 
 

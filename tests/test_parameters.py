@@ -19,7 +19,7 @@ from PIL import Image
 
 from scripts import demo
 from scripts.benchmarks.synthetic_checkpoint import random_state
-from sd import generate, model_loader, pipeline
+from sd import generate, model_loader
 from sd.checkpoints.files import write_checkpoint
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
@@ -156,7 +156,7 @@ def test_thousands_of_invalid_requests(name, data):
 
 
 def test_every_argument_is_tried():
-    assert set(INVALID) == set(pipeline.check_request.__annotations__) - {"return"}
+    assert set(INVALID) == set(generate.__annotations__) - {"return"}
     others = {"prompt", "uncond_prompt", "input_image", "mask_image", "models", "height", "width"}
     assert set(INVALID) == set(VALID) | others
 

@@ -11,6 +11,7 @@ from PIL import Image
 from sd import generate, pipeline
 from sd.checkpoints.files import write_checkpoint
 from sd.config import SamplingConfig, ScheduleConfig
+from sd.request import Request
 from sd.tokenizer import DEFAULT_MERGES, Tokenizer
 from tests.support.synthetic import MICRO, random_models, random_state
 
@@ -219,15 +220,15 @@ def test_the_configuration_says_how_pictures_are_made(models):
     usual = replace(models, config=replace(models.config, sampling=sampling))
     expected = generate("a cat", models=models, seed=1, sampler_name="euler", n_inference_steps=3, cfg_scale=2.0)
     assert np.array_equal(generate("a cat", models=usual, seed=1), expected)
-    sampler, _, _ = pipeline.prepare(usual, 1, "ddim")
+    sampler, _, _ = pipeline.prepare(usual, Request("", sampler_name="ddim"))
     assert len(sampler.timesteps) == sampler.default_steps  # another sampler has a default of its own
     short = replace(usual, config=replace(usual.config, schedule=ScheduleConfig(num_training_steps=20)))
-    assert len(pipeline.prepare(short, 1, "ddim")[0].timesteps) == 20
+    assert len(pipeline.prepare(short, Request("", sampler_name="ddim"))[0].timesteps) == 20
 
 
 def test_a_scale_of_one_asks_the_unet_once(models):
     context = pipeline.encode_prompt(models, "a cat", "a dog")
-    sampler, latents, _ = pipeline.prepare(models, 1, "euler", 3, seed=1)
+    sampler, latents, _ = pipeline.prepare(models, Request("", sampler_name="euler", n_inference_steps=3, seed=1))
     steps = list(pipeline.denoise(models, latents, context, sampler, cfg_scale=1))
     assert all(step.noise_uncond is None for step in steps)
     assert torch.equal(steps[-1].noise, steps[-1].noise_cond)

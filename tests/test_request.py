@@ -1,10 +1,15 @@
 """What `generate` may be asked for."""
 
 import inspect
+import json
+from dataclasses import fields
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sd import generate, model_loader, pipeline
+from sd.request import Request
 
 
 @pytest.mark.parametrize(
@@ -60,10 +65,52 @@ def test_bad_arguments_are_named_before_any_work(monkeypatch, name, value, allow
     assert "\n" not in str(error.value)
 
 
-def test_check_request_knows_the_arguments_of_generate():
-    checked, arguments = (inspect.signature(function).parameters for function in (pipeline.check_request, generate))
-    assert list(checked) == list(arguments)
-    assert all(arguments[name].default == parameter.default for name, parameter in checked.items())
+def test_generate_takes_every_setting_of_a_request_with_its_default():
+    settings, arguments = (inspect.signature(function).parameters for function in (Request, generate))
+    assert set(arguments) - set(settings) == {"models", "device", "idle_device", "tokenizer"}
+    assert all(arguments[name].default == parameter.default for name, parameter in settings.items())
+
+
+def test_generate_passes_every_setting_on(monkeypatch):
+    """Each value comes out of the request as it went into `generate`."""
+    values = {field.name: object() for field in fields(Request)}
+    requests = []
+    monkeypatch.setattr(pipeline, "draw", lambda request, *rest: requests.append((request, rest)) or [None])
+    others = {"models": 1, "device": 2, "idle_device": 3, "tokenizer": 4}
+    generate(**values, **others)
+    assert requests == [(Request(**values), (1, 2, 3, 4))]
+
+
+def test_a_request_travels_as_json():
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    request = Request(["a cat", "a dog"], "", image, Image.fromarray(image), seed=np.int64(7), strength=0.5, height=16)
+    text = json.dumps(request.to_dict())
+    back = Request.from_dict(json.loads(text))
+    back.check()
+    assert np.array_equal(np.asarray(back.input_image), image)
+    assert np.array_equal(np.asarray(back.mask_image), image)
+    assert back.to_dict() == request.to_dict()
+    plain = Request("a cat", seed=3)
+    assert Request.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
+
+
+@pytest.mark.parametrize(
+    "values, problem",
+    [
+        ({"prompt": "a cat", "colour": "red"}, r"request should be a dict of prompt, .* not \['colour'\]"),
+        ({"seed": 1}, "prompt should be given"),
+        (
+            {"prompt": "a cat", "input_image": "/etc/passwd"},
+            "input_image should be a text that begins with 'data:image/png",
+        ),
+        ({"prompt": "a cat", "mask_image": 3}, "mask_image should be a text that begins with"),
+        ({"prompt": "a cat", "input_image": "data:image/png;base64,AAAA"}, "is not a picture"),
+        ({"prompt": "a cat", "input_image": "data:image/png;base64,&"}, "input_image should be"),
+    ],
+)
+def test_a_request_from_json_is_checked(values, problem):
+    with pytest.raises(ValueError, match=problem):
+        Request.from_dict(values)
 
 
 @pytest.mark.parametrize("name", ["prompt", "uncond_prompt"])

@@ -23,7 +23,7 @@ from sd import pipeline
 from sd.inpainting import InpaintingInputs
 from sd.model_loader import load_models
 from sd.models import Models
-from sd.request import check_request
+from sd.request import Request
 from sd.runtime.out_of_memory import explain_out_of_memory
 from sd.sampler import Sampler
 
@@ -67,37 +67,28 @@ class Recording:
 
 
 @explain_out_of_memory()
-def record(
-    prompt: str,
-    uncond_prompt: str | None = "",
-    models: Models | None = None,
-    sampler_name: str | None = None,
-    do_cfg: bool = True,
-    cfg_scale: float | None = None,
-    cfg_rescale: float = 0,
-    deep_cache: int = 1,
-    **start: object,
-) -> Recording:
-    """Makes the picture that `generate` makes of the same arguments; `start` are those that `pipeline.prepare` takes.
+def record(request: Request, models: Models | None = None) -> Recording:
+    """Makes the image that `pipeline.draw` makes of the same request, which has one prompt, and records how.
 
     Raises ValueError and OutOfMemory as `generate` does.
     """
-    guidance = {"cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale, "deep_cache": deep_cache}
-    check_request(prompt, uncond_prompt, models=models, sampler_name=sampler_name, do_cfg=do_cfg, **guidance, **start)
-    models, uncond_prompt = models or load_models(), uncond_prompt or ""
+    request.check()
+    request, models = request.read_images(), models or load_models()
+    uncond_prompt, cfg_scale = request.uncond_prompt or "", request.cfg_scale
     cfg_scale = models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale
     costs: dict[str, Cost] = {}
     with _measured(costs, "encode_prompt", models):
-        context = pipeline.encode_prompt(models, prompt, uncond_prompt if do_cfg else None)
+        context = pipeline.encode_prompt(models, request.prompts, uncond_prompt if request.do_cfg else None)
     with _measured(costs, "prepare", models):
-        sampler, latents, known = pipeline.prepare(models, 1, sampler_name, **start)
+        sampler, latents, known = pipeline.prepare(models, request)
     with _measured(costs, "denoise", models):
-        steps = pipeline.denoise(models, latents, context, sampler, known=known, **guidance)
+        rescale, deep_cache = request.cfg_rescale, request.deep_cache
+        steps = pipeline.denoise(models, latents, context, sampler, cfg_scale, known, rescale, deep_cache=deep_cache)
         moments, latents = _watch(steps, latents, len(sampler.timesteps))
     with _measured(costs, "decode_latents", models):
         images = pipeline.decode_latents(models, latents)  # (1, H, W, 3)
     picture = (images if known is None else known.restore_pixels(images))[0]
-    return Recording(prompt, uncond_prompt, cfg_scale, models, picture, moments, sampler, known, costs)
+    return Recording(request.prompts[0], uncond_prompt, cfg_scale, models, picture, moments, sampler, known, costs)
 
 
 def _watch(steps: Iterator[pipeline.Step], latents: Tensor, total: int) -> tuple[list[Moment], Tensor]:

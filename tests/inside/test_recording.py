@@ -12,6 +12,7 @@ import torch
 from sd import generate, pipeline
 from sd.inside import recording
 from sd.inside.recording import peak_memory, record
+from sd.request import Request
 from tests import ROOT
 from tests.support.synthetic import MICRO, random_models
 
@@ -33,14 +34,14 @@ def models():
     ],
 )
 def test_the_picture_that_generate_makes(models, more):
-    recorded = record("a cat", "a dog", models, **OPTIONS, **more)
+    recorded = record(Request("a cat", "a dog", **OPTIONS, **more), models)
     assert np.array_equal(recorded.picture, generate("a cat", "a dog", models=models, **OPTIONS, **more))
     assert (recorded.moments[0].noise_uncond is None) == ("do_cfg" in more)
     assert [moment.index for moment in recorded.moments] == [0, 1, 2]
 
 
 def test_no_negative_prompt_is_the_empty_one(models):
-    recorded = record("a cat", None, models, **OPTIONS)
+    recorded = record(Request("a cat", None, **OPTIONS), models)
     assert recorded.uncond_prompt == ""
     assert np.array_equal(recorded.picture, generate("a cat", models=models, **OPTIONS))
 
@@ -49,7 +50,7 @@ def test_moments_are_what_the_unet_saw(models):
     seen = []
     handle = models.diffusion.register_forward_pre_hook(lambda _, args: seen.append(args[0][:1].clone()))
     try:
-        recorded = record("a cat", models=models, **OPTIONS)
+        recorded = record(Request("a cat", **OPTIONS), models)
     finally:
         handle.remove()
     for moment, latents in zip(recorded.moments, seen, strict=True):
@@ -65,14 +66,14 @@ def test_moments_are_what_the_unet_saw(models):
 @pytest.mark.parametrize("steps, kept", [(1, [0]), (4, [0, 1, 2, 3]), (10, [0, 3, 6, 9])])
 def test_at_most_so_many_moments(models, monkeypatch, steps, kept):
     monkeypatch.setattr(recording, "MAX_MOMENTS", 4)
-    recorded = record("a cat", models=models, **OPTIONS | {"n_inference_steps": steps, "height": 8, "width": 8})
+    recorded = record(Request("a cat", **OPTIONS | {"n_inference_steps": steps, "height": 8, "width": 8}), models)
     assert [moment.index for moment in recorded.moments] == kept
     timesteps = [moment.timestep for moment in recorded.moments]
     assert all(later < earlier for earlier, later in pairwise(timesteps))
 
 
 def test_costs(models):
-    costs = record("a cat", models=models, **OPTIONS).costs
+    costs = record(Request("a cat", **OPTIONS), models).costs
     assert list(costs) == ["encode_prompt", "prepare", "denoise", "decode_latents"]
     for cost in costs.values():
         assert 0 <= cost.seconds < 100
@@ -106,8 +107,8 @@ def test_peaks_without_proc(monkeypatch, tmp_path):
 def test_bad_input_is_told_before_any_work(monkeypatch):
     monkeypatch.setattr(recording, "load_models", lambda: pytest.fail("loaded before checking"))
     with pytest.raises(ValueError, match="strength should be a number above 0 and at most 1, not 2."):
-        record("a cat", strength=2)
+        record(Request("a cat", strength=2))
     with pytest.raises(ValueError, match="input_image should be given with mask_image"):
-        record("a cat", mask_image=np.zeros((8, 8), dtype=np.uint8))
+        record(Request("a cat", mask_image=np.zeros((8, 8), dtype=np.uint8)))
     with pytest.raises(ValueError, match="cfg_scale should be a number"):
-        record("a cat", cfg_scale="much")
+        record(Request("a cat", cfg_scale="much"))

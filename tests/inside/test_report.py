@@ -17,6 +17,7 @@ from sd.inside.preview import preview_for
 from sd.inside.recording import record
 from sd.inside.report import report
 from sd.inside.tracer import Tracer
+from sd.request import Request
 from tests.support.pages import OPTIONS, RED, Page, make, pixels
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
@@ -224,7 +225,7 @@ def test_long_runs_are_thinned_out(models, monkeypatch):
 
 def test_large_pictures_of_many_steps_stay_small(models):
     with Tracer(models, attention=True) as trace:
-        recorded = record("a " * 75, models=models, **OPTIONS | {"n_inference_steps": 1, "height": 512, "width": 512})
+        recorded = record(Request("a " * 75, **OPTIONS | {"n_inference_steps": 1, "height": 512, "width": 512}), models)
     noise = torch.randn(60, 1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     names = ("latents", "denoised", "noise_uncond", "noise_cond")
     moments = [replace(recorded.moments[0], **dict.fromkeys(names, x)) for x in noise]

@@ -19,6 +19,8 @@ from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
+from sd.request import Request
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
@@ -36,7 +38,7 @@ SWITCHES = "headless=new no-sandbox disable-gpu disable-quic no-first-run disabl
 def address(tmp_path_factory):
     models = random_models(MICRO)
     with Tracer(models, attention=True) as trace:
-        recorded = record(PROMPT, "a dog", models, seed=3, n_inference_steps=4, height=64, width=48)
+        recorded = record(Request(PROMPT, "a dog", seed=3, n_inference_steps=4, height=64, width=48), models)
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(path, report(recorded, frames(recorded), trace, {"Prompt": PROMPT}, "python " + "long " * 60))
     return path.as_uri()

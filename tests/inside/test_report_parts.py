@@ -16,6 +16,7 @@ from sd.inside.report.figures import schedule_svg
 from sd.inside.report.pictures import encode, encode_exactly, encode_maps
 from sd.inside.report.tokens import tokens_of
 from sd.inside.tracer import Tracer
+from sd.request import Request
 from tests.support.synthetic import MICRO, random_models
 
 OPTIONS = {"seed": 3, "n_inference_steps": 1, "height": 32, "width": 40}
@@ -33,7 +34,7 @@ def pixels(uri: str) -> np.ndarray:
 def test_tokens(models):
     prompt = "a (red:1.5) antidisestablishmentarianism 🦊"
     with Tracer(models, attention=True) as trace:
-        record(prompt, models=models, **OPTIONS)
+        record(Request(prompt, **OPTIONS), models)
     tokens = tokens_of(models, prompt, trace)
     assert [token.text for token in tokens[:3]] == ["start", "a", "red"]
     assert tokens[-1].text == "end"
@@ -52,7 +53,7 @@ def test_the_shares_of_tokens_are_those_of_all_their_repetitions(models):
     prompt, shares = "a red cat", []
     for negative in ("", "a BREAK b BREAK c"):
         with Tracer(models, attention=True) as trace:
-            record(prompt, negative, models, cfg_scale=1, **OPTIONS)  # without guidance
+            record(Request(prompt, negative, cfg_scale=1, **OPTIONS), models)  # without guidance
         tokens = tokens_of(models, prompt, trace)
         assert [token.text for token in tokens] == ["start", "a", "red", "cat", "end"]
         shares.append([token.share for token in tokens])
@@ -63,7 +64,7 @@ def test_the_shares_of_tokens_are_those_of_all_their_repetitions(models):
 
 def test_bytes_that_are_no_text_are_in_hex(models):
     with Tracer(models, attention=True) as trace:
-        record("𓂀", models=models, **OPTIONS)
+        record(Request("𓂀", **OPTIONS), models)
     texts = [token.text for token in tokens_of(models, "𓂀", trace)[1:-1]]
     assert bytes.fromhex("".join(texts)).decode() == "𓂀"
 

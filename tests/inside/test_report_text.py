@@ -8,6 +8,7 @@ from sd.inside.film import frames
 from sd.inside.recording import record
 from sd.inside.report import report
 from sd.inside.tracer import Tracer
+from sd.request import Request
 from tests.support.pages import OPTIONS, Page, make
 from tests.support.synthetic import MICRO, random_models
 
@@ -63,7 +64,7 @@ def test_a_token_is_text_in_what_its_button_says(models):
 
 def test_settings_and_commands_are_text(models):
     with Tracer(models, attention=True) as trace:
-        recorded = record("a cat", models=models, **OPTIONS | {"n_inference_steps": 1})
+        recorded = record(Request("a cat", **OPTIONS | {"n_inference_steps": 1}), models)
     half = "\ud83d.png"  # what a file name can hold and no page
     page = Page(
         report(recorded, frames(recorded), trace, {"<b>": "<i>", "Image": half}, f"demo.py --image {half} '<b>'")

@@ -5,6 +5,7 @@ import torch
 
 import sd
 from sd import pipeline
+from sd.request import Request
 from tests.parity.test_pipeline_parity import generators, make_pipeline
 
 diffusers = pytest.importorskip("diffusers")
@@ -22,7 +23,7 @@ def test_latents(models):
     settings = {"num_inference_steps": 20, "guidance_scale": 5.0, "negative_prompt": negative}
     expected = theirs(prompt, generator=generators(7, 1), **size, **settings).images
 
-    sampler, latents, _ = pipeline.prepare(models, 1, "ddpm", 20, seed=7)
+    sampler, latents, _ = pipeline.prepare(models, Request("", sampler_name="ddpm", n_inference_steps=20, seed=7))
     context = pipeline.encode_prompt(models, prompt, negative)
     for step in pipeline.denoise(models, latents, context, sampler, cfg_scale=5.0):
         latents = step.latents

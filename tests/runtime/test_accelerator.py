@@ -15,6 +15,7 @@ from sd.inside.preview import preview_for
 from sd.inside.recording import record
 from sd.inside.tracer import Tracer
 from sd.prompts.embeddings import mix, replace, slerp
+from sd.request import Request
 from sd.runtime.decode_in_strips import InStrips
 from sd.training import stages
 from sd.training.loop import load_state
@@ -76,7 +77,9 @@ def test_pictures_are_those_of_the_cpu(pairs, device, name, settings):
 def test_the_cpu_waits_for_a_step_only_to_check_its_numbers(models, device):
     with accelerator(device) as active:
         context = pipeline.encode_prompt(models[1], "a cat", "")
-        sampler, latents, _ = pipeline.prepare(models[1], 1, "dpm++2m", 5, seed=1)
+        sampler, latents, _ = pipeline.prepare(
+            models[1], Request("", sampler_name="dpm++2m", n_inference_steps=5, seed=1)
+        )
         active.waits.clear()
         steps = list(pipeline.denoise(models[1], latents, context, sampler))
     assert steps[-1].latents.device == torch.device(device)
@@ -113,7 +116,9 @@ def test_guidance_by_a_loss(models, device):
 
     def run(models):
         context = pipeline.encode_prompt(models, "a cat", "")
-        sampler, latents, _ = pipeline.prepare(models, 1, "euler", 3, seed=1, height=40, width=32)
+        sampler, latents, _ = pipeline.prepare(
+            models, Request("", sampler_name="euler", n_inference_steps=3, seed=1, height=40, width=32)
+        )
         return [step.latents.cpu() for step in pipeline.denoise(models, latents, context, sampler, guidance=dark)][-1]
 
     expected = run(models[0])
@@ -152,9 +157,9 @@ def test_looking_inside(models, device):
 
 
 def test_a_recording(models, device):
-    expected = record("a cat", models=models[0], **QUICK)
+    expected = record(Request("a cat", **QUICK), models[0])
     with accelerator(device):
-        recording = record("a cat", models=models[1], **QUICK)
+        recording = record(Request("a cat", **QUICK), models[1])
     assert_alike(recording.picture, expected.picture)
     assert {moment.latents.device.type for moment in recording.moments} == {"cpu"}
 

@@ -13,6 +13,7 @@ from sd.inside.film import frames
 from sd.inside.recording import record
 from sd.inside.report import report
 from sd.inside.tracer import Tracer
+from sd.request import Request
 
 OPTIONS = {"seed": 3, "n_inference_steps": 3, "height": 32, "width": 40}
 RED = Image.new("RGB", (40, 32), "red")
@@ -61,7 +62,7 @@ class Page(HTMLParser):
 
 def make(models, prompt="a red cat", uncond_prompt="", **more) -> tuple[recording.Recording, str]:
     with Tracer(models, attention=True) as trace:
-        recorded = record(prompt, uncond_prompt, models, **OPTIONS | more)
+        recorded = record(Request(prompt, uncond_prompt, **OPTIONS | more), models)
     settings = {"Prompt": prompt, "Seed": "3"}
     return recorded, report(recorded, frames(recorded), trace, settings, f"demo.py '{prompt}'")
 
