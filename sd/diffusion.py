@@ -2,8 +2,8 @@
 
 In: latents (B, 4, h, w) of any height and width, context (B, 77, 768), timesteps (B,). Out: noise (B, 4, h, w).
 
-Going down, every stage's output is kept; going up, every stage gets the kept map of its own resolution beside its
-input, so that fine detail need not pass through the narrow middle.
+Going down, every stage's output is kept. Going up, every stage gets the kept map of its own resolution beside its
+input, so that fine detail does not have to pass through the narrow middle.
 """
 
 import math
@@ -29,7 +29,7 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
 
 
 class GEGLU(nn.Module):
-    """A linear layer of which one half gates the other: a * GELU(b) (2002.05202, eq. 5)."""
+    """A linear layer; one half of its output gates the other: a * GELU(b) (2002.05202, eq. 5)."""
 
     def __init__(self, width: int, out_width: int):
         super().__init__()
@@ -42,7 +42,7 @@ class GEGLU(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Where the picture meets the prompt: self-attention over pixels, cross-attention to tokens, a perceptron."""
+    """Where the image meets the prompt: self-attention over pixels, cross-attention to tokens, a perceptron."""
 
     def __init__(self, channels: int, heads: int, groups: int, context_width: int):
         super().__init__()
@@ -68,7 +68,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, each handed what it reads beside the feature map."""
+    """Layers in a row. Each gets the feature map, and the time or the context if it reads it."""
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """x (B, C, h, w), time (B, time_width), context (B, 77, D) -> (B, C', h', w'); `size` is for Upsample."""
@@ -101,7 +101,7 @@ class Diffusion(nn.Module):
 
         levels = list(enumerate(zip(config.channels, config.attention)))
         self.down = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, first, 3, padding=1))])
-        skips = [first]  # the widths of the maps that are kept
+        skips = [first]  # the widths of the kept maps
         for level, (width, attends) in levels:
             for _ in range(config.blocks_per_level):
                 self.down.append(Stage(residual(skips[-1], width), *([transformer(width)] if attends else [])))
@@ -126,33 +126,18 @@ class Diffusion(nn.Module):
 
     def forward(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
         """latents (B, 4, h, w), context (B, 77, context_width), timesteps (B,) -> predicted noise (B, 4, h, w)."""
-        return self.predict(latents, context, timesteps)[0]
-
-    def predict(
-        self, latents: Tensor, context: Tensor, timesteps: Tensor, deep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The predicted noise (B, 4, h, w), and the feature map (B, 320, h, w) that the last stage up starts from.
-
-        All stages but the first and the last only serve to make that map. Given one from an earlier step as `deep`,
-        they are skipped.
-        """
-        time = timestep_embedding(timesteps, self.config.channels[0]).to(latents.dtype)  # (B, 320)
-        time = self.time_embedding(time)  # (B, 1280)
-        first = self.down[0](latents, time, context)  # (B, 320, h, w)
-        if deep is None:
-            deep = self._go_deep(first, time, context)
-        x = self.up[-1](torch.cat([deep, first], dim=1), time, context)  # (B, 320, h, w)
-        return self.conv_out(F.silu(self.norm_out(x))), deep
-
-    def _go_deep(self, first: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """What the first stage made (B, 320, h, w), down to the middle and up again, to before the last stage."""
-        x, skips = first, [first]
-        for stage in self.down[1:]:
+        time = self.embed_time(timesteps, latents.dtype)  # (B, 1280)
+        x, skips = latents, []
+        for stage in self.down:
             x = stage(x, time, context)  # (B, 320, h, w) down to (B, 1280, h/8, w/8)
             skips.append(x)
         x = self.middle(x, time, context)  # (B, 1280, h/8, w/8)
-        for stage in self.up[:-1]:
-            x = torch.cat([x, skips.pop()], dim=1)  # beside it, what the stage at the same height kept on the way down
-            # To the size of the kept map that comes next: twice the size would miss an odd one by a pixel.
-            x = stage(x, time, context, size=skips[-1].shape[-2:])  # up to (B, 320, h, w)
-        return x
+        for stage in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)  # beside it, the map kept at the same height on the way down
+            # Upsampling goes to the size of the next kept map: doubling would miss an odd size by a pixel.
+            x = stage(x, time, context, size=skips[-1].shape[-2:] if skips else None)  # up to (B, 320, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 4, h, w)
+
+    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Timesteps (B,) -> the time embedding (B, 1280) that every residual block reads."""
+        return self.time_embedding(timestep_embedding(timesteps, self.config.channels[0]).to(dtype))

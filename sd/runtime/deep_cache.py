@@ -1,23 +1,55 @@
-"""A U-Net that runs its deep stages only at some of the steps (2312.00858)."""
+"""DeepCache (2312.00858, section 3.2): run the U-Net's deep stages only once in a few steps.
 
+From one step to the next, what the deep stages make changes little, and it is coarse. All stages but the first and the
+last only serve to make one feature map, the last stage's input. That map is kept and reused: faster, and not quite the
+same images.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sd.diffusion import Diffusion
 
 
 class DeepCache:
-    """A U-Net that goes deep only once in `interval` calls (2312.00858, section 3.2): from one step of the sampling to
-    the next, what the deep stages make changes little, and it is coarse. Faster, and not quite the same pictures.
-    `torch.compile` does not reach it: that has compiled `forward` alone."""
+    """A U-Net that runs whole once in `interval` calls, and its first and last stage in the others.
+
+    It does not use what `torch.compile` has compiled.
+    """
 
     def __init__(self, unet: Diffusion, interval: int):
         self.unet, self.interval = unet, interval
-        self.calls, self.deep = 0, None
+        self.calls = 0
+        self.deep: Tensor | None = None  # (B, 320, h, w): what the last stage starts from
 
     def __call__(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
         """As `Diffusion.forward`."""
         fits = self.deep is not None and len(self.deep) == len(latents)  # guidance can begin and end during a run
         reuse = fits and self.calls % self.interval != 0
-        noise, self.deep = self.unet.predict(latents, context, timesteps, self.deep if reuse else None)
+        run = self._first_and_last_stage if reuse else self._all_stages
+        noise = run(latents, context, timesteps)
         self.calls += 1
         return noise
+
+    def _all_stages(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
+        """The whole U-Net; keeps the input of its last stage."""
+
+        def keep(_stage, args: tuple) -> None:
+            self.deep = args[0][:, : -self.unet.config.channels[0]]  # without the first stage's map beside it
+
+        handle = self.unet.up[-1].register_forward_pre_hook(keep)
+        try:
+            return self.unet.forward(latents, context, timesteps)  # a compiled `__call__` ignores new hooks
+        finally:
+            handle.remove()
+
+    def _first_and_last_stage(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
+        """The kept map takes the place of all stages between the first and the last."""
+        unet = self.unet
+        time = unet.embed_time(timesteps, latents.dtype)  # (B, 1280)
+        first = unet.down[0](latents, time, context)  # (B, 320, h, w)
+        x = unet.up[-1](torch.cat([self.deep, first], dim=1), time, context)  # (B, 320, h, w)
+        return unet.conv_out(F.silu(unet.norm_out(x)))  # (B, 4, h, w)

@@ -12,14 +12,13 @@ from sd.inside.film import frames
 from sd.inside.recording import record
 from sd.inside.report import report, write_report
 from sd.inside.tracer import Tracer
+from sd.request import Request
 from tests.support.synthetic import MICRO, random_models
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: see requirements-dev.txt")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-
-from sd.request import Request
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
