@@ -181,7 +181,7 @@ def draw(
 
 def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int) -> dict:
     """The arguments of `generate` that all pictures share. Raises ValueError for what cannot be."""
-    from sd import images, inpainting
+    from sd import images
     from sd.request import Request
 
     settings = {
@@ -198,7 +198,7 @@ def checked_settings(options: argparse.Namespace, prompts: list[str], seed: int)
     for one in (seed, seed + options.n - 1):
         Request(prompts, **settings, seed=one).check()
     image = images.read_image(options.image) if options.image else None
-    mask = inpainting.read_mask_image(options.mask, image) if options.mask else None
+    mask = images.read_mask_image(options.mask, image) if options.mask else None
     return settings | {"input_image": image, "mask_image": mask}
 
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from sd.files import write_whole
@@ -69,6 +69,37 @@ def image_to_tensor(
         image = image.resize((width, height), resampling, box=_centre_box(image.size, (width, height)))
     pixels = torch.from_numpy(np.array(image))  # (H, W, 3)
     return (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).contiguous()  # (1, 3, H, W)
+
+
+def read_mask_image(mask: ImageSource, image: Image.Image | None = None) -> Image.Image:
+    """A mask as `read_image` reads it, except that transparent is black: editors save strokes on an empty layer.
+
+    Raises ValueError if its shape is not that of `image`. It may be larger or smaller: both are cropped alike.
+    """
+    mask = read_image(mask, behind="black")
+    if image is not None:
+        (width, height), (other_width, other_height) = image.size, mask.size
+        # Equal to a pixel: one of the two may have been scaled down, and a side rounded.
+        if abs(width * other_height - other_width * height) > max(*image.size, *mask.size):
+            sizes = f"{width} x {height}, not {other_width} x {other_height}"
+            raise ValueError(f"mask_image should have the shape of input_image, {sizes} pixels.")
+    return mask
+
+
+def read_mask(mask: ImageSource, height: int, width: int, feather: float = 0) -> Tensor:
+    """A mask image of any mode and size -> float32 (1, 1, height, width): 1 where white, 0 where black or transparent.
+
+    `feather` softens its edges by that many pixels, inwards, so that black stays black.
+    """
+    mask = read_mask_image(mask)
+    # Bilinear, because Lanczos, which resizes images, overshoots: black must stay black.
+    levels = image_to_tensor(mask, height, width, Image.Resampling.BILINEAR)  # (1, 3, H, W)
+    white = (levels.mean(1, keepdim=True) + 1) / 2  # (1, 1, H, W)
+    if feather:
+        levels = Image.fromarray((white[0, 0].numpy() * 255).round().astype(np.uint8))
+        blurred = torch.from_numpy(np.array(levels.filter(ImageFilter.GaussianBlur(feather / 2)))) / 255
+        white = white * (2 * blurred - 1).clamp(0, 1)  # the blur is half white at the old edge
+    return white
 
 
 def tensor_to_array(images: Tensor) -> np.ndarray:

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
 from torch import Tensor
 
-from sd.images import ImageSource, image_to_tensor, read_image, tensor_to_array
+from sd.images import ImageSource, image_to_tensor, read_image, read_mask, read_mask_image, tensor_to_array
+from sd.models import Models
+from sd.noise import draw_noise, make_generators
+from sd.request import image_size, latent_shape
+from sd.runtime.not_finite import run_in_range
 from sd.sampler import Sampler
 
 
@@ -64,37 +67,44 @@ def mask_channels(mask: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([small.expand(len(kept), -1, -1, -1).to(kept), kept], dim=1)
 
 
-def read_mask_image(mask: ImageSource, image: Image.Image | None = None) -> Image.Image:
-    """A mask as `read_image` reads it, except that transparent is black: editors save strokes on an empty layer.
-
-    Raises ValueError if its shape is not that of `image`. It may be larger or smaller: both are cropped alike.
-    """
-    mask = read_image(mask, behind="black")
-    if image is not None:
-        (width, height), (other_width, other_height) = image.size, mask.size
-        # Equal to a pixel: one of the two may have been scaled down, and a side rounded.
-        if abs(width * other_height - other_width * height) > max(*image.size, *mask.size):
-            sizes = f"{width} x {height}, not {other_width} x {other_height}"
-            raise ValueError(f"mask_image should have the shape of input_image, {sizes} pixels.")
-    return mask
-
-
-def read_mask(mask: ImageSource, height: int, width: int, feather: float = 0) -> Tensor:
-    """A mask image of any mode and size -> float32 (1, 1, height, width): 1 where white, 0 where black or transparent.
-
-    `feather` softens its edges by that many pixels, inwards, so that black stays black.
-    """
-    mask = read_mask_image(mask)
-    # Bilinear, because Lanczos, which resizes images, overshoots: black must stay black.
-    levels = image_to_tensor(mask, height, width, Image.Resampling.BILINEAR)  # (1, 3, H, W)
-    white = (levels.mean(1, keepdim=True) + 1) / 2  # (1, 1, H, W)
-    if feather:
-        levels = Image.fromarray((white[0, 0].numpy() * 255).round().astype(np.uint8))
-        blurred = torch.from_numpy(np.array(levels.filter(ImageFilter.GaussianBlur(feather / 2)))) / 255
-        white = white * (2 * blurred - 1).clamp(0, 1)  # the blur is half white at the old edge
-    return white
-
-
 def without_masked(image: Tensor, mask: Tensor) -> Tensor:
     """The image (1, 3, H, W) with grey where it is repainted: the inpainting U-Net was trained this way."""
     return image * (mask < 0.5)
+
+
+@torch.no_grad()
+def get_inpainting_inputs(
+    models: Models,
+    batch_size: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int | list[torch.Generator] | None = None,
+    input_image: ImageSource | None = None,
+    mask_image: ImageSource | None = None,
+    feather: float = 0,
+) -> InpaintingInputs:
+    """What `pipeline.denoise` keeps of `input_image`: all but where `mask_image` is white; without a mask, nothing.
+
+    The other arguments are those of `pipeline.get_latents`. Raises ValueError for a size that is not allowed and a mask of
+    another shape than the image, and what `read_image` raises.
+    """
+    shape = latent_shape(models, batch_size, height, width)
+    size = image_size(models, shape)
+    if input_image is not None and mask_image is not None:
+        input_image = read_image(input_image)
+        mask_image = read_mask_image(mask_image, input_image)
+    image = torch.zeros(1, 3, *size) if input_image is None else image_to_tensor(input_image, *size)
+    mask = torch.ones(1, 1, *size) if mask_image is None else read_mask(mask_image, *size, float(feather))
+    generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
+    latents = _encode(models, image, draw_noise(shape, generators))
+    noise = draw_noise(shape, generators)
+    channels = None
+    if models.config.unet.inpaints:
+        kept = _encode(models, without_masked(image, mask), draw_noise(shape, generators))
+        channels = mask_channels(mask, kept)  # (B, 5, H/8, W/8)
+    return InpaintingInputs(image, mask, latents, noise, channels)
+
+
+def _encode(models: Models, image: Tensor, noise: Tensor) -> Tensor:
+    """image (1, 3, H, W), noise (B, 4, h, w) -> B samples of its latents, float32 (B, 4, h, w)."""
+    return run_in_range(models.encoder, "VAE encoder", image, noise)

@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.guidance import ImageLoss, by_loss, classifier_free
-from sd.images import ImageSource, image_to_tensor, read_image, tensor_to_array
-from sd.inpainting import InpaintingInputs, mask_channels, read_mask, read_mask_image, without_masked
+from sd.images import ImageSource, image_to_tensor, tensor_to_array
+from sd.inpainting import InpaintingInputs, get_inpainting_inputs
 from sd.models import Models
 from sd.noise import draw_noise, make_generators
 from sd.prompts.weights import join_chunks, layout, weigh
-from sd.request import Request, check_models, check_prompts, check_size, check_steps
+from sd.request import Request, check_models, check_prompts, check_steps, image_size, latent_shape
 from sd.runtime.decode_in_strips import InStrips, needed
 from sd.runtime.devices import Device, best_device, device_and_dtype, is_compiled, on_device
 from sd.runtime.not_finite import check_finite, run_in_range
@@ -217,64 +217,16 @@ def get_latents(
     the list of generators that the sampler draws from. Raises ValueError for a size that is not allowed, an image
     without a sampler or another number of generators, and what `read_image` raises.
     """
-    shape = _latent_shape(models, batch_size, height, width)
+    shape = latent_shape(models, batch_size, height, width)
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
     noise = draw_noise(shape, generators)
     if input_image is None:
         return noise.to(device_and_dtype(models.diffusion)[0])
     if sampler is None:
         raise ValueError("sampler should be given with input_image: it knows how much noise to add.")
-    latents = _encode_image(models, image_to_tensor(input_image, *_image_size(models, shape)), noise)
+    image = image_to_tensor(input_image, *image_size(models, shape))  # (1, 3, H, W)
+    latents = run_in_range(models.encoder, "VAE encoder", image, noise)  # (B, 4, H/8, W/8)
     return sampler.add_noise(latents, sampler.timesteps[0])
-
-
-@torch.no_grad()
-def get_inpainting_inputs(
-    models: Models,
-    batch_size: int = 1,
-    height: int | None = None,
-    width: int | None = None,
-    seed: int | list[torch.Generator] | None = None,
-    input_image: ImageSource | None = None,
-    mask_image: ImageSource | None = None,
-    feather: float = 0,
-) -> InpaintingInputs:
-    """What `denoise` keeps of `input_image`: all but where `mask_image` is white; without a mask, nothing.
-
-    The other arguments are those of `get_latents`. Raises ValueError for a size that is not allowed and for a mask of
-    another shape than the image, and what `read_image` raises.
-    """
-    shape = _latent_shape(models, batch_size, height, width)
-    size = _image_size(models, shape)
-    if input_image is not None and mask_image is not None:
-        input_image = read_image(input_image)
-        mask_image = read_mask_image(mask_image, input_image)
-    image = torch.zeros(1, 3, *size) if input_image is None else image_to_tensor(input_image, *size)
-    mask = torch.ones(1, 1, *size) if mask_image is None else read_mask(mask_image, *size, float(feather))
-    generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
-    latents = _encode_image(models, image, draw_noise(shape, generators))
-    noise = draw_noise(shape, generators)
-    channels = None
-    if models.config.unet.inpaints:
-        kept = _encode_image(models, without_masked(image, mask), draw_noise(shape, generators))
-        channels = mask_channels(mask, kept)  # (B, 5, H/8, W/8)
-    return InpaintingInputs(image, mask, latents, noise, channels)
-
-
-def _encode_image(models: Models, image: Tensor, noise: Tensor) -> Tensor:
-    """image (1, 3, H, W), noise (B, 4, H/8, W/8) -> B samples of its latents, float32 (B, 4, H/8, W/8)."""
-    return run_in_range(models.encoder, "VAE encoder", image, noise)
-
-
-def _latent_shape(models: Models, batch_size: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-    vae, default = models.config.vae, models.config.image_size
-    check_size(height, width, vae.downscale)
-    height, width = int(height or default), int(width or default)
-    return batch_size, vae.latent_channels, height // vae.downscale, width // vae.downscale
-
-
-def _image_size(models: Models, latent_shape: tuple[int, int, int, int]) -> tuple[int, int]:
-    return latent_shape[2] * models.config.vae.downscale, latent_shape[3] * models.config.vae.downscale
 
 
 @torch.no_grad()

@@ -16,8 +16,7 @@ from PIL import Image
 
 from sd.cleaning import clean
 from sd.config import SD15
-from sd.images import ImageSource, read_image
-from sd.inpainting import read_mask_image
+from sd.images import ImageSource, read_image, read_mask_image
 from sd.models import Models
 from sd.prompts.weights import parse
 from sd.runtime.devices import Device, best_device
@@ -125,6 +124,19 @@ def check_size(height: int | None, width: int | None, multiple: int) -> None:
         ok = size is None or (_is_number(size, multiple, whole=True) and size % multiple == 0)
         _require(ok, name, size, f"a multiple of {multiple} pixels")
         _require(size is None or size <= MAX_PIXELS, name, size, f"at most {MAX_PIXELS} pixels")
+
+
+def latent_shape(models: Models, batch_size: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+    """(B, 4, H/8, W/8) for a size in pixels; None is the model's own. Raises ValueError as `check_size` does."""
+    vae, default = models.config.vae, models.config.image_size
+    check_size(height, width, vae.downscale)
+    height, width = int(height or default), int(width or default)
+    return batch_size, vae.latent_channels, height // vae.downscale, width // vae.downscale
+
+
+def image_size(models: Models, shape: tuple[int, int, int, int]) -> tuple[int, int]:
+    """(H, W) in pixels for a `latent_shape`."""
+    return shape[2] * models.config.vae.downscale, shape[3] * models.config.vae.downscale
 
 
 def check_steps(name: str, steps: int) -> None:

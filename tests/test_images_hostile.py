@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd.images import image_to_tensor, read_image
-from sd.inpainting import read_mask
+from sd.images import image_to_tensor, read_image, read_mask
 from tests.support import picture_mutations
 from tests.support.fuzzing import fuzz
 from tests.support.picture_mutations import LOSSLESS, OTHERS, honest, png, png_chunk

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from sd import generate, pipeline
-from sd.inpainting import read_mask, without_masked
+from sd.images import read_mask
+from sd.inpainting import without_masked
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
 QUICK = {"n_inference_steps": 3, "height": 32, "width": 48, "seed": 1}

@@ -24,8 +24,7 @@ from PIL import Image
 
 from sd.checkpoints.files import read_state_dict
 from sd.files import DATA
-from sd.images import read_image
-from sd.inpainting import read_mask
+from sd.images import read_image, read_mask
 from sd.model_loader import load_models
 from tests.support import model_mutations, mutations, picture_mutations
 from tests.support.auditing import watching
