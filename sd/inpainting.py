@@ -85,7 +85,7 @@ def get_inpainting_inputs(
 ) -> InpaintingInputs:
     """What `pipeline.denoise` keeps of `input_image`: all but where `mask_image` is white; without a mask, nothing.
 
-    The other arguments are those of `pipeline.get_latents`. Raises ValueError for a size that is not allowed and a mask of
+    The other arguments are those of `pipeline.get_latents`. Raises ValueError for a size that is not allowed, a mask of
     another shape than the image, and what `read_image` raises.
     """
     shape = latent_shape(models, batch_size, height, width)
