@@ -1,7 +1,4 @@
-"""What is written into pictures and beside them: settings, labels of a sheet, and the command that makes one again.
-
-In: the options of demo.py, and what came of them. Out: texts, and a labelled sheet.
-"""
+"""The texts that demo.py writes into images and reports: settings, labels, and the command that repeats an image."""
 
 from __future__ import annotations
 
@@ -11,15 +8,18 @@ import shlex
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from scripts.support.command_line import demo_command
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
     from sd.models import Models
+    from sd.request import Request
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # what --dtype calls them
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # the names of --dtype -> torch's
 
-# What the AUTOMATIC1111 web UI calls them; "Karras" comes last there, too.
+# The AUTOMATIC1111 web UI's names; a sampler that is missing keeps ours. `_karras` becomes " Karras".
 SAMPLER_NAMES = {
     "ddpm": "DDPM",
     "ddim": "DDIM",
@@ -33,23 +33,21 @@ SAMPLER_NAMES = {
 }
 
 
-def parameters(options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
-    """The prompt and settings, in the form in which Stable Diffusion tools write and read them."""
-    lines = [prompt]
-    if options.negative:
-        lines.append(f"Negative prompt: {options.negative}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in _settings(options, settings, seed, shape).items()))
+def parameters(options: argparse.Namespace, request: Request) -> str:
+    """The prompt and settings as one text, in the format that other Stable Diffusion tools read and write."""
+    lines = [request.prompt]
+    if request.uncond_prompt:
+        lines.append(f"Negative prompt: {request.uncond_prompt}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in _settings(options, request).items()))
     return "\n".join(lines)
 
 
-def details(
-    options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]
-) -> dict[str, str]:
-    """The prompt, all settings, and what they met: the machine, and the versions of what computed."""
+def details(options: argparse.Namespace, request: Request, models: Models) -> dict[str, str]:
+    """The prompt, all settings, the machine, and the versions of the libraries; none of the values is empty."""
     import torch
 
-    device, dtype = _place(settings["models"])
-    pairs = {"Prompt": prompt, "Negative prompt": options.negative, **_settings(options, settings, seed, shape)}
+    device, dtype = _place(models)
+    pairs = {"Prompt": request.prompt, "Negative prompt": request.uncond_prompt, **_settings(options, request)}
     pairs |= {"Image": options.image, "Mask": options.mask, "Feather": options.feather}
     pairs |= {"Device": device, "Precision": DTYPES[dtype], "Machine": platform.machine()}
     pairs |= {"Threads": torch.get_num_threads()}
@@ -57,23 +55,24 @@ def details(
     return {key: str(value) for key, value in pairs.items() if value not in ("", None)}
 
 
-def command(options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
-    """What to type to get this one picture again, quoted for a POSIX shell."""
-    device, dtype = _place(settings["models"])
-    # A prompt must not look like a flag; an empty pair of braces stands for nothing.
-    arguments = ["python", "scripts/demo.py", "{}" + prompt if prompt.startswith("-") else prompt]
+def command(options: argparse.Namespace, request: Request, models: Models) -> str:
+    """The command line that makes this image again, quoted for a POSIX shell."""
+    device, dtype = _place(models)
+    # A prompt must not look like a flag. An empty pair of braces adds nothing to it.
+    prompt = "{}" + request.prompt if request.prompt.startswith("-") else request.prompt
+    arguments = [*demo_command(), prompt]
     flags = {
-        "--negative": options.negative or None,
+        "--negative": request.uncond_prompt or None,
         "--image": options.image,
         "--mask": options.mask,
         "--feather": options.feather,
-        "--strength": settings["strength"] if options.image else None,
-        "--steps": settings["n_inference_steps"],
-        "--cfg-scale": settings["cfg_scale"],
-        "--sampler": settings["sampler_name"],
-        "--seed": seed,
-        "--width": shape[1],
-        "--height": shape[0],
+        "--strength": request.strength if options.image else None,
+        "--steps": request.n_inference_steps,
+        "--cfg-scale": request.cfg_scale,
+        "--sampler": request.sampler_name,
+        "--seed": request.seed,
+        "--width": request.width,
+        "--height": request.height,
         "--checkpoint": options.checkpoint,
         "--vae": options.vae,
         "--prediction-type": options.prediction_type,
@@ -87,8 +86,8 @@ def command(options: argparse.Namespace, prompt: str, settings: dict, seed: int,
     return shlex.join(arguments)
 
 
-def grid(prompts: list[str], seeds: range, pictures: list[np.ndarray]) -> Image.Image:
-    """All pictures on one sheet, each under what sets it apart: a row a prompt, a column a seed, if there are both."""
+def grid(prompts: list[str], seeds: range, images: list[np.ndarray]) -> Image.Image:
+    """All images on one labelled sheet. With several prompts and seeds, a row is a prompt and a column is a seed."""
     from sd.inside.contact_sheet import contact_sheet, square_sheet
 
     labels = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
@@ -97,34 +96,34 @@ def grid(prompts: list[str], seeds: range, pictures: list[np.ndarray]) -> Image.
     elif len(seeds) == 1:
         labels = prompts
     if len(prompts) == 1 or len(seeds) == 1:
-        return square_sheet(pictures, labels)
-    starts = range(0, len(pictures), len(seeds))
-    rows, texts = ([cells[i : i + len(seeds)] for i in starts] for cells in (pictures, labels))
+        return square_sheet(images, labels)
+    starts = range(0, len(images), len(seeds))
+    rows, texts = ([cells[i : i + len(seeds)] for i in starts] for cells in (images, labels))
     return contact_sheet(rows, texts)
 
 
-def _settings(options: argparse.Namespace, settings: dict, seed: int, shape: tuple[int, ...]) -> dict[str, object]:
-    """What made the picture, under the names that Stable Diffusion tools have for it."""
-    base, karras, _ = settings["sampler_name"].partition("_karras")
+def _settings(options: argparse.Namespace, request: Request) -> dict[str, object]:
+    """The settings of an image, under the names that other Stable Diffusion tools use."""
+    base, karras, _ = request.sampler_name.partition("_karras")
     pairs = {
-        "Steps": settings["n_inference_steps"],
-        "Sampler": SAMPLER_NAMES[base] + (" Karras" if karras else ""),
-        "CFG scale": f"{settings['cfg_scale']:g}",
-        "Seed": seed,
-        "Size": f"{shape[1]}x{shape[0]}",
+        "Steps": request.n_inference_steps,
+        "Sampler": SAMPLER_NAMES.get(base, base) + (" Karras" if karras else ""),
+        "CFG scale": f"{request.cfg_scale:g}",
+        "Seed": request.seed,
+        "Size": f"{request.width}x{request.height}",
         "Model": options.checkpoint.stem if options.checkpoint else "tiny",
     }
     if options.vae:
         pairs["VAE"] = options.vae.stem
-    if settings["deep_cache"] > 1:
-        pairs["Deep cache"] = settings["deep_cache"]
+    if request.deep_cache > 1:
+        pairs["Deep cache"] = request.deep_cache
     if options.image:
-        pairs["Denoising strength"] = f"{settings['strength']:g}"
+        pairs["Denoising strength"] = f"{request.strength:g}"
     return pairs
 
 
 def _place(models: Models) -> tuple[str, str]:
-    """Where the models compute, and in what, as --device and --dtype call them."""
+    """The device and precision of the models, in the notation of --device and --dtype."""
     from sd.runtime.devices import device_and_dtype
 
     device, dtype = device_and_dtype(models.diffusion)

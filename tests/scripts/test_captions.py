@@ -1,7 +1,8 @@
-"""The command that makes a picture again says just what the options were, whatever the prompt is."""
+"""Captions: the command that repeats an image gives the same options again, for any prompt."""
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,47 +14,73 @@ from hypothesis import strategies as st
 from scripts.demo import parse
 from scripts.support.captions import command, details, parameters
 from sd.prompts.alternatives import expand
+from sd.request import Request
 from sd.samplers import SAMPLERS
 
 
-def made_with(arguments: list[str]):
-    """Options, and the rest of what `command` and `details` take, for models in bfloat16."""
-    diffusion = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
-    more = {"n_inference_steps": 20, "sampler_name": "dpm++2m", "strength": 0.8, "deep_cache": 1}
+def made_with(arguments: list[str], prompt: str = "x"):
+    """Options, the request that demo.py makes of them, and models in bfloat16."""
     options = parse(arguments)
-    more["strength"] = options.strength or more["strength"]
-    more["cfg_scale"] = 7.5 if options.cfg_scale is None else options.cfg_scale
-    return options, {"models": SimpleNamespace(diffusion=diffusion), **more}
+    request = Request(
+        prompt,
+        options.negative,
+        strength=options.strength or 0.8,
+        cfg_scale=7.5 if options.cfg_scale is None else options.cfg_scale,
+        sampler_name="dpm++2m",
+        n_inference_steps=20,
+        seed=7,
+        height=512,
+        width=768,
+    )
+    return options, request, SimpleNamespace(diffusion=torch.nn.Linear(1, 1, dtype=torch.bfloat16))
 
 
 def again(prompt: str, arguments: list[str]):
-    options, more = made_with([*arguments, "x"])
-    python, script, *rest = shlex.split(command(options, prompt, more, 7, (512, 768, 3)))
+    python, script, *rest = shlex.split(command(*made_with([*arguments, "x"], prompt)))
     assert (python, script) == ("python", "scripts/demo.py")
     return parse(rest)
 
 
-@settings(max_examples=200)
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}\0")))
-@pytest.mark.parametrize("first", ["", "-", "--seed", "#", "'", "$(x)`y`\\"])
-def test_any_prompt(first, text):
-    prompt = first + text
+def check_prompt(prompt):
     (typed,) = again(prompt, []).prompts
     (meant,) = expand(typed)
     assert meant == (" ".join(prompt.split()) if prompt.startswith("-") else prompt)
 
 
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}\0"))
+beginnings = pytest.mark.parametrize("first", ["", "-", "--seed", "#", "'", "$(x)`y`\\"])
+
+
+@settings(max_examples=20)
+@given(texts)
+@beginnings
+def test_any_prompt(first, text):
+    check_prompt(first + text)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(texts)
+@beginnings
+def test_hundreds_of_prompts(first, text):
+    check_prompt(first + text)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_has_the_name_that_other_tools_know(name):
-    options, more = made_with(["x"])
-    text = parameters(options, "x", more | {"sampler_name": name}, 7, (8, 8, 3))
+def test_every_sampler_has_the_name_that_other_tools_use(name):
+    options, request, _ = made_with(["x"])
+    text = parameters(options, replace(request, sampler_name=name))
     assert re.search("Sampler: (DDPM|DDIM|PLMS|LMS|Euler|Euler a|Heun|DPM[+][+] 2M( SDE)?)( Karras)?,", text)
     assert ("karras" in name) == ("Karras," in text)
 
 
+def test_a_sampler_of_your_own_keeps_its_name():
+    options, request, _ = made_with(["x"])
+    assert "Sampler: mine Karras," in parameters(options, replace(request, sampler_name="mine_karras"))
+
+
 def test_defaults_are_spelled_out():
-    options, more = made_with(["a cat"])
-    assert command(options, "a cat", more, 7, (512, 768, 3)) == (
+    assert command(*made_with(["a cat"], "a cat")) == (
         "python scripts/demo.py 'a cat' --steps 20 --cfg-scale 7.5 --sampler dpm++2m --seed 7 --width 768 --height 512 "
         "--device cpu --dtype bf16"
     )
@@ -68,9 +95,13 @@ def test_every_setting_that_matters_is_there():
     assert (found.device, found.dtype, found.sampler, found.n) == ("cpu", "bf16", "dpm++2m", 1)
 
 
+def test_the_command_sd_repeats_its_own_images(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/sd", "x"])
+    assert command(*made_with(["a cat"], "a cat")).startswith("sd 'a cat' --steps 20 ")
+
+
 def test_details_are_texts_and_none_is_empty():
-    options, more = made_with(["a cat"])
-    pairs = details(options, "a cat", more, 7, (512, 768, 3))
+    pairs = details(*made_with(["a cat"], "a cat"))
     assert all(isinstance(value, str) and value for value in pairs.values())
     assert pairs["Prompt"] == "a cat"
     assert pairs["Size"] == "768x512"

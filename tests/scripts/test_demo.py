@@ -131,9 +131,9 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--device", "gpu"], "--device should be one that torch can use here, such as 'cpu', not 'gpu'."),
         (["--image", "none.png"], "--image should be a file: there is none at none.png."),
         (["--image", "text.png"], "text.png is not a picture that can be read"),
-        (["--mask", "text.png"], "--image should be given with --mask: it is the picture to change."),
-        (["--strength", 0.3], "--image should be given with --strength: it is the picture to change."),
-        (["--feather", 3], "--mask should be given with --feather: it has the edges to soften."),
+        (["--mask", "text.png"], "--image should be given with --mask: it is the image to change."),
+        (["--strength", 0.3], "--image should be given with --strength: it is the image to change."),
+        (["--feather", 3], "--mask should be given with --feather, which softens its edges."),
         (
             ["--image", "text.png", "--mask", "text.png", "--feather", -1],
             "--feather should be a number of pixels, 0 or more, not -1.0.",

@@ -35,7 +35,7 @@ def test_grid(run_demo, arguments, rows, columns):
     code, out, _ = run_demo(*arguments, "--grid", "--seed", 5, "--out", "cats.png")
     assert code == 0
     count = len(names()) - 1
-    assert out.splitlines()[-1] == f"cats-grid.png  {count} pictures"
+    assert out.splitlines()[-1] == f"cats-grid.png  {count} images"
     with Image.open("cats-grid.png") as sheet:
         assert sheet.width == columns * (32 + 4) - 4
         assert rows * 40 < sheet.height < rows * (40 + 50)
