@@ -4,8 +4,9 @@
     python scripts/evaluate_tiny.py --checkpoint runs/tiny/tiny.ckpt --out runs/tiny
     python scripts/evaluate_tiny.py --prompts 200 --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
 
-The judge, a classifier, is trained first, which takes a minute or two. It is then kept in --out. If the text.state of
-its training run is in the same folder as the checkpoint, the encoders in it also match images with prompts.
+The judge, a classifier, is trained first, which takes a minute or two. It is then kept in --out. If the checkpoint is
+in the folder of its training run, the encoders in text.state also measure how often an image matches its own prompt
+better than all others.
 """
 
 from __future__ import annotations
@@ -42,23 +43,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("evaluate_tiny.py", __doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="the model to evaluate (default: the tiny model in data/)")
-    add(
-        "--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"folder for the judge and the results ({FOLDER})"
-    )
-    add(
-        "--prompts",
-        type=int,
-        default=400,
-        metavar="N",
-        help="number of seen and of held-out prompts (400: intervals under 0.03)",
-    )
+    add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"for the judge and the results ({FOLDER})")
+    add("--prompts", type=int, default=400, metavar="N", help="prompts of each kind, seen and held out (400)")
     add("--cfg-scales", type=float, nargs="+", metavar="S", help="guidance scales (the model's own; tiny model: 5)")
     add("--samplers", nargs="+", metavar="NAME", help="sampling algorithms (the model's own; tiny model: dpm++2m)")
     add("--steps", type=int, metavar="N", help="sampling steps (the model's own; tiny model: 20)")
     add("--deep-cache", type=int, default=1, metavar="N", help="recompute the deep stages every N steps (1)")
-    add(
-        "--judge-steps", type=int, default=600, metavar="N", help="training steps of the judge, if --out has none (600)"
-    )
+    add("--judge-steps", type=int, default=600, metavar="N", help="steps to train a judge, if --out has none (600)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first available one)")
     options = parser.parse_args(arguments)
     for name in ("prompts", "judge_steps"):

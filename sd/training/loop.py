@@ -28,7 +28,7 @@ from sd.training.muon import Muon
 from sd.training.precision import mixed_precision
 
 WARMUP = 100  # steps during which the learning rate rises
-CALIBRATION = 10  # steps to warm up, then steps to measure the speed, which decides how many fit into the given time
+CALIBRATION = 10  # steps to skip, and then steps to time, to find out how many fit into the given minutes
 
 
 class Stage(Protocol):

@@ -45,7 +45,7 @@ MIN_IMAGES = 8
 
 
 class TrainingRun:
-    """A folder, the images to train on and a device; `train` trains one stage, `write_checkpoint` saves the model."""
+    """Trains all stages in one folder: `train` trains one stage, `write_checkpoint` saves the finished model."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class TrainingRun:
         return Models(clip, encoder, decoder, unet.eval(), self.tokenizer, self.config, self.device)
 
     def _grid(self, name: str, images: Tensor | np.ndarray, columns: int = 8) -> None:
-        """Write images in rows of eight to `out`/`name`.png."""
+        """Write images in rows of `columns` to `out`/`name`.png."""
         arrays = tensor_to_array(images) if isinstance(images, Tensor) else images
         height, width = arrays.shape[1:3]
         rows = -(-len(arrays) // columns)
