@@ -3,8 +3,8 @@
 A seed gives a `Scene`, which has seven attributes, and captions of it; `render` draws its image. Since a seed decides
 everything, a range of seeds is a training set. A caption may leave out attributes, which then vary at random.
 
-Some combinations of attributes are never trained on. If a model has seen red houses and purple tents, but no purple
-house, and can draw one, it composes what it has learned and does not just remember images.
+Some combinations of attributes are never trained on. To draw a purple house after training on red houses and purple
+tents only, a model must combine what it has learned: remembering images is not enough.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _head(scene: Scene, rng: random.Random, mention: frozenset[str]) -> tuple[st
 
 
 def _light_words(scene: Scene, rng: random.Random) -> str:
-    """Whether the sun or moon is there. The word also tells day from night, even if the time is not mentioned."""
+    """Whether the sun or moon is there. The word also shows whether it is night, even if the time is not mentioned."""
     return rng.choice((MOON_WORDS if scene.time == "night" else SUN_WORDS)[scene.light])
 
 

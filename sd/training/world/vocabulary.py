@@ -8,7 +8,7 @@ WORDINGS: dict[str, dict] = {
     "time": scenes.TIME_WORDS,
     "place": scenes.TERRAIN_WORDS,
     "thing": scenes.THING_WORDS,
-    "where it stands": scenes.POSITION_WORDS,
+    "position": scenes.POSITION_WORDS,
     "sun": scenes.SUN_WORDS,
     "moon (at night)": scenes.MOON_WORDS,
     "clouds": scenes.CLOUD_WORDS,
