@@ -1,11 +1,12 @@
-"""Measures how well the tiny model, or one trained like it, does what it is told -> a table, and evaluation.json.
+"""Measure how well the tiny model, or one trained like it, follows its prompts: a table, and evaluation.json.
 
     python scripts/evaluate_tiny.py
     python scripts/evaluate_tiny.py --checkpoint runs/tiny/tiny.ckpt --out runs/tiny
     python scripts/evaluate_tiny.py --prompts 200 --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
 
-A judge is trained first, once, on fresh renders: a minute or two. Where the text.state of its own training lies beside
-a checkpoint, the encoders in it give a second opinion.
+The judge, a classifier, is trained first, which takes a minute or two. It is then kept in --out. If the checkpoint is
+in the folder of its training run, the encoders in text.state also measure how often an image matches its own prompt
+better than all others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 JUDGE_SCENES, TEST_SCENES = 6000, 500
 FOLDER = "runs/evaluation"
 
-# What `generate` calls its arguments, and what they are called here.
+# Parameters of `generate` -> the flags for them here.
 FLAGS = {
     "n_inference_steps": "--steps",
     "deep_cache": "--deep-cache",
@@ -41,17 +42,15 @@ FLAGS = {
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("evaluate_tiny.py", __doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="FILE", help="what to evaluate (default: the tiny model in data/)")
-    add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"for the judge and the result ({FOLDER})")
-    add("--prompts", type=int, default=400, metavar="N", help="seen, and as many held-out (400: intervals under 0.03)")
+    add("--checkpoint", type=Path, metavar="FILE", help="the model to evaluate (default: the tiny model in data/)")
+    add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"for the judge and the results ({FOLDER})")
+    add("--prompts", type=int, default=400, metavar="N", help="prompts of each kind, seen and held out (400)")
     add("--cfg-scales", type=float, nargs="+", metavar="S", help="guidance scales (the model's own; tiny model: 5)")
     add("--samplers", nargs="+", metavar="NAME", help="sampling algorithms (the model's own; tiny model: dpm++2m)")
     add("--steps", type=int, metavar="N", help="sampling steps (the model's own; tiny model: 20)")
-    add("--deep-cache", type=int, default=1, metavar="N", help="steps that share the U-Net's deep features (1)")
-    add(
-        "--judge-steps", type=int, default=600, metavar="N", help="how long to train a judge, if none is in --out (600)"
-    )
-    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
+    add("--deep-cache", type=int, default=1, metavar="N", help="recompute the deep stages every N steps (1)")
+    add("--judge-steps", type=int, default=600, metavar="N", help="steps to train a judge, if --out has none (600)")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first available one)")
     options = parser.parse_args(arguments)
     for name in ("prompts", "judge_steps"):
         if getattr(options, name) < 1:
@@ -61,33 +60,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    interrupted = "interrupted; the same command goes on with the judge, and draws the pictures anew."
+    interrupted = "interrupted; run the same command again: the judge is kept, the images are drawn again."
     return exit_status("evaluate_tiny.py", lambda: evaluate(options), interrupted)
 
 
 def prepare(options: argparse.Namespace) -> Models:
-    """The model to evaluate, whose own sampling fills what the options leave open; and the folder `out`.
+    """Load the model, fill in missing options with its own sampling settings, and create the folder `out`.
 
-    Raises ValueError or OSError for what cannot be, before the judge is trained and anything is drawn.
+    Raises ValueError or OSError for bad options, before the judge is trained or anything is drawn.
     """
     from sd import load_models
 
     check(options)
     models = load_models(options.checkpoint, options.device)
     if models.config.unet.inpaints:
-        raise ValueError("--checkpoint should make pictures from text alone: this one is made for inpainting.")
-    usual, most = models.config.sampling, models.config.schedule.num_training_steps
-    options.samplers = options.samplers or [usual.sampler]
-    options.cfg_scales = options.cfg_scales or [usual.cfg_scale]
-    options.steps = options.steps or usual.steps
-    if options.steps > most:
-        raise ValueError(f"--steps should be at most {most} with this checkpoint, not {options.steps}.")
+        raise ValueError("--checkpoint should be a text-to-image model, not an inpainting model.")
+    defaults, max_steps = models.config.sampling, models.config.schedule.num_training_steps
+    options.samplers = options.samplers or [defaults.sampler]
+    options.cfg_scales = options.cfg_scales or [defaults.cfg_scale]
+    options.steps = options.steps or defaults.steps
+    if options.steps > max_steps:
+        raise ValueError(f"--steps should be at most {max_steps} with this checkpoint, not {options.steps}.")
     make_folder("--out", options.out)
     return models
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that `generate` would not take, under their names here."""
+    """Raise ValueError for options that are invalid for `generate`, by the names of the flags."""
     from sd.request import Request, check_models
 
     settings = {"n_inference_steps": options.steps, "deep_cache": options.deep_cache}
@@ -102,7 +101,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Trains the judge, judges true renders and their copies, then pictures for prompts, and writes it all down."""
+    """Train the judge, apply it to renders, to their reconstructions and to generated images, and write the results."""
     import torch
     from tqdm import tqdm
 
@@ -126,9 +125,9 @@ def evaluate(options: argparse.Namespace) -> None:
             second[name] = evaluation.second_opinion(encoders, models.tokenizer, pictures, prompts)
 
     margin = evaluation.interval(0.95, options.prompts)
-    print(table(rows), f"\nVAE: {decibels:.2f} dB. A share of .95 is known to within {margin:.3f}.")
+    print(table(rows), f"\nVAE: {decibels:.2f} dB. 95 % interval of a share of .95: +-{margin:.3f}.")
     for name, share in second.items():
-        print(f"{name}: {share:.1%} of the pictures find their prompt among {options.prompts}.")
+        print(f"{name}: {share:.1%} of the images match their own prompt best, out of {options.prompts}.")
     result = {
         "checkpoint": str(options.checkpoint or "data/tiny.ckpt"),
         "psnr": decibels,
@@ -141,7 +140,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def judge_renders(options: argparse.Namespace, models: Models, judge: nn.Module) -> tuple[dict[str, dict], float]:
-    """What the judge says of true renders and of their copies through the VAE, and the copies' PSNR in dB."""
+    """The judge's shares for renders and for their reconstructions by the VAE, and the mean PSNR of these in dB."""
     import torch
 
     from sd.training import evaluation
@@ -162,7 +161,7 @@ def judge_renders(options: argparse.Namespace, models: Models, judge: nn.Module)
 
 
 def train_judge(options: argparse.Namespace):
-    """The judge in `out`, trained there if it is not yet."""
+    """Load the judge from `out`, or train it there first."""
     import torch
     from tqdm import tqdm
 
@@ -186,7 +185,7 @@ def train_judge(options: argparse.Namespace):
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of shares under the names of the attributes."""
+    """The shares as text: a row for each sampling setting, a column for each attribute."""
     names = list(next(iter(rows.values())))
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{name:>10}" for name in names)]

@@ -1,8 +1,8 @@
-"""Makes the pictures that README shows, all with the tiny model in data/ -> images/*.png.
+"""Make the pictures in README.md, all with the tiny model in data/. They are written to images/.
 
     python scripts/make_gallery.py [--out images]
 
-Nothing is picked by hand: seeds count up from 0.
+No picture is picked by hand: seeds count up from 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sd.models import Models
 
-# torch and sd are imported inside the functions: Ctrl-C, or a Python without torch, is then one line of main's.
+# torch and sd are imported inside the functions, so that Ctrl-C or a missing torch gives a one-line error in main.
 
 PROMPTS = [
     "a red house on green hills at noon, on the left",
@@ -37,23 +37,25 @@ SAMPLER_STEPS = (5, 10, 20, 50)
 
 
 def prompts_sheet(models: Models) -> Image.Image:
-    """Eight prompts, four seeds each, all alike in everything else."""
+    """Eight prompts with four seeds each."""
     from sd import generate
     from sd.inside.contact_sheet import contact_sheet
 
     seeds = range(4)
     rows = [list(generate([prompt] * len(seeds), models=models, seed=0)) for prompt in PROMPTS]
-    # The prompt runs over its whole row: it is the label of the first picture.
+    # The label of the first picture is the prompt, and extends over the whole row.
     return contact_sheet(rows, [[prompt, "", "", ""] for prompt in PROMPTS])
 
 
 def steps_sheet(models: Models, prompt: str = PROMPTS[0]) -> Image.Image:
-    """One picture coming to be: the latents decoded, and where they seem to be heading, at every fourth step."""
+    """One picture at every fourth step: the noisy latents, decoded, and the predicted x_0, decoded."""
     from sd import pipeline
     from sd.inside.contact_sheet import contact_sheet
+    from sd.noise import make_generators
+    from sd.samplers import SAMPLERS
 
-    generators = pipeline.make_generators(0, 1)
-    sampler = pipeline.SAMPLERS["dpm++2m"](generators, schedule=models.config.schedule)
+    generators = make_generators(0, 1)
+    sampler = SAMPLERS["dpm++2m"](generators, schedule=models.config.schedule)
     sampler.set_inference_timesteps(20)
     latents = pipeline.get_latents(models, seed=generators)
     steps = list(pipeline.denoise(models, latents, pipeline.encode_prompt(models, prompt), sampler))
@@ -66,7 +68,7 @@ def steps_sheet(models: Models, prompt: str = PROMPTS[0]) -> Image.Image:
 
 
 def changes_sheet(models: Models) -> Image.Image:
-    """A picture made again from itself: with another time of day, without clouds, with a part repainted."""
+    """A picture and three changes: another time of day, a negative prompt against clouds, the right half repainted."""
     from PIL import Image
 
     from sd import generate
@@ -86,12 +88,13 @@ def changes_sheet(models: Models) -> Image.Image:
 
 
 def samplers_sheet(models: Models, prompt: str = PROMPTS[2]) -> Image.Image:
-    """The same prompt and seed under every sampler, with more and more steps."""
-    from sd import generate, pipeline
+    """The same prompt and seed with every sampler and with different numbers of steps."""
+    from sd import generate
     from sd.inside.contact_sheet import contact_sheet
+    from sd.samplers import SAMPLERS
 
     rows, labels = [], []
-    for name in pipeline.SAMPLERS:
+    for name in SAMPLERS:
         options = {"models": models, "seed": 0, "sampler_name": name}
         rows.append([generate(prompt, n_inference_steps=steps, **options) for steps in SAMPLER_STEPS])
         labels.append([f"{name}, {steps} steps" for steps in SAMPLER_STEPS])

@@ -57,8 +57,16 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """image (B, 3, H, W) in [-1, 1], noise (B, 4, H/8, W/8) -> scaled latents (B, 4, H/8, W/8).
 
-        z = mean + std * noise, the reparameterisation trick (1312.6114, section 2.4); without noise, the mean.
+        With noise, a sample of q(z | x) (`sample_posterior`); without, its mean.
         """
         mean, log_variance = self.moments(image)
-        latents = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
+        latents = mean if noise is None else sample_posterior(mean, log_variance, noise)
         return latents * self.scaling_factor
+
+
+def sample_posterior(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """z = mean + std * noise, the reparameterisation trick (1312.6114, section 2.4): gradients reach mean and std.
+
+    All of one shape, (B, 4, h, w).
+    """
+    return mean + torch.exp(0.5 * log_variance) * noise

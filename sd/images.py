@@ -1,8 +1,7 @@
-"""Pictures on the outside, tensors on the inside.
+"""Read and write image files, and convert images to tensors and back.
 
-In: a picture file or a PIL image of any mode, or the decoder's output. Out: what the encoder takes, float32
-(1, 3, H, W) in [-1, 1]; or arrays that people take, uint8 (B, H, W, 3); or a PNG file or an animation,
-there whole or not at all.
+The networks use float32 tensors (B, 3, H, W) in [-1, 1]. Users get uint8 arrays (B, H, W, 3) in 0..255, PNG files and
+animations.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from sd.files import write_whole
 
-# Not all that Pillow knows: to read EPS files it starts another program, Ghostscript, and each more is a door more.
+# An allow-list. Pillow supports more formats, but each one adds risk: its EPS reader, for example, runs Ghostscript.
 FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]
 FORMATS += ["PPM", "TGA", "ICO", "PCX", "SGI", "QOI"]
 ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
@@ -29,14 +28,14 @@ ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 
 
 def read_image(source: ImageSource, behind: str = "white") -> Image.Image:
-    """Read a picture as a viewer shows it: a PIL image of mode RGB, in sRGB, upright, transparency over white.
+    """Read an image as a viewer shows it: a PIL image of mode RGB, in sRGB, upright, without transparency.
 
-    `source` is a path, a file that is open for reading bytes, a PIL image, which is left as it is, or an array, uint8
-    (H, W, 3) or (H, W). `behind` is another colour to lay it over. Of an animation it is the first frame. Integers
-    beyond 8 bits are scaled from 0..65535, floats from 0..1, 0..255 or 0..65535, the smallest of these that holds them.
+    `source` is a path, a file opened in binary mode, a PIL image (which is not changed) or an array, uint8 (H, W, 3) or
+    (H, W). `behind` is the colour behind transparent pixels. Only the first frame of an animation is read. Integers of
+    more than 8 bits are scaled from 0..65535, floats from the smallest of 0..1, 0..255 and 0..65535 that holds them.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not a whole picture of one of the FORMATS, or
-    too large, TypeError for any other kind of source.
+    Raises FileNotFoundError if the file does not exist, ValueError if it is damaged, too large or in none of the
+    FORMATS, TypeError for any other kind of source.
     """
     if isinstance(source, np.ndarray):
         grey = source.ndim == 2 and source.dtype == np.uint8
@@ -44,7 +43,7 @@ def read_image(source: ImageSource, behind: str = "white") -> Image.Image:
     if isinstance(source, Image.Image):
         return _load(source, getattr(source, "filename", "") or "the picture", behind)
     if not (isinstance(source, (str, os.PathLike)) or hasattr(source, "read")):
-        raise TypeError(f"A picture is a path, an open file, a PIL image or an array, not {type(source).__name__}.")
+        raise TypeError(f"source should be a path, an open file, a PIL image or an array, not {type(source).__name__}.")
     name = str(getattr(source, "name", "the open file") if hasattr(source, "read") else source)
     try:
         with _open(source, name) as image:
@@ -56,11 +55,11 @@ def read_image(source: ImageSource, behind: str = "white") -> Image.Image:
 def image_to_tensor(
     image: ImageSource, height: int, width: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
-    """Turn a picture into float32 (1, 3, height, width) in [-1, 1]: pixel / 127.5 - 1.
+    """Turn an image into a float32 tensor (1, 3, height, width) in [-1, 1].
 
-    A picture of another shape is cropped about its centre, never stretched, and resized.
+    An image of another size is resized. If its proportions differ, its edges are cropped first: it is never stretched.
 
-    Raises ValueError for a size below 1, and what `read_image` raises.
+    Raises ValueError for a size below 1, and the errors of `read_image`.
     """
     if height < 1 or width < 1:
         raise ValueError(f"Height and width must be at least 1 pixel, not {height} and {width}.")
@@ -68,7 +67,7 @@ def image_to_tensor(
     if image.size != (width, height):
         image = image.resize((width, height), resampling, box=_centre_box(image.size, (width, height)))
     pixels = torch.from_numpy(np.array(image))  # (H, W, 3)
-    return (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).contiguous()  # (1, 3, H, W)
+    return from_uint8(pixels.permute(2, 0, 1)[None]).contiguous()  # (1, 3, H, W)
 
 
 def read_mask_image(mask: ImageSource, image: Image.Image | None = None) -> Image.Image:
@@ -103,35 +102,44 @@ def read_mask(mask: ImageSource, height: int, width: int, feather: float = 0) ->
 
 
 def tensor_to_array(images: Tensor) -> np.ndarray:
-    """Turn images (B, 3, H, W) in [-1, 1], on any device, into uint8 (B, H, W, 3): clamped, then rounded.
+    """Turn images (B, 3, H, W) in [-1, 1], on any device, into an array, uint8 (B, H, W, 3).
 
-    Raises ValueError for another shape, and for values that are not numbers.
+    Raises ValueError for another shape, and for NaN.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"Expected images of shape (B, 3, H, W), not {tuple(images.shape)}.")
     if images.isnan().any():
         raise ValueError("The images hold values that are not numbers (NaN): decode them in float32.")
-    # Rounded, because truncation darkens every pixel by half a level on average.
-    levels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, H, W, 3)
+    return to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, H, W, 3)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1], of the same shape."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] -> uint8 in 0..255, of the same shape. Values outside the range are clamped."""
+    # Rounding matters: truncation would darken every pixel by half a level on average.
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def write_png(
     path: str | os.PathLike, image: np.ndarray | Image.Image, parameters: str | None = None, overwrite: bool = False
 ) -> None:
-    """Write a picture, PIL or uint8 (H, W, 3), as a PNG file. A missing folder is made.
+    """Write an image, PIL or uint8 (H, W, 3), as a PNG file. A missing folder is created.
 
-    `parameters` goes into the file as the text chunk of that name, where other Stable Diffusion tools look for the
-    prompt and settings. The file gets its name only when it is complete; an existing one is replaced only with
-    `overwrite`, even if another process takes the name at the last moment.
+    `parameters` is stored in the text chunk "parameters", where other Stable Diffusion tools look for the prompt and
+    settings. The write is atomic: no partial file ever has this name. An existing file is replaced only with
+    `overwrite`, even if another process creates it at the last moment.
 
-    Raises FileExistsError if the name is taken, another OSError if the file cannot be written, ValueError for an array
-    of another kind.
+    Raises FileExistsError if the file exists, another OSError if it cannot be written, ValueError for an array of
+    another shape or dtype.
     """
     image = _from_array(image) if isinstance(image, np.ndarray) else image
     text = PngImagePlugin.PngInfo()
     if parameters is not None:
-        # A prompt from the command line can hold half characters (lone surrogates), which no encoding takes.
+        # A prompt from the command line can contain lone surrogates, which UTF-8 cannot encode.
         text.add_text("parameters", parameters.encode("utf-8", "replace").decode("utf-8"))
     write_whole(Path(path), lambda file: image.save(file, format="PNG", pnginfo=text), overwrite)
 
@@ -143,10 +151,11 @@ def write_animation(
     last_ms: int = 2000,
     overwrite: bool = False,
 ) -> None:
-    """Write frames, uint8 (H, W, 3), as an animated .webp or .gif file, whichever the path says, that runs for ever.
+    """Write frames, uint8 (H, W, 3), as an animation that loops forever: .webp or .gif, by the suffix of `path`.
 
-    Each is shown for `frame_ms` milliseconds, the last one for `last_ms`. As with `write_png`, the file gets its name
-    only when it is complete, and the same errors are raised; also ValueError for no frames or another kind of file.
+    Each frame is shown for `frame_ms` milliseconds, the last one for `last_ms`. The write is atomic.
+
+    Raises the errors of `write_png`, and ValueError for no frames or another suffix.
     """
     path = Path(path)
     kind = ANIMATIONS.get(path.suffix.lower())
@@ -169,20 +178,20 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest region of a picture of `size` (W, H) that has its centre and the shape of `wanted`."""
+    """The largest centred box (left, top, right, bottom) in an image of `size` (W, H) with the proportions `wanted`."""
     width, height = size
     if width * wanted[1] > height * wanted[0]:  # too wide
         width = height * wanted[0] / wanted[1]
     else:
         height = width * wanted[1] / wanted[0]
     left, top = (size[0] - width) / 2, (size[1] - height) / 2
-    if (width, height) == wanted:  # only cropped: by whole pixels, so that they stay as they are
+    if (width, height) == wanted:  # no resizing: crop at whole pixels, so that none is interpolated
         left, top = int(left), int(top)
     return left, top, left + width, top + height
 
 
 def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
-    """Find out what kind of picture a file holds. `name` is what an error calls it."""
+    """Open an image file without decoding it. Errors call it `name`."""
     if not hasattr(source, "read") and os.path.exists(source) and not os.path.isfile(source):
         kind = "folder: give the path of one picture in it" if os.path.isdir(source) else "device or a pipe, not a file"
         raise ValueError(f"{name} is a {kind}.")
@@ -197,17 +206,17 @@ def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
         raise ValueError(f"{name} is too large to be opened safely: make it smaller first ({error}).") from None
     except MemoryError:
         raise
-    except Exception as error:  # readers of damaged files raise whatever the damage leads them to
+    except Exception as error:  # on a damaged file, Pillow's readers can raise anything
         raise ValueError(f"{name} cannot be read ({_reason(error)}).") from error
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
 def _load(image: Image.Image, name: str, behind: str) -> Image.Image:
-    """Decode a picture and bring it to RGB. `name` is what an error calls it."""
+    """Decode an image and convert it to RGB. Errors call it `name`."""
     try:
         image.load()
     except MemoryError:
@@ -218,7 +227,7 @@ def _load(image: Image.Image, name: str, behind: str) -> Image.Image:
         raise ValueError(f"{name} has no pixels: its size is {image.width} x {image.height}.")
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged notes of the camera do not damage the picture
+    except Exception:  # damaged EXIF data does not make the image unreadable
         image = image.copy()
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
@@ -232,22 +241,21 @@ def _load(image: Image.Image, name: str, behind: str) -> Image.Image:
     image = _to_srgb(image, profile)
     if alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, behind), alpha)
-    # Nothing that a later reader could apply a second time.
-    image.info = {}
+    image.info = {}  # so that no later reader applies the orientation or the profile again
     return image
 
 
 def _to_8_bit(image: Image.Image, name: str) -> Image.Image:
-    """Scale modes I, I;16 and F to L, or to LA if one value stands for transparent. Pillow itself would clip them."""
+    """Scale modes I, I;16 and F to L, or to LA if one value means transparent. Pillow would clip instead of scale."""
     pixels = np.asarray(image)  # (H, W)
     ranges = (1, 255, 65535) if image.mode == "F" else (65535,)
-    darkest, brightest = float(pixels.min()), float(pixels.max())  # NaN if there is one, which no range holds
+    darkest, brightest = float(pixels.min()), float(pixels.max())  # NaN if any pixel is NaN: no range matches
     white = next((white for white in ranges if brightest < white + 1), None)
     if white is None or darkest <= -1:
         raise ValueError(f"{name} has pixels from {darkest:g} to {brightest:g}: save it with 8 or 16 bits.")
     levels = np.empty(pixels.shape, np.uint8)
-    for rows, exact in zip(levels, pixels):  # row by row, as float64 takes eight times the memory
-        rows[:] = (exact.astype(np.float64) * 255 / white).round().clip(0, 255)
+    for row, exact in zip(levels, pixels):  # row by row, because float64 takes eight times the memory
+        row[:] = (exact.astype(np.float64) * 255 / white).round().clip(0, 255)
     scaled = Image.fromarray(levels)
     transparent = image.info.get("transparency")
     if transparent is not None:
@@ -256,7 +264,7 @@ def _to_8_bit(image: Image.Image, name: str) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert 8-bit colours without alpha to RGB, by their colour profile if they carry one that is not sRGB."""
+    """Convert an 8-bit image without alpha to RGB, applying its colour profile if it has one that is not sRGB."""
     if image.mode == "P":
         image = image.convert("RGB")
     try:
@@ -270,5 +278,5 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             return image.convert("RGB")
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ImportError):
-        # A broken profile, one for another kind of picture, or a Pillow without colour management.
+        # A broken profile, a profile for another mode, or a Pillow built without colour management.
         return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Pictures to tensors and back, and into files; test_images_reading.py has the other way."""
+"""Images to tensors and back, and writing PNG files. Reading files is tested in test_images_reading.py."""
 
 import errno
 import multiprocessing
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from sd.images import image_to_tensor, read_image, tensor_to_array, write_png
+from sd.images import from_uint8, image_to_tensor, read_image, tensor_to_array, to_uint8, write_png
 
 PARAMETERS = "a red house\nSteps: 20, Seed: 1"
 
@@ -94,6 +94,16 @@ def test_an_array_of_levels_is_grey(tmp_path):
         image_to_tensor(levels / 255, 8, 8)
 
 
+def test_uint8_to_floats_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(2, 128)
+    images = from_uint8(pixels)
+    assert images.dtype == torch.float32
+    assert images[0, 0] == -1
+    assert images[1, -1] == 1
+    assert torch.equal(to_uint8(images), pixels)
+    assert to_uint8(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
+
+
 def test_tensor_is_clamped_and_rounded():
     values = torch.tensor([-9.0, -1, -0.9969, -0.9955, 0, 0.9969, 1, 9])
     array = tensor_to_array(values.expand(2, 3, 1, 8))
@@ -150,12 +160,12 @@ def test_no_parameters_no_text(tmp_path):
     assert Image.open(tmp_path / "a.png").text == {}
 
 
-def test_half_characters_do_not_lose_the_picture(tmp_path):
+def test_lone_surrogates_in_the_prompt_are_replaced(tmp_path):
     write_png(tmp_path / "a.png", noise(), "caf\udce9")
     assert Image.open(tmp_path / "a.png").text == {"parameters": "caf?"}
 
 
-def test_folder_is_made_and_nothing_else_left(tmp_path):
+def test_folder_is_created_and_nothing_else_left(tmp_path):
     write_png(tmp_path / "new" / "folder" / "a.png", noise())
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["a.png"]
 

@@ -1,4 +1,4 @@
-"""Writing animations: whole or not at all, like pictures."""
+"""Writing animations, which is atomic, like writing PNG files."""
 
 import numpy as np
 import pytest

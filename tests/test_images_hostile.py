@@ -1,6 +1,6 @@
-"""Pictures of every kind are seen as they were made; damaged ones, bombs and files that are none are refused.
+"""Images of every format are read correctly; corrupt images, decompression bombs and other files are refused.
 
-`--slow` tries 5,000 hostile files and 1,000 honest ones; `FUZZ_FIRST=5000` goes on with others.
+`--slow` tries 5,000 hostile files and 1,000 honest ones; `FUZZ_FIRST=5000` tries others.
 """
 
 import io
@@ -31,15 +31,15 @@ def test_hostile_pictures_are_read_or_refused(tmp_path, pictures):
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_honest_pictures_are_seen_as_they_were_made(count):
-    """Those of a lossless format to the level, and turned as they say; the others nearly so."""
+def test_honest_pictures_are_read_correctly(count):
+    """Lossless formats are exact, lossy ones are close. The EXIF orientation is applied."""
     rng = random.Random(FIRST)
     for _ in range(count):
         kind, image, content, orientation = honest(rng)
         seen = read_image(io.BytesIO(content))
         assert seen.mode == "RGB"
         assert seen.info == {}
-        # What a camera stores of a picture, applied to what is seen, is what was stored.
+        # Undo the orientation, to compare with what was stored.
         stored = STORED[orientation](np.asarray(seen))
         expected = np.asarray(read_image(image)).astype(int)
         difference = abs(stored - expected)
@@ -48,7 +48,7 @@ def test_honest_pictures_are_seen_as_they_were_made(count):
 
 
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (20_000, 600)])
-def test_very_wide_pictures_become_what_was_asked_for(tmp_path, size):
+def test_very_wide_pictures_are_resized(tmp_path, size):
     levels = np.linspace(0, 255, size[0] * size[1]).astype(np.uint8).reshape(size[::-1])
     Image.fromarray(levels).save(tmp_path / "a.png", compress_level=1)
     assert read_image(tmp_path / "a.png").size == size
@@ -58,7 +58,7 @@ def test_very_wide_pictures_become_what_was_asked_for(tmp_path, size):
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_files_that_are_no_pictures(tmp_path, kind):
+def test_files_that_are_not_pictures(tmp_path, kind):
     path = tmp_path / "picture.png"
     path.write_bytes(OTHERS[kind])
     for read in (read_image, lambda path: read_mask(path, 8, 8)):
@@ -89,13 +89,13 @@ def test_a_pipe_does_not_hang(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(2**31 - 1, 2**31 - 1), (50_000, 50_000)])
-def test_a_picture_that_claims_too_much_is_refused_at_once(tmp_path, size):
+def test_a_picture_with_a_huge_size_in_its_header_is_refused_at_once(tmp_path, size):
     (tmp_path / "bomb.png").write_bytes(png(*size))
     with pytest.raises(ValueError, match=r"bomb\.png is too large to be opened safely: make it smaller first"):
         read_image(tmp_path / "bomb.png")
 
 
-def test_too_little_memory_is_said(tmp_path, monkeypatch):
+def test_too_little_memory_is_a_value_error(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(picture_mutations.seeds()["PNG RGB"])
 
     def fail(*_):
@@ -108,7 +108,7 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch):
                 read_image(tmp_path / "a.png")
 
 
-def test_notes_that_inflate_are_refused(tmp_path):
+def test_text_chunks_that_decompress_to_megabytes_are_refused(tmp_path):
     for kind, head in ((b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0")):
         note = png_chunk(kind, head + zlib.compress(bytes(1 << 23)))
         (tmp_path / "a.png").write_bytes(png(8, 8, note, content=bytes(25 * 8)))

@@ -1,4 +1,4 @@
-"""Reading pictures of every kind, and what is none."""
+"""Reading images of every format, orientation and mode, and refusing other files."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ def noise(height: int = 6, width: int = 9, seed: int = 0) -> np.ndarray:
 
 
 def reopened(image: Image.Image, file_format: str = "PNG", **options) -> Image.Image:
-    """The picture after a way through a file."""
+    """The image, saved and opened again."""
     file = io.BytesIO()
     image.save(file, file_format, **options)
     return Image.open(io.BytesIO(file.getvalue()))
@@ -25,7 +25,7 @@ def first_pixel(image: Image.Image) -> tuple[int, ...]:
     return read_image(image).getpixel((0, 0))
 
 
-# Where from
+# Sources
 
 
 def test_reads_path_open_file_and_image(tmp_path):
@@ -40,7 +40,7 @@ def test_reads_path_open_file_and_image(tmp_path):
 
 
 @pytest.mark.parametrize("source", [Image.fromarray(noise()), noise()], ids=["image", "array"])
-def test_given_image_stays_as_it_is(source):
+def test_given_image_is_not_changed(source):
     image = read_image(source)
     np.testing.assert_array_equal(image, noise())
     image.putpixel((0, 0), (1, 2, 3))
@@ -114,13 +114,13 @@ def test_no_pixels():
 
 @pytest.mark.parametrize("source", [None, 3, [noise()]])
 def test_other_sources(source):
-    with pytest.raises(TypeError, match="a path, an open file, a PIL image or an array, not"):
+    with pytest.raises(TypeError, match="source should be a path, an open file, a PIL image or an array, not"):
         read_image(source)
 
 
 # Orientation
 
-STORED = {  # what a camera stores of `a`, which should be seen, under each EXIF orientation
+STORED = {  # EXIF orientation: how a camera stores `a`, which is what a viewer should show
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -239,13 +239,13 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def swapped_profile(name: str = "test") -> bytes:
-    """A profile that says: what is stored as red is green, and the other way round. `name` has four letters."""
+    """A profile that swaps red and green. `name` has four letters."""
     profile = SRGB.replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be"))
     return profile.replace(b"rXYZ", b"?XYZ").replace(b"gXYZ", b"rXYZ").replace(b"?XYZ", b"gXYZ")
 
 
 def linear_grey_profile() -> bytes:
-    """A profile that says: what is stored is proportional to light."""
+    """A profile whose levels are proportional to light (gamma 1)."""
     tags = {
         b"desc": struct.pack(">4s4xI5s78x", b"desc", 5, b"test"),
         b"wtpt": struct.pack(">4s4x3i", b"XYZ ", 63190, 65536, 54061),
@@ -274,7 +274,7 @@ def test_colour_profile_leaves_alpha_alone():
 
 @pytest.mark.parametrize("mode, pixel, seen", [("L", 55, 128), ("LA", (55, 51), 230)])
 def test_grey_profile(mode, pixel, seen):
-    # A fifth of the light is level 128 in sRGB, and 128 at an opacity of a fifth over white is 230.
+    # A fifth of the light is level 128 in sRGB. Level 128 over white, with an opacity of a fifth, is 230.
     assert first_pixel(reopened(Image.new(mode, (2, 2), pixel), icc_profile=linear_grey_profile())) == (seen,) * 3
 
 

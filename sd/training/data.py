@@ -1,7 +1,7 @@
-"""Pictures with captions, as the training stages read them.
+"""Captioned images for training: scenes of the toy world, or a folder of your own images.
 
-In: how many scenes to draw, or a folder of somebody's own pictures. Out: `Pictures`: all of them as one uint8 array
-(N, size, size, 3), mapped from a file so that it need not fit into memory, and the captions of each.
+Both become `CaptionedImages`: one uint8 array (N, size, size, 3), memory-mapped from a file so that it need not fit
+into memory, and a list of captions for each image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.files import whole_file
-from sd.images import image_to_tensor, read_image, tensor_to_array
+from sd.images import from_uint8, image_to_tensor, read_image, tensor_to_array
 from sd.training.world.render import render
 from sd.training.world.scenes import scene_and_captions
 
@@ -32,12 +32,12 @@ CAPTIONS_PER_SCENE = 6
 
 
 class DataError(ValueError):
-    """The pictures to train on cannot be used. Its message is one sentence."""
+    """The images or captions cannot be used for training. The message is one sentence."""
 
 
 @dataclass
-class Pictures:
-    """N pictures, each with one caption or more."""
+class CaptionedImages:
+    """N images, each with one or more captions."""
 
     pixels: np.ndarray  # uint8 (N, size, size, 3)
     captions: list[list[str]]
@@ -46,35 +46,37 @@ class Pictures:
         return len(self.captions)
 
     def batch(self, indices: Tensor) -> Tensor:
-        """Indices (B,) -> pictures (B, 3, size, size) in [-1, 1]."""
+        """Indices (B,) -> images (B, 3, size, size) in [-1, 1]."""
         pixels = torch.from_numpy(self.pixels[indices.numpy()])  # (B, H, W, 3)
-        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return from_uint8(pixels.permute(0, 3, 1, 2))  # (B, 3, H, W)
 
 
-def load_scenes(cache: Path, count: int, size: int, first_seed: int = 0, held_out: bool | None = False) -> Pictures:
-    """The scenes of seeds first_seed, first_seed + 1, ...; drawn once, and kept in the folder `cache`.
+def load_scenes(
+    cache: Path, count: int, size: int, first_seed: int = 0, held_out: bool | None = False
+) -> CaptionedImages:
+    """Draw `count` scenes of the toy world, with seeds first_seed, first_seed + 1, ...
 
-    `held_out` is that of `random_scene`: False for scenes to train on, None for all kinds. Raises OSError if the file
-    cannot be written.
+    They are drawn once and then kept in a file in the folder `cache`. `held_out` is passed to `random_scene`: False for
+    training scenes, True for held-out ones, None for both. Raises OSError if the file cannot be written.
     """
     kind = {False: "scenes", True: "held-out", None: "all"}[held_out]
     path = cache / f"{kind}-{first_seed}-{count}-{size}.npy"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         jobs = ((seed, size, held_out) for seed in range(first_seed, first_seed + count))
-        with ProcessPoolExecutor(initializer=_leave_interrupts) as pool:
+        with ProcessPoolExecutor(initializer=_ignore_interrupts) as pool:
             try:
                 _write_pixels(path, pool.map(_draw, jobs, chunksize=64), count, size, "drawing scenes")
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # or it would draw to the end first
+                pool.shutdown(cancel_futures=True)  # without this, it would first draw all remaining scenes
                 raise
     seeds = range(first_seed, first_seed + count)
     captions = [scene_and_captions(seed, CAPTIONS_PER_SCENE, held_out)[1] for seed in seeds]
-    return Pictures(np.load(path, mmap_mode="r"), captions)
+    return CaptionedImages(np.load(path, mmap_mode="r"), captions)
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C reaches every process: the one that waits for the pictures answers it for all."""
+def _ignore_interrupts() -> None:
+    """Ignore Ctrl-C in a worker process: the main process handles it for all of them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -83,64 +85,66 @@ def _draw(job: tuple[int, int, bool | None]) -> np.ndarray:
     return np.asarray(render(scene_and_captions(seed, 0, held_out)[0], seed, size))
 
 
-def _write_pixels(path: Path, pictures: Iterable[np.ndarray], count: int, size: int, what: str) -> None:
-    """Fills an array file picture by picture. It gets its name when it is complete.
+def _write_pixels(path: Path, images: Iterable[np.ndarray], count: int, size: int, what: str) -> None:
+    """Write images (size, size, 3) to an array file, one by one and atomically. `what` labels the progress bar.
 
-    It is written, not mapped: Windows renames no file that is mapped, and a mapped file that somebody else cuts short
-    kills the process.
+    The file is written, not memory-mapped: Windows cannot rename a mapped file, and if another process truncates a
+    mapped file, this process crashes.
     """
     shape = (count, size, size, 3)
     try:
         with whole_file(path, overwrite=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            _claim(file, math.prod(shape))
-            for picture in tqdm(pictures, what, count):
-                file.write(picture.astype(np.uint8).tobytes())
+            _reserve(file, math.prod(shape))
+            for image in tqdm(images, what, count):
+                file.write(image.astype(np.uint8).tobytes())
     except OSError as error:
         megabytes, reason = math.prod(shape) / 1e6, error.strerror or error
         raise OSError(f"{path} cannot be written ({reason}): {megabytes:.0f} MB are needed.") from error
 
 
-def _claim(file: BinaryIO, size: int) -> None:
-    """Takes the space on the disk at once for so many bytes more: a full disk is noticed before all the drawing."""
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Reserve disk space for `size` more bytes, so that a full disk is noticed before anything is drawn."""
     if hasattr(os, "posix_fallocate"):  # not on macOS
         os.posix_fallocate(file.fileno(), 0, file.tell() + size)
 
 
-def load_folder(folder: Path, cache: Path, size: int) -> Pictures:
-    """Somebody's own pictures, cropped about their centre and resized to (size, size).
+def load_folder(folder: Path, cache: Path, size: int) -> CaptionedImages:
+    """Load your own images, cropped to a centred square and resized to (size, size).
 
-    Captions are in `captions.jsonl`, lines of {"file": "cat.png", "caption": "a cat"} (a file may have several), or
-    else in one text file beside each picture, `cat.txt`, a caption a line. Raises DataError if there is no folder, no
-    picture in it, a picture without a caption, or one that cannot be read; OSError if the cache cannot be written.
+    Captions are read from `captions.jsonl` if the folder has one: a line {"file": "cat.png", "caption": "a cat"} for
+    each caption. Otherwise each image, such as `cat.png`, has a text file, `cat.txt`, with one caption per line.
+
+    Raises DataError if the folder does not exist or has no images, or if an image has no caption or cannot be read;
+    OSError if the cache cannot be written.
     """
     captions = read_captions(folder)
-    pictures = (_read_picture(folder / name, size) for name in captions)
+    images = (_read_image(folder / name, size) for name in captions)
     path = cache / "folder.npy"
     cache.mkdir(parents=True, exist_ok=True)
-    _write_pixels(path, pictures, len(captions), size, "reading pictures")
-    return Pictures(np.load(path, mmap_mode="r"), list(captions.values()))
+    _write_pixels(path, images, len(captions), size, "reading images")
+    return CaptionedImages(np.load(path, mmap_mode="r"), list(captions.values()))
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """The captions of each picture in a folder, by the name of its file. Raises DataError as `load_folder` does."""
+    """The captions of each image in a folder, by file name. Raises DataError as `load_folder` does."""
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}: give one with pictures and their captions.")
+        raise DataError(f"There is no folder {folder}: choose one with images and captions.")
     listed = folder / "captions.jsonl"
     captions = _read_jsonl(listed) if listed.exists() else _read_texts(folder)
     if not captions:
-        raise DataError(f"{folder} holds no pictures: it needs files such as cat.png with cat.txt beside each.")
+        raise DataError(f"{folder} has no captioned images: add some, such as cat.png with its caption in cat.txt.")
     return captions
 
 
 def fingerprint(folder: Path, captions: dict[str, list[str]]) -> str:
-    """The SHA-256 of pictures and their captions. Raises DataError for a picture that is not there."""
+    """The SHA-256 of images and their captions. Raises DataError if an image is missing or cannot be read."""
     digest = hashlib.sha256(json.dumps(captions).encode())
     for name in captions:
         path = folder / name
         if not path.is_file():
-            raise DataError(f"There is no file {path}: every caption needs its picture.")
+            raise DataError(f"There is no file {path}, but there is a caption for it.")
         try:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         except OSError as error:
@@ -148,7 +152,7 @@ def fingerprint(folder: Path, captions: dict[str, list[str]]) -> str:
     return digest.hexdigest()
 
 
-def _read_picture(path: Path, size: int) -> np.ndarray:
+def _read_image(path: Path, size: int) -> np.ndarray:
     try:
         return tensor_to_array(image_to_tensor(read_image(path), size, size))[0]
     except (ValueError, OSError) as error:
@@ -177,5 +181,5 @@ def _read_texts(folder: Path) -> dict[str, list[str]]:
         lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
         captions[path.name] = [line.strip() for line in lines if line.strip()]
         if not captions[path.name]:
-            raise DataError(f"{path} has no caption: write one into {text.name} beside it, or into captions.jsonl.")
+            raise DataError(f"{path} has no caption: write one in {text.name} in the same folder.")
     return captions

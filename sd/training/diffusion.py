@@ -1,6 +1,7 @@
-"""Stage 3: the U-Net, on latents made once by the autoencoder and captions read by the frozen text encoder.
+"""Stage 3, the U-Net, trained on latents of the trained autoencoder and captions encoded by the trained text encoder.
 
-In: the latents' means and deviations, and captions. Out: a U-Net that predicts the noise in latents, given a caption.
+In: mean and standard deviation of the latents of each image, and its captions. Out: a U-Net that predicts the noise in
+latents, given a caption.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from sd.training.text import pick_captions
 
 
 class DiffusionStage:
-    """The U-Net. Its average is what makes the better pictures."""
+    """The U-Net. The moving average of its weights makes the better images."""
 
     name = "diffusion"
-    learning_rate = 2e-3  # half of it for a network that has learned already
+    learning_rate = 2e-3  # halved when training starts from a trained U-Net
     divisible = True
     ema = 0.998
 
@@ -35,8 +36,9 @@ class DiffusionStage:
         start: Diffusion | None = None,
         batch_size: int = 48,
     ):
-        """latents: mean and standard deviation, (N, 4, h, w) each; tokens: of each picture's captions; empty: of the
-        empty caption, (1, 77); start: a trained U-Net to begin with."""
+        """latents: mean and standard deviation of N images, (N, 4, h, w) each; tokens: their captions, as `tokenise`
+        returns them; empty: the tokens of the empty caption, (1, 77); clip: the trained text encoder; start: a trained
+        U-Net to start from."""
         self.config = {"channels": list(config.channels), "heads": config.heads, "groups": config.groups}
         self.config |= {"predicts": schedule.prediction_type}
         self.schedule, self.batch_size = schedule, batch_size
@@ -52,12 +54,13 @@ class DiffusionStage:
             self.learning_rate /= 2
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Latents (B, 4, h, w), token ids (B, 77), timesteps (B,) and noise (B, 4, h, w) of a random batch."""
+        """A random batch: latents (B, 4, h, w), token ids (B, 77), timesteps (B,) and noise (B, 4, h, w)."""
         indices = torch.randint(len(self.means), (self.batch_size,), generator=generator)
         mean, std = self.means[indices].float(), self.stds[indices].float()
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         tokens = drop_captions(pick_captions(self.tokens, indices, generator).long(), self.empty, 0.1, generator)
-        # Spread evenly over a batch, all equally likely: the loss then wavers less (2107.00630, appendix I.1).
+        # All timesteps are equally likely, but those of a batch are evenly spaced: the loss then varies less between
+        # batches (2107.00630, appendix I.1).
         spread = (torch.rand(1, generator=generator) + torch.arange(self.batch_size) / self.batch_size) % 1
         timesteps = (spread * self.schedule.num_training_steps).long()  # (B,)
         return latents, tokens, timesteps, torch.randn(mean.shape, generator=generator)
@@ -71,7 +74,10 @@ class DiffusionStage:
 
 @torch.no_grad()
 def start_as_identity(unet: Diffusion) -> None:
-    """Zeroes the last layer of every branch, so that the network begins as little more than its shortcuts."""
+    """Zero the last layer of every residual branch and of the whole network.
+
+    At the start, each block then passes on only what comes through its shortcut, and the predicted noise is 0.
+    """
     for name, module in unet.named_modules():
         if name.endswith(("conv2", "proj_out")) or name == "conv_out":
             nn.init.zeros_(module.weight)

@@ -1,7 +1,6 @@
-"""What each network is trained to do, as one number to make small.
+"""The training losses: `vae_loss`, `contrastive_loss` for the text encoder and `diffusion_loss` for the U-Net.
 
-In: what the networks put out, and what they should have put out. Out: a scalar with gradients. Three networks, three
-losses: `vae_loss`, `contrastive_loss` for the text encoder, `diffusion_loss` for the U-Net.
+In: what a network predicted, and what it should have predicted. Out: one number to minimise.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sd.noise import add_noise
 
 
 def vae_loss(
@@ -20,13 +21,15 @@ def vae_loss(
     square_weight: float = 8.0,
     edge_weight: float = 0.5,
 ) -> Tensor:
-    """The negative evidence lower bound (1312.6114, eq. 10), its two terms weighted against each other.
+    """The negative evidence lower bound (1312.6114, eq. 10): a reconstruction error plus a weighted KL divergence.
 
-    image, decoded (B, 3, H, W); mean, log_variance (B, 4, H/8, W/8) of q(z | x). The first term says how badly
-    `decoded` fits: the squared error is -log p(x | z) for a normal p, the absolute error for a Laplace p, and the
-    absolute error of the differences between neighbouring pixels keeps edges crisp. Errors are small, and their squares
-    smaller still, which is why these weigh more. The second is the divergence; with the encoder frozen it cannot
-    change, and `mean` is left out.
+    image, decoded (B, 3, H, W); mean, log_variance (B, 4, H/8, W/8) of q(z | x).
+
+    The reconstruction error has three parts. The squared error is -log p(x | z) for a normal p, and the absolute error
+    for a Laplace p. The absolute error of the differences between neighbouring pixels keeps edges sharp. Errors are
+    small and their squares even smaller, so the squared error has a larger weight.
+
+    If the encoder is frozen, the divergence is constant: leave out `mean` and `log_variance`.
     """
     error = decoded - image
     reconstruction = square_weight * error.square().mean() + error.abs().mean()
@@ -38,30 +41,28 @@ def vae_loss(
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, variance) || N(0, 1)) = -1/2 (1 + log variance - mean^2 - variance), 1312.6114, app. B.
 
-    mean, log_variance of any shape; averaged, not summed, over it.
+    mean and log_variance have the same shape, any; the result is the mean over all values, not the sum.
     """
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).mean()
 
 
-def sample_posterior(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """z = mean + std * noise (1312.6114, section 2.4): so gradients reach mean and std. All of one shape."""
-    return mean + torch.exp(0.5 * log_variance) * noise
-
-
 def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
-    """Each of B pictures should pick its own caption out of B, and each caption its picture (2103.00020, figure 3).
+    """Match each of B images with its own caption, and each caption with its image (2103.00020, figure 3):
 
-    images, texts (B, D), of any length; log_scale () is the learned log of the inverse temperature, exp of it at most
-    100, as there. 0.5 (cross-entropy over rows + cross-entropy over columns) of scale * cosine.
+    0.5 (cross-entropy over rows + cross-entropy over columns) of scale * cosine similarity.
+
+    images, texts (B, D), which need not be normalised; log_scale () is the learned log of the scale, the inverse
+    temperature. As in the paper, the scale is at most 100.
     """
     cosine = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T  # (B, B)
     logits = log_scale.exp().clamp(max=100) * cosine
-    own = torch.arange(len(logits), device=logits.device)  # (B,): row i belongs to column i
-    return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+    labels = torch.arange(len(logits), device=logits.device)  # (B,): image i belongs to caption i
+    return 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels))
 
 
 def drop_captions(tokens: Tensor, empty: Tensor, chance: float, generator: torch.Generator | None = None) -> Tensor:
-    """Replaces a caption now and then by the empty one, so that one U-Net learns both predictions (2207.12598, alg. 1).
+    """Replace some captions by the empty one, so that one U-Net learns to predict with and without a caption
+    (classifier-free guidance, 2207.12598, alg. 1).
 
     tokens (B, 77), empty (1, 77) -> (B, 77); each row is replaced with probability `chance`.
     """
@@ -69,13 +70,13 @@ def drop_captions(tokens: Tensor, empty: Tensor, chance: float, generator: torch
     return torch.where(dropped[:, None], empty, tokens)
 
 
-def diffusion_target(latents: Tensor, noise: Tensor, a_t: Tensor, prediction_type: str) -> Tensor:
-    """What the U-Net should say: the noise e, or v = sqrt(a_t) e - sqrt(1 - a_t) x_0 (2202.00512, app. D).
+def diffusion_target(latents: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    """What the U-Net should predict: the noise e, or v = sqrt(a_t) e - sqrt(1 - a_t) x_0 (2202.00512, app. D).
 
-    latents, noise (B, 4, h, w); a_t (B, 1, 1, 1), the signal's share of the variance.
+    latents x_0 and noise e (B, 4, h, w); alpha_bar a_t (B, 1, 1, 1).
     """
     if prediction_type == "v_prediction":
-        return a_t.sqrt() * noise - (1 - a_t).sqrt() * latents
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
     return noise
 
 
@@ -91,16 +92,18 @@ def diffusion_loss(
 ) -> Tensor:
     """E || e - e_theta(sqrt(a_t) x_0 + sqrt(1 - a_t) e, t, c) ||^2 (2006.11239, eq. 14; 2112.10752, eq. 3).
 
-    latents, noise (B, 4, h, w), context (B, 77, D), timesteps (B,). With `min_snr`, gamma, each picture's error counts
-    min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v, where SNR = a_t / (1 - a_t) (2303.09556,
-    section 3.4): nearly clean pictures, whose noise is hardest to tell, then no longer drown the others.
+    latents x_0 and noise e (B, 4, h, w), context c (B, 77, D), timesteps (B,), alphas_cumprod (1000,), all a_t.
+
+    `min_snr` is gamma of 2303.09556, section 3.4. The error of each image is then weighted by min(SNR, gamma) / SNR for
+    epsilon and min(SNR, gamma) / (SNR + 1) for v, where SNR = a_t / (1 - a_t). Noise is hardest to predict in nearly
+    clean images; the weight keeps their errors from dominating the loss.
     """
-    a_t = alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
-    noisy = a_t.sqrt() * latents + (1 - a_t).sqrt() * noise  # (B, 4, h, w)
-    predicted = unet(noisy, context, timesteps)
-    target = diffusion_target(latents, noise, a_t, prediction_type)
+    alpha_bar = alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    noisy = add_noise(latents, noise, alpha_bar)  # (B, 4, h, w)
+    predicted = unet(noisy, context, timesteps)  # (B, 4, h, w)
+    target = diffusion_target(latents, noise, alpha_bar, prediction_type)
     error = (predicted.float() - target).square().mean(dim=(1, 2, 3))  # (B,)
     if min_snr is not None:
-        snr = (a_t / (1 - a_t)).flatten()  # (B,)
+        snr = (alpha_bar / (1 - alpha_bar)).flatten()  # (B,)
         error = error * snr.clamp(max=min_snr) / (snr + 1 if prediction_type == "v_prediction" else snr)
     return error.mean()

@@ -1,8 +1,8 @@
-"""Muon: momentum whose every update is made orthogonal (Jordan et al. 2024; at scale 2502.16982).
+"""Muon, an optimizer for matrices: momentum, with every update made orthogonal (Jordan et al. 2024; 2502.16982).
 
-In: gradients of weight matrices, and of convolutions read as matrices. Out: steps that change all directions of a
-matrix alike, however large their gradients are. A small network then learns from far fewer samples than with AdamW,
-and samples are what two CPU cores are short of.
+An orthogonal update changes all directions of a matrix equally, however large the gradients in each direction are. A
+small network then learns from far fewer samples than with AdamW, which matters on two CPU cores. Convolutions are
+treated as matrices.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from sd.training.precision import product_dtype
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two dimensions or more. The update has the size that AdamW's would have (2502.16982, eq. 4),
-    so one learning rate suits both."""
+    """For parameters of two or more dimensions. Updates are scaled to the size of AdamW's (2502.16982, eq. 4), so that
+    both can use the same learning rate."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-        self.map = map  # or that of a pool of threads: every matrix is a job of its own
+        self.map = map  # can be replaced by the map of a thread pool, to update matrices in parallel
 
     def step(self) -> None:
         for group in self.param_groups:
@@ -33,22 +33,22 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)  # Nesterov's look ahead
+        update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)  # Nesterov momentum
         p.mul_(1 - group["lr"] * group["weight_decay"])
         size = 0.2 * max(update.shape) ** 0.5
         p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * size)
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """(m, n) -> about U V^T of its singular value decomposition U S V^T, by Newton and Schulz's iteration.
+    """(m, n) with singular value decomposition U S V^T -> approximately U V^T, by Newton-Schulz iteration.
 
-    x <- a x + b x^3 + c x^5 on every singular value, with coefficients that push all but the smallest to between 0.7
-    and 1.2.
+    Each step maps every singular value x to a x + b x^3 + c x^5. With these coefficients, all but the smallest values
+    end between 0.7 and 1.2.
     """
     x = matrix.to(product_dtype(matrix.device))
     tall = len(x) > x.shape[1]
     x = x.T if tall else x
-    x = x / (torch.linalg.vector_norm(x) + 1e-7)  # no singular value above 1
+    x = x / (torch.linalg.vector_norm(x) + 1e-7)  # now no singular value is above 1
     for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x

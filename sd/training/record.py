@@ -1,7 +1,4 @@
-"""What a run is on, kept in every state that it writes: so no other run goes on from there unnoticed.
-
-In: the arguments of a run. Out: a record of them, or an error if the run's folder holds another run already.
-"""
+"""A fingerprint of a run's data and settings, saved in every state, so that no run is resumed with others."""
 
 from __future__ import annotations
 
@@ -18,10 +15,11 @@ STATES = ("vae", "text", "diffusion", "decoder")
 def make_record(
     scenes: int, folder: Path | None = None, seed: int = 0, start: Path | None = None, models: Models | None = None
 ) -> dict:
-    """What is trained on: `folder`, or else so many `scenes`; `models` are those of the checkpoint `start`.
+    """Describe a run that trains on `folder`, or if that is None, on this number of `scenes`.
 
-    "about" is for people, "pictures" their number, and "sha256" tells runs apart: it is of everything but names of
-    folders and of `start`, which may be moved. Raises DataError for a folder that cannot be used.
+    `models` are loaded from the checkpoint `start`. The record has three entries: "about", a description for people;
+    "pictures", the number of images; "sha256", the fingerprint. The fingerprint does not depend on the names of
+    `folder` and `start`, which may be moved. Raises DataError for a folder that cannot be used.
     """
     parts = [f"seed {seed}"]
     if folder:
@@ -39,7 +37,7 @@ def make_record(
 
 
 def weights_fingerprint(models: Models) -> str:
-    """Of all weights in float32, in whatever file they were."""
+    """The SHA-256 of all weights in float32: the same whatever the file format."""
     digest = hashlib.sha256()
     for network in (models.clip, models.encoder, models.decoder, models.diffusion):
         for name, tensor in network.state_dict().items():
@@ -49,23 +47,21 @@ def weights_fingerprint(models: Models) -> str:
 
 
 def check_folder(out: Path, record: dict) -> None:
-    """Raises TrainingError if `out` holds the states of another run, or a model of no run there.
+    """Raise TrainingError if `out` has states of another run, or a model that was not trained there.
 
-    States without a record, of an earlier version, are refused too: nobody can tell what they were trained on, and a
-    run that goes on from them would replace a model that cannot be made again. They stay as they are.
+    States of earlier versions have no record and are refused too: it is unknown what they were trained on, and resuming
+    would overwrite a model that cannot be reproduced. Nothing in `out` is changed.
     """
     for path in (out / f"{name}.state" for name in STATES):
         if not path.exists():
             continue
         known = load_state(path, mapped=True).get("record")
         if known is None:
-            raise TrainingError(f"{path} does not say what it was trained on: give another --out.")
+            raise TrainingError(f"{path} does not say what it was trained on: choose another --out.")
         if known["sha256"] != record["sha256"]:
             same = known["about"] == record["about"]
-            difference = "and these have changed since" if same else f"not on {record['about']}"
-            raise TrainingError(
-                f"{out} holds a run on {known['about']}, {difference}: give another --out for another run."
-            )
+            difference = "which have changed since" if same else f"not on {record['about']}"
+            raise TrainingError(f"{out} has a run on {known['about']}, {difference}: choose another --out.")
     model = out / "tiny.ckpt"
     if model.exists() and not (out / "diffusion.state").exists():
-        raise TrainingError(f"{model} is not of a run in this folder, which would replace it: give another --out.")
+        raise TrainingError(f"{model} was not trained in this folder and would be overwritten: choose another --out.")

@@ -1,7 +1,7 @@
-"""A folder in which a model comes to be: the three stages in order, each building on the file of the one before.
+"""A training run: all stages in one folder, each using the results of the stages before it.
 
-In: the folder, and what to train on; or a finished model too, whose U-Net then learns further. Out: a state file and a
-sample grid of each stage, and in the end `tiny.ckpt`, in the layout of the published Stable Diffusion checkpoints.
+Each stage writes a state file and, except for the text encoder, a grid of sample images. The result is `tiny.ckpt`, in
+the layout of the published Stable Diffusion checkpoints.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
 from sd.runtime.devices import best_device
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
-from sd.training.data import Pictures, load_folder, load_scenes
+from sd.training.data import CaptionedImages, load_folder, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Progress, Stage, Training, TrainingError, load_state, save_atomically
 from sd.training.record import check_folder, make_record
@@ -40,12 +40,12 @@ from sd.training.vae import DecoderStage, VAEStage, encode_all, normalise_latent
 
 log = logging.getLogger(__name__)
 
-HELD_BACK = 64  # pictures of the set that no stage trains on: they tell how well it goes
-FEWEST = 8  # pictures to train on
+HELD_BACK = 64  # images that no stage trains on: the test set, for samples and progress figures
+MIN_IMAGES = 8
 
 
 class TrainingRun:
-    """What the stages share: the pictures, the device, the folder."""
+    """Trains all stages in one folder: `train` trains one stage, `write_checkpoint` saves the finished model."""
 
     def __init__(
         self,
@@ -58,41 +58,52 @@ class TrainingRun:
         config: ModelConfig = TINY,
         start: Path | None = None,
     ):
-        """`save_every` is in minutes. `start` is a checkpoint: its text encoder and autoencoder stay as they are, and
-        `diffusion`, the only stage then, begins with its U-Net. Raises FileNotFoundError or CheckpointError for a
-        `start` that cannot be read, ValueError for pictures that cannot be used or an `out` that holds another run,
-        OSError for `out`."""
+        """Train in the folder `out`, on the images in `folder` or, if that is None, on this number of `scenes`.
+
+        `save_every` is in minutes. `start` is the checkpoint of a finished model: stage `diffusion` then trains its
+        U-Net further, and its text encoder and autoencoder are not changed.
+
+        Raises FileNotFoundError or CheckpointError if `start` cannot be read, ValueError if the images cannot be used
+        or `out` has another run, OSError if `out` cannot be written.
+        """
         self.out, self.seed, self.save_every = out, seed, save_every
         self.device = best_device(device)
         self.start = start and load_models(start, "cpu", torch.float32, tuned=False)
-        if self.start and self.start.config.unet.inpaints:  # its U-Net wants a mask and a masked picture too
-            raise TrainingError(f"{start} is an inpainting model, which cannot learn further: give another --start.")
-        self.source = start or out / "vae.state"  # of the latents
+        if self.start and self.start.config.unet.inpaints:  # its U-Net also takes a mask and a masked image
+            raise TrainingError(
+                f"{start} is an inpainting model, which cannot be trained further: choose another --start."
+            )
+        self.vae_file = start or out / "vae.state"  # the file with the autoencoder that makes the latents
         self.config = self.start.config if self.start else config
         self.tokenizer = Tokenizer()
         self.record = make_record(scenes, folder, seed, start, self.start)
-        if self.record["pictures"] < FEWEST:
-            raise TrainingError(f"{self.record['pictures']} pictures are too few to train on: {FEWEST} are the least.")
+        if self.record["pictures"] < MIN_IMAGES:
+            raise TrainingError(
+                f"The number of training images should be at least {MIN_IMAGES}, not {self.record['pictures']}."
+            )
         check_folder(out, self.record)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise TrainingError(f"The folder {out} cannot be used: a file of that name is in the way.") from None
+            raise TrainingError(f"The folder {out} cannot be created: it or a parent of it is a file.") from None
         size = self.config.image_size
-        everything = load_folder(folder, out, size) if folder else load_scenes(out, scenes, size)
-        held_back = min(HELD_BACK, -(-len(everything) // 10))
-        split = len(everything) - held_back
-        self.pictures = Pictures(everything.pixels[:split], everything.captions[:split])
-        self.test = Pictures(everything.pixels[split:], everything.captions[split:])
+        images = load_folder(folder, out, size) if folder else load_scenes(out, scenes, size)
+        held_back = min(HELD_BACK, -(-len(images) // 10))
+        split = len(images) - held_back
+        self.train_set = CaptionedImages(images.pixels[:split], images.captions[:split])
+        self.test_set = CaptionedImages(images.pixels[split:], images.captions[split:])
 
     def train(self, name: str, minutes: float, steps: int | None = None) -> None:
-        """Trains one stage, or goes on with it. Raises TrainingError if it cannot, OSError if `out` is full."""
+        """Train stage `name` (vae, text, diffusion or decoder) for about `minutes`, or for `steps`; or resume it.
+
+        Raises TrainingError if it cannot start or continue, OSError if its files cannot be written.
+        """
         if self.start and name != "diffusion":
-            raise TrainingError(f"A finished model can go on with only stage diffusion, not {name}.")
+            raise TrainingError(f"With a start model, the stage should be diffusion, not {name}.")
         training = Training(self._stage(name), self.out, self.device, minutes, steps, self.seed, self.record)
         if training.done:
-            log.info("%s is finished, after %d steps.", name, training.step)
-        look = {"text": self._look_at_text, "diffusion": self._look_at_diffusion}.get(name, self._look_at_vae)
+            log.info("Stage %s is finished, after %d steps.", name, training.step)
+        show = {"text": self._show_text, "diffusion": self._show_diffusion}.get(name, self._show_vae)
         with tqdm(total=training.total, initial=training.step, desc=name, mininterval=1) as bar:
 
             def report(progress: Progress) -> None:
@@ -102,52 +113,52 @@ class TrainingRun:
                 )
                 bar.update()
 
-            training.run(report, 60 * self.save_every, lambda: log.info(look(training)))
+            training.run(report, 60 * self.save_every, lambda: log.info(show(training)))
 
     def _stage(self, name: str) -> Stage:
-        """The stage at its beginning, which depends on nothing but the seed and the files of the stages before."""
-        # Before the seed is set: building networks uses random numbers up, and some are built only while there are no
-        # latents yet.
-        ready = self._frozen() if name == "diffusion" else ()
+        """An untrained stage. It depends only on the seed and on the files of earlier stages."""
+        # This comes before the seed is set: it may build networks, which draws random numbers, and how many depends on
+        # whether the latents are saved already.
+        unet_inputs = self._unet_inputs() if name == "diffusion" else ()
         torch.manual_seed(self.seed)
         if name == "vae":
-            return VAEStage(self.config.vae, self.pictures)
+            return VAEStage(self.config.vae, self.train_set)
         if name == "text":
-            return TextStage(self.config.text, self.pictures, self.tokens)
+            return TextStage(self.config.text, self.train_set, self.tokens)
         if name == "decoder":
             encoder, decoder = self._plain_vae()
-            whole = VAEStage(self.config.vae, self.pictures, crop=self.config.image_size)
-            return DecoderStage(whole, encoder.to(self.device), decoder)
-        return DiffusionStage(self.config.unet, self.config.schedule, *ready, self.start and self.start.diffusion)
+            whole_images = VAEStage(self.config.vae, self.train_set, crop=self.config.image_size)
+            return DecoderStage(whole_images, encoder.to(self.device), decoder)
+        return DiffusionStage(self.config.unet, self.config.schedule, *unet_inputs, self.start and self.start.diffusion)
 
-    def _frozen(self) -> tuple[tuple[Tensor, Tensor], list[Tensor], Tensor, CLIP]:
-        """What the U-Net learns from: latents, tokens, those of the empty caption, and the text encoder."""
+    def _unet_inputs(self) -> tuple[tuple[Tensor, Tensor], list[Tensor], Tensor, CLIP]:
+        """What the U-Net is trained with: latents, tokens, the tokens of the empty caption, the text encoder."""
         clip = self.clip.to(self.device)
         return self._latents(), self.tokens, self.tokenizer([""]), clip
 
     @cached_property
     def tokens(self) -> list[Tensor]:
-        """Of the captions of each picture, int32 (captions, 77)."""
-        return tokenise(self.pictures, self.tokenizer)
+        """The captions as token ids: for each training image int32 (number of captions, 77)."""
+        return tokenise(self.train_set, self.tokenizer)
 
     @cached_property
     def vae(self) -> tuple[Encoder, Decoder]:
-        """The trained autoencoder as it was when first needed: what the U-Net's latents are made with."""
+        """The trained autoencoder that makes the U-Net's latents. Loaded once, when it is first needed."""
         return (self.start.encoder, self.start.decoder) if self.start else self._finished_vae()
 
     def _finished_vae(self) -> tuple[Encoder, Decoder]:
-        """The trained autoencoder, with the last decoder that there is, its latents brought to unit variance."""
+        """The trained autoencoder, with the decoder of the last stage if there is one, and latents of unit variance."""
         encoder, decoder = self._plain_vae()
         if (self.out / "decoder.state").exists():
             decoder.load_state_dict(_part(load_state(self.out / "decoder.state")["average"], "decoder"))
-        sample = Pictures(self.pictures.pixels[:1000], self.pictures.captions[:1000])
+        sample = CaptionedImages(self.train_set.pixels[:1000], self.train_set.captions[:1000])
         means = encode_all(encoder.to(self.device), sample, self.device)[0].float()
         mean, std = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
         normalise_latents(encoder.cpu(), decoder, mean, std)
         return encoder.eval().requires_grad_(False), decoder.eval().requires_grad_(False)
 
     def _plain_vae(self) -> tuple[Encoder, Decoder]:
-        """The autoencoder as its own stage left it."""
+        """The autoencoder of stage 1: before its latents are normalised, and with its first decoder."""
         average = load_state(self.out / "vae.state")["average"]
         encoder, decoder = Encoder(self.config.vae), Decoder(self.config.vae)
         encoder.load_state_dict(_part(average, "encoder"))
@@ -166,35 +177,38 @@ class TrainingRun:
         return clip.eval().requires_grad_(False)
 
     def _latents(self) -> tuple[Tensor, Tensor]:
-        """The latents of all pictures, made once for each autoencoder and training set."""
-        path, source = self.out / "latents.state", self.source.stat().st_mtime_ns
+        """Mean and standard deviation of the latents of all training images, saved for the next time."""
+        path, source = self.out / "latents.state", self.vae_file.stat().st_mtime_ns
         if path.exists():
             known = load_state(path)
             if known["source"] == source and known.get("record") == self.record:
                 return known["means"], known["stds"]
-        means, stds = encode_all(self.vae[0].to(self.device), self.pictures, self.device)
+        means, stds = encode_all(self.vae[0].to(self.device), self.train_set, self.device)
         save_atomically({"source": source, "record": self.record, "means": means, "stds": stds}, path)
         return means, stds
 
-    def _look_at_vae(self, training: Training) -> str:
+    def _show_vae(self, training: Training) -> str:
+        """Write a grid of test images, each next to its reconstruction. Returns a line for the log."""
         encoder = training.average["encoder"] if training.stage.name == "vae" else training.stage.encoder
-        images = self.test.batch(torch.arange(min(16, len(self.test)))).to(self.device)
+        images = self.test_set.batch(torch.arange(min(16, len(self.test_set)))).to(self.device)
         copies = reconstruct(encoder, training.average["decoder"], images)
         name = training.stage.name
         self._grid(name, torch.stack([images, copies], dim=1).flatten(0, 1))
-        return f"{name}, step {training.step}: {psnr(images, copies).mean():.2f} dB on pictures not trained on"
+        return f"{name}, step {training.step}: {psnr(images, copies).mean():.2f} dB on test images"
 
     @torch.no_grad()
-    def _look_at_text(self, training: Training) -> str:
+    def _show_text(self, training: Training) -> str:
+        """Measure how often a test image is matched with its own caption. Returns a line for the log."""
         captions: CaptionEncoder = training.average["captions"]
-        tokens = self.tokenizer([choices[0] for choices in self.test.captions]).to(self.device)
-        images = self.test.batch(torch.arange(len(self.test))).to(self.device)
+        tokens = self.tokenizer([choices[0] for choices in self.test_set.captions]).to(self.device)
+        images = self.test_set.batch(torch.arange(len(self.test_set))).to(self.device)
         share = retrieval(training.average["pictures"](images), captions(tokens))
-        return f"text, step {training.step}: {share:.0%} of {len(tokens)} pictures find their caption"
+        return f"text, step {training.step}: {share:.0%} of {len(tokens)} test images are matched with their caption"
 
-    def _look_at_diffusion(self, training: Training) -> str:
+    def _show_diffusion(self, training: Training) -> str:
+        """Write a grid of generated images, with captions of test images as prompts. Returns a line for the log."""
         models = self._models(training.average["diffusion"])
-        prompts = [max(choices, key=len) for choices in self.test.captions[:16]]
+        prompts = [max(choices, key=len) for choices in self.test_set.captions[:16]]
         sampler = SAMPLERS["ddpm"](torch.Generator().manual_seed(0), schedule=self.config.schedule)
         sampler.set_inference_timesteps(20)
         context = encode_prompt(models, prompts)
@@ -206,12 +220,13 @@ class TrainingRun:
         return f"diffusion, step {training.step}: see {self.out / 'diffusion.png'}"
 
     def _models(self, unet: Diffusion) -> Models:
+        """All networks, to generate images with this U-Net."""
         encoder, decoder = (network.to(self.device) for network in self.vae)
         clip = self.clip.to(self.device)
         return Models(clip, encoder, decoder, unet.eval(), self.tokenizer, self.config, self.device)
 
     def _grid(self, name: str, images: Tensor | np.ndarray, columns: int = 8) -> None:
-        """Pictures in rows of eight -> out/name.png."""
+        """Write images in rows of `columns` to `out`/`name`.png."""
         arrays = tensor_to_array(images) if isinstance(images, Tensor) else images
         height, width = arrays.shape[1:3]
         rows = -(-len(arrays) // columns)
@@ -222,15 +237,15 @@ class TrainingRun:
 
     @property
     def complete(self) -> bool:
-        """Whether every network has been trained, if only a little."""
+        """Whether there is a state of every network that `write_checkpoint` needs."""
         needed = ("diffusion",) if self.start else ("vae", "text", "diffusion")
         return all((self.out / f"{name}.state").exists() for name in needed)
 
     def write_checkpoint(self) -> Path:
-        """The three stages in one file, float16, as `load_models` reads it."""
+        """Write the trained networks to `out`/tiny.ckpt, in float16, for `load_models`. Returns the path."""
         unet = Diffusion(self.config.unet)
         unet.load_state_dict(_part(load_state(self.out / "diffusion.state")["average"], "diffusion"))
-        encoder, decoder = self.vae if self.start else self._finished_vae()  # with the polished decoder
+        encoder, decoder = self.vae if self.start else self._finished_vae()  # not self.vae: the decoder may be newer
         models = SimpleNamespace(clip=self.clip, encoder=encoder, decoder=decoder, diffusion=unet)
         state = {k: t.half() if t.is_floating_point() else t for k, t in to_compvis(models).items()}
         path = self.out / "tiny.ckpt"
@@ -239,4 +254,5 @@ class TrainingRun:
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose keys start with `prefix` and a dot, without these."""
     return {key.removeprefix(f"{prefix}."): t for key, t in state.items() if key.startswith(f"{prefix}.")}

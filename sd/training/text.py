@@ -1,7 +1,7 @@
-"""Stage 2: the text encoder, by contrast with an encoder of pictures (2103.00020).
+"""Stage 2, the text encoder, trained as in CLIP (2103.00020): images and captions are mapped to the same space.
 
-In: pictures with captions. Out: a text encoder in whose last token everything stands that tells one picture from
-another. The picture encoder is needed for the comparison only, and as a judge afterwards; no picture is made with it.
+In: images with captions. Out: a text encoder whose end token summarises the caption. The picture encoder is needed only
+for this training and for evaluation; generating images does not use it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from sd.blocks import Downsample, ResidualBlock
 from sd.clip import CLIP
 from sd.config import TextConfig
+from sd.images import from_uint8, to_uint8
 from sd.tokenizer import Tokenizer
-from sd.training.data import Pictures
+from sd.training.data import CaptionedImages
 from sd.training.losses import contrastive_loss
 
-WIDTH = 128  # of the space in which pictures and captions are compared
+WIDTH = 128  # dimensions of the space that images and captions share
 
 
 class PictureEncoder(nn.Module):
-    """Pictures -> vectors: a small convolutional network that knows where things are."""
+    """Images -> vectors: a small convolutional network. Its output depends on where things are in the image."""
 
     def __init__(self, out_width: int = WIDTH):
         super().__init__()
@@ -33,13 +34,13 @@ class PictureEncoder(nn.Module):
             Downsample(64, symmetric=True),
             ResidualBlock(64, 96, 8, 1e-5),  # (B, 96, 4, 4)
         )
-        self.out = nn.Linear(16 * 96, out_width)  # one weight a place: where things are counts
+        self.out = nn.Linear(16 * 96, out_width)  # no pooling before it, which would lose the positions
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> (B, out_width). Seen at 64 x 64, enough to tell scenes apart."""
-        x = resize(images, 64) if images.shape[-1] != 64 else images
+        """images (B, 3, H, W) in [-1, 1] -> (B, out_width). They are resized to 64 x 64 first."""
+        x = resize(images, 64) if images.shape[-1] != 64 else images  # (B, 3, 64, 64)
         x = F.silu(self.levels(x))  # (B, 96, 4, 4)
-        return self.out(x.flatten(1))  # (B, out_width), of (B, 1536)
+        return self.out(x.flatten(1))  # (B, 1536) -> (B, out_width)
 
 
 class CaptionEncoder(nn.Module):
@@ -58,44 +59,46 @@ class CaptionEncoder(nn.Module):
 
 
 def end_states(clip: CLIP, tokens: Tensor) -> Tensor:
-    """tokens (B, N) -> the state at the first end token, which has seen the whole caption (B, width)."""
+    """tokens (B, N) -> (B, width): the state at the first end token, which attends to the whole caption."""
     end = tokens.argmax(dim=1)  # (B,): the end token has the largest id of all
-    longest = int(end.max()) + 1  # what is after it, no state before it can see
+    longest = int(end.max()) + 1  # attention is causal: tokens after it do not change the states before it
     return clip(tokens[:, :longest])[torch.arange(len(tokens), device=tokens.device), end]
 
 
 class TextStage:
-    """Picture encoder and caption encoder, trained to find each other."""
+    """Picture encoder and caption encoder, trained together so that an image and its caption get similar vectors."""
 
     name = "text"
     learning_rate = 2e-3
     divisible = False
     ema = 0.995
 
-    def __init__(self, config: TextConfig, pictures: Pictures, tokens: list[Tensor], batch_size: int = 256):
+    def __init__(self, config: TextConfig, dataset: CaptionedImages, tokens: list[Tensor], batch_size: int = 256):
+        """`tokens` are the captions of `dataset`, as `tokenise` returns them."""
         self.config = {"width": config.width, "layers": config.layers, "heads": config.heads}
-        self.batch_size = min(batch_size, len(pictures))
+        self.batch_size = min(batch_size, len(dataset))
         self.tokens = tokens
-        self.small = shrink(pictures)
+        self.small = shrink(dataset)
         self.networks = nn.ModuleDict({"pictures": PictureEncoder(), "captions": CaptionEncoder(config)})
         self.networks.log_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as in 2103.00020, section 2.5
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        # No picture twice: it could not tell its own caption from its own other one.
+        """Random images, uint8 (B, 3, 64, 64), and a caption of each, (B, 77)."""
+        # No image twice: its second caption would count as a wrong one for the first copy.
         indices = torch.randperm(len(self.small), generator=generator)[: self.batch_size]
         return self.small[indices], pick_captions(self.tokens, indices, generator)
 
     def loss(self, images: Tensor, tokens: Tensor) -> Tensor:
-        pictures = self.networks["pictures"](images.float() / 127.5 - 1).float()
-        captions = self.networks["captions"](tokens.long()).float()
-        return contrastive_loss(pictures, captions, self.networks.log_scale)
+        image_vectors = self.networks["pictures"](from_uint8(images)).float()  # (B, D)
+        caption_vectors = self.networks["captions"](tokens.long()).float()  # (B, D)
+        return contrastive_loss(image_vectors, caption_vectors, self.networks.log_scale)
 
 
-def tokenise(pictures: Pictures, tokenizer: Tokenizer) -> list[Tensor]:
-    """The captions of each picture as tokens, int32 (captions, 77)."""
+def tokenise(dataset: CaptionedImages, tokenizer: Tokenizer) -> list[Tensor]:
+    """The captions as token ids: for each image int32 (number of captions, 77)."""
     known: dict[str, Tensor] = {}
     rows = []
-    for captions in pictures.captions:
+    for captions in dataset.captions:
         for caption in captions:
             if caption not in known:
                 known[caption] = tokenizer([caption])[0].int()
@@ -104,29 +107,26 @@ def tokenise(pictures: Pictures, tokenizer: Tokenizer) -> list[Tensor]:
 
 
 def pick_captions(tokens: list[Tensor], indices: Tensor, generator: torch.Generator) -> Tensor:
-    """One caption by chance of each of the pictures (B,) -> (B, 77)."""
+    """Indices of images (B,) -> one random caption of each, (B, 77)."""
     chance = torch.rand(len(indices), generator=generator)
     return torch.stack([tokens[i][int(c * len(tokens[i]))] for i, c in zip(indices.tolist(), chance.tolist())])
 
 
-def shrink(pictures: Pictures, side: int = 64) -> Tensor:
-    """All pictures at the size at which they are compared, uint8 (N, 3, side, side)."""
-    parts = []
-    for indices in torch.arange(len(pictures)).split(256):
-        small = resize(pictures.batch(indices), side)
-        parts.append(((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
-    return torch.cat(parts)
+def shrink(dataset: CaptionedImages, side: int = 64) -> Tensor:
+    """All images at the size that the picture encoder uses, uint8 (N, 3, side, side)."""
+    batches = torch.arange(len(dataset)).split(256)
+    return torch.cat([to_uint8(resize(dataset.batch(indices), side)) for indices in batches])
 
 
 def resize(images: Tensor, side: int) -> Tensor:
-    """Pictures (B, 3, H, W) -> (B, 3, side, side), without the patterns that left out pixels would make."""
-    near = images.cpu() if images.device.type == "mps" else images  # torch 2.4 cannot do it there
-    return F.interpolate(near, size=side, mode="bilinear", antialias=True).to(images.device)
+    """Images (B, 3, H, W) -> (B, 3, side, side), with antialiasing."""
+    source = images.cpu() if images.device.type == "mps" else images  # torch 2.4 has no antialiasing on MPS
+    return F.interpolate(source, size=side, mode="bilinear", antialias=True).to(images.device)
 
 
 @torch.no_grad()
 def silence_unknown_tokens(clip: CLIP, tokens: list[Tensor]) -> None:
-    """Zeroes the embeddings of tokens that no caption holds: an unknown word is then neutral, not noise."""
+    """Zero the embeddings of all tokens that are in no caption: unknown words are then neutral instead of random."""
     seen = torch.cat([row.flatten() for row in tokens]).unique().long()
     known = torch.zeros(len(clip.token_embedding.weight), dtype=torch.bool)
     known[seen] = True
@@ -135,6 +135,7 @@ def silence_unknown_tokens(clip: CLIP, tokens: list[Tensor]) -> None:
 
 @torch.no_grad()
 def retrieval(images: Tensor, captions: Tensor) -> float:
-    """How often the most similar of N captions (N, D) is the picture's own (N, D): a share in 0..1."""
+    """Vectors of N images and of their captions, (N, D) each -> the share, in 0..1, of images whose own caption is the
+    most similar of all N."""
     cosine = F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T  # (N, N)
     return (cosine.argmax(dim=1) == torch.arange(len(cosine), device=cosine.device)).float().mean().item()

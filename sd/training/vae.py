@@ -1,6 +1,6 @@
-"""Stage 1: the autoencoder, pictures -> latents -> the same pictures.
+"""Stage 1, the autoencoder: images -> latents -> the same images. And stage 4, its decoder once more.
 
-In: pictures. Out: an encoder and a decoder whose latents have mean 0 and variance 1 in every channel.
+In: images. Out: an encoder and a decoder whose latents have mean 0 and variance 1 in every channel.
 """
 
 from __future__ import annotations
@@ -11,39 +11,41 @@ from tqdm import tqdm
 
 from sd.config import VAEConfig
 from sd.decoder import Decoder
-from sd.encoder import Encoder
-from sd.training.data import Pictures
-from sd.training.losses import sample_posterior, vae_loss
+from sd.encoder import Encoder, sample_posterior
+from sd.training.data import CaptionedImages
+from sd.training.losses import vae_loss
 from sd.training.precision import mixed_precision
 
 
 class VAEStage:
-    """Encoder and decoder, trained on square crops, which hold as many edges for less time."""
+    """Encoder and decoder, trained on square crops with many edges: as much to learn as whole images, in less time."""
 
     name = "vae"
     learning_rate = 4e-3
-    tries = 3  # crops to choose from
+    tries = 3  # random crops per image; the one with the most edges is used
     divisible = True
     ema = 0.998
 
-    def __init__(self, config: VAEConfig, pictures: Pictures, batch_size: int = 16, crop: int = 64):
+    def __init__(self, config: VAEConfig, dataset: CaptionedImages, batch_size: int = 16, crop: int = 64):
+        """`crop` is the side of the crops in pixels."""
         self.config = {"channels": list(config.channels), "blocks": config.blocks_per_level, "groups": config.groups}
-        self.pictures, self.batch_size, self.crop = pictures, batch_size, min(crop, pictures.pixels.shape[1])
+        self.dataset, self.batch_size, self.crop = dataset, batch_size, min(crop, dataset.pixels.shape[1])
         self.latent_shape = (config.latent_channels, self.crop // config.downscale, self.crop // config.downscale)
         self.networks = nn.ModuleDict({"encoder": Encoder(config), "decoder": Decoder(config)})
-        with torch.no_grad():  # begin with little noise in the latents, or the decoder learns to ignore them
+        with torch.no_grad():  # start with little noise in the latents, or the decoder learns to ignore them
             self.networks["encoder"].quant_conv.bias[config.latent_channels :] -= 6
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        indices = torch.randint(len(self.pictures), (self.batch_size,), generator=generator)
-        corners = torch.rand(self.batch_size, self.tries, 2, generator=generator)
-        room = self.pictures.pixels.shape[1] - self.crop
-        pairs = zip(self.pictures.batch(indices), (corners * (room + 1)).long())
-        images = torch.stack([self._richest(image, places) for image, places in pairs])
+        """Crops (B, 3, crop, crop) of random images, and noise (B, 4, crop/8, crop/8) for their latents."""
+        indices = torch.randint(len(self.dataset), (self.batch_size,), generator=generator)
+        places = torch.rand(self.batch_size, self.tries, 2, generator=generator)
+        room = self.dataset.pixels.shape[1] - self.crop
+        pairs = zip(self.dataset.batch(indices), (places * (room + 1)).long())
+        images = torch.stack([self._best_crop(image, corners) for image, corners in pairs])
         return images, torch.randn((self.batch_size, *self.latent_shape), generator=generator)
 
-    def _richest(self, image: Tensor, corners: Tensor) -> Tensor:
-        """Of the crops at these corners (tries, 2), the one with most edges: bare sky has little left to teach."""
+    def _best_crop(self, image: Tensor, corners: Tensor) -> Tensor:
+        """Of the crops at these corners (tries, 2), the one with the most edges: plain sky has little to teach."""
         crops = [image[:, y : y + self.crop, x : x + self.crop] for y, x in corners.tolist()]
         return max(crops, key=lambda crop: crop.diff(dim=-1).abs().mean().item())
 
@@ -56,8 +58,11 @@ class VAEStage:
 
 
 class DecoderStage:
-    """The decoder alone, some more, on whole pictures. The encoder stays as it is, and with it all that the U-Net has
-    learned about latents; so this comes last, and makes pictures crisper for as long as there is time."""
+    """The decoder alone, trained further on whole images, for sharper ones.
+
+    The encoder is frozen, so the latents do not change, and the U-Net still fits them. This stage can therefore come
+    last.
+    """
 
     name = "decoder"
     learning_rate = 2e-3
@@ -65,7 +70,7 @@ class DecoderStage:
     ema = 0.998
 
     def __init__(self, stage: VAEStage, encoder: Encoder, decoder: Decoder):
-        """Data and batches are the first stage's, `stage`; the networks are those that it trained."""
+        """`stage` draws the batches, as in stage 1; `encoder` and `decoder` were trained by stage 1."""
         self.config, self.batch_size, self.draw = stage.config, stage.batch_size, stage.draw
         self.encoder = encoder.eval().requires_grad_(False)
         self.networks = nn.ModuleDict({"decoder": decoder})
@@ -78,12 +83,12 @@ class DecoderStage:
 
 
 @torch.no_grad()
-def encode_all(encoder: Encoder, pictures: Pictures, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every picture once -> mean and standard deviation of its scaled latents, float16 (N, 4, H/8, W/8) each."""
+def encode_all(encoder: Encoder, dataset: CaptionedImages, device: torch.device) -> tuple[Tensor, Tensor]:
+    """N images -> mean and standard deviation of their scaled latents, float16 (N, 4, H/8, W/8) each."""
     means, stds = [], []
-    for indices in tqdm(torch.arange(len(pictures)).split(32), "encoding pictures", leave=False):
+    for indices in tqdm(torch.arange(len(dataset)).split(32), "encoding images", leave=False):
         with mixed_precision(device):
-            mean, log_variance = encoder.moments(pictures.batch(indices).to(device))
+            mean, log_variance = encoder.moments(dataset.batch(indices).to(device))
         means.append((mean.float() * encoder.scaling_factor).half().cpu())
         stds.append(((0.5 * log_variance.float()).exp() * encoder.scaling_factor).half().cpu())
     return torch.cat(means), torch.cat(stds)
@@ -91,13 +96,14 @@ def encode_all(encoder: Encoder, pictures: Pictures, device: torch.device) -> tu
 
 @torch.no_grad()
 def normalise_latents(encoder: Encoder, decoder: Decoder, mean: Tensor, std: Tensor) -> None:
-    """Gives the latents mean 0 and variance 1 in every channel, by folding both into the 1x1 convolutions next to them.
+    """Give the latents mean 0 and variance 1 in every channel, by changing the 1x1 convolutions next to them.
 
-    mean and std are those of the scaled latents of a whole training set, (4,) each: z' = (z - mean) / std after the
-    encoder, and z = std z' + mean before the decoder, so that pictures come through as before.
+    mean and std (4,) are those of the scaled latents of a training set. The encoder's last convolution then also
+    computes z' = (z - mean) / std, and the decoder's first one z = std z' + mean, so that images are reconstructed as
+    before.
     """
     channels = len(mean)
-    mean = mean / encoder.scaling_factor  # the convolutions are on the other side of the factor
+    mean = mean / encoder.scaling_factor  # the convolutions compute unscaled latents
     quant, post = encoder.quant_conv, decoder.post_quant_conv
     quant.weight[:channels] /= std[:, None, None, None]
     quant.bias[:channels] = (quant.bias[:channels] - mean) / std
@@ -108,10 +114,10 @@ def normalise_latents(encoder: Encoder, decoder: Decoder, mean: Tensor, std: Ten
 
 @torch.no_grad()
 def reconstruct(encoder: Encoder, decoder: Decoder, images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) through the autoencoder and back, in [-1, 1]."""
+    """Encode and decode images (B, 3, H, W) in [-1, 1]; the result is in [-1, 1] too."""
     return decoder(encoder(images)).clamp(-1, 1)
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each pair of pictures (B, 3, H, W) in [-1, 1] -> (B,)."""
+    """Peak signal-to-noise ratio in dB of each pair of images (B, 3, H, W) in [-1, 1] -> (B,)."""
     return -10 * ((images - others) / 2).square().mean(dim=(1, 2, 3)).log10()

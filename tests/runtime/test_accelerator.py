@@ -193,13 +193,13 @@ def test_training(device, tmp_path, monkeypatch):
     """Every stage learns and is looked at, the last one resumed, and what comes out makes pictures anywhere."""
     monkeypatch.setattr(stages, "denoise", lambda *args, **kwargs: islice(pipeline.denoise(*args, **kwargs), 2))
     with accelerator(device):
-        workshop = stages.TrainingRun(tmp_path, scenes=16, device=device, config=MICRO)
+        run = stages.TrainingRun(tmp_path, scenes=16, device=device, config=MICRO)
         for name in ("vae", "text", "decoder", "diffusion"):
-            workshop.train(name, minutes=1, steps=1)
+            run.train(name, minutes=1, steps=1)
         state = load_state(tmp_path / "diffusion.state")
         torch.save({**state, "total": 2}, tmp_path / "diffusion.state")  # as if it had been stopped half way
-        workshop.train("diffusion", minutes=1)
-        path = workshop.write_checkpoint()
+        run.train("diffusion", minutes=1)
+        path = run.write_checkpoint()
     assert load_state(tmp_path / "diffusion.state")["step"] == 2
     assert generate("a cat", models=load_models(path, "cpu"), **QUICK).shape == (40, 32, 3)
 

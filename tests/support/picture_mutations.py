@@ -1,7 +1,7 @@
-"""Pictures of every kind that Pillow writes, honest and damaged, and files that are none.
+"""Image files of every format that Pillow writes, honest and damaged, and files that are not images.
 
-`honest(rng)` gives a picture, its file, and how the file says it should be turned; `case(number)` the kind and the
-bytes of a file that may be damaged, always the same for the same number.
+`honest(rng)` returns an image, its file and the EXIF orientation in the file. `case(number)` returns a kind and the
+bytes of a file of this kind, such as a damaged one; the same number always gives the same file.
 """
 
 import io
@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 
 from tests.support.mutations import mutate
 
-# Formats and the modes that Pillow writes in them without a loss.
+# Formats, and the modes that Pillow writes losslessly in them.
 LOSSLESS = {
     "PNG": ["1", "L", "LA", "I;16", "P", "RGB", "RGBA"],
     "TIFF": ["1", "L", "LA", "I;16", "F", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "LAB"],
@@ -34,7 +34,7 @@ WITH_EXIF = ("PNG", "TIFF", "WEBP", "JPEG", "AVIF")
 WITH_PROFILE = ("PNG", "TIFF", "WEBP", "JPEG", "AVIF")
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
-OTHERS = {  # what people mistake for pictures, and what makes some readers of pictures start programs
+OTHERS = {  # files that are mistaken for images, and files that make some image readers start programs
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(%pipe%touch canary) (w) file\nshowpage\n%%EOF\n",
     "svg": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>',
     "pdf": b"%PDF-1.7\n1 0 obj <</Type /Catalog>> endobj\n%%EOF",
@@ -49,7 +49,7 @@ OTHERS = {  # what people mistake for pictures, and what makes some readers of p
 
 
 def picture(mode: str, size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Noise, in blocks so that codecs bear it, in one of Pillow's modes."""
+    """Noise in one of Pillow's modes, in blocks, so that lossy codecs change it little."""
     width, height = size
     small = Image.frombytes("RGBA", (4, 4), rng.randbytes(64)).resize(size, Image.Resampling.NEAREST)
     if mode == "F":
@@ -67,7 +67,7 @@ def picture(mode: str, size: tuple[int, int], rng: random.Random) -> Image.Image
 
 
 def honest(rng: random.Random) -> tuple[str, Image.Image, bytes, int]:
-    """The format, a picture, its file, and the EXIF orientation that the file carries (1: as it is)."""
+    """The format, a picture, its file, and the EXIF orientation that the file carries (1: not turned)."""
     kind, mode = rng.choice(FORMATS)
     size = rng.choice([(32, 48), (48, 32), (16, 16), (1, 24), (24, 1), (1, 1), (33, 17)])
     size = (16, 16) if kind == "ICO" else (32, 48) if kind in LOSSY else size
@@ -108,7 +108,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 def png(
     width: int, height: int, *chunks: bytes, content: bytes = bytes(1000), depth: int = 8, colour: int = 2
 ) -> bytes:
-    """A PNG file that says what it likes about its size."""
+    """A PNG file with any size in its header, whether or not it fits the content."""
     head = png_chunk(b"IHDR", struct.pack(">2I5B", width, height, depth, colour, 0, 0, 0))
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -121,7 +121,8 @@ def png(
 
 @cache
 def bombs() -> list[bytes]:
-    """Small files that claim a huge picture, or hold a huge note beside a small one."""
+    """Decompression bombs: small files with a huge size in the header, or with text or a profile that decompresses to
+    many megabytes."""
     notes = [zlib.compress(bytes(size)) for size in (1 << 20, 1 << 25)]
     small = {"content": bytes(25 * 8)}
     sizes = [(2**31 - 1, 2**31 - 1), (50_000, 50_000), (2**31 - 1, 1), (0, 5), (9_000, 9_000)]
@@ -140,6 +141,7 @@ def bombs() -> list[bytes]:
 
 
 def case(number: int) -> tuple[str, bytes]:
+    """The kind and the bytes of file `number`."""
     rng = random.Random(number)
     kind = ["honest", "damaged", "damaged", "cut", "bomb", "other"][number % 6]
     if kind == "honest":

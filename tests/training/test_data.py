@@ -1,4 +1,4 @@
-"""Scenes drawn once, and people's own folders, read or refused in one sentence."""
+"""Loading training images: scenes, which are drawn once, and folders, which are read or refused in one sentence."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from sd.training.world.scenes import scene_and_captions
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures with a caption beside each."""
+    """Three images, each with its caption in a text file."""
     folder = tmp_path / "mine"
     folder.mkdir()
     for name, colour in (("a.png", "red"), ("b.jpg", "green"), ("c.webp", "blue")):
@@ -53,7 +53,7 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
 
 
 def test_two_runs_in_one_folder_do_not_disturb_each_other(tmp_path):
-    """The second begins and ends while the first is half way."""
+    """The second begins and ends when the first is half done."""
     path, pictures = tmp_path / "scenes.npy", np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
 
     def first():
@@ -67,8 +67,8 @@ def test_two_runs_in_one_folder_do_not_disturb_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DataError])
-def test_pictures_that_are_not_finished_leave_nothing_behind(tmp_path, monkeypatch, error):
-    """Nor do they on Windows, where a file that is still mapped can be neither removed nor renamed."""
+def test_an_unfinished_array_leaves_no_file(tmp_path, monkeypatch, error):
+    """And it is not memory-mapped: on Windows, a mapped file can be neither removed nor renamed."""
 
     def broken():
         yield np.zeros((2, 2, 3), np.uint8)
@@ -136,8 +136,8 @@ def with_missing_picture(folder):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (empty, "holds no pictures: it needs files such as cat.png"),
-        (without_caption, r"b\.jpg has no caption: write one into b\.txt beside it"),
+        (empty, "has no captioned images: add some, such as cat.png"),
+        (without_caption, r"b\.jpg has no caption: write one in b\.txt in the same folder"),
         (with_blank_caption, r"b\.jpg has no caption"),
         (with_damaged_picture, r"b\.jpg (is damaged|is not a picture|cannot be read)"),
         (with_bad_line, r"Line 1 of .*captions\.jsonl should be like"),

@@ -1,4 +1,4 @@
-"""The judge's arithmetic, on answers worked out by hand, and the counting of suns, on renders."""
+"""The figures of the evaluation against values computed by hand, and the counting of suns on renders."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sd.training import loop
-from sd.training.data import Pictures
+from sd.training.data import CaptionedImages
 from sd.training.evaluation import (
     ABSENT,
     CLASSES,
@@ -27,7 +27,7 @@ EMPTY = Scene("night", "sea", "none", "red", "left", False, True)
 
 
 class Parrot(torch.nn.Module):
-    """A judge that sees in picture i what `answers[i]` says."""
+    """A judge whose answer for image i is `answers[i]`."""
 
     def __init__(self, answers):
         super().__init__()
@@ -38,7 +38,7 @@ class Parrot(torch.nn.Module):
         return torch.cat(one_hot, dim=1).float()
 
 
-def test_targets_are_the_numbers_of_the_values():
+def test_targets_are_the_indices_of_the_values():
     assert targets(HOUSE) == [1, 1, 1, 0, 0, 1, 0]
 
 
@@ -57,12 +57,12 @@ def test_accuracy_counts_what_was_asked_for():
     assert shares["all"] == pytest.approx(2 / 3)
 
 
-def test_the_judge_learns_alike_on_any_number_of_cores(tmp_path, monkeypatch):
+def test_the_judges_loss_does_not_depend_on_the_number_of_cores(tmp_path, monkeypatch):
     """One part of the batch may have fewer scenes with a colour than another, or none."""
     monkeypatch.setattr(loop.os, "cpu_count", lambda: 2)
     torch.manual_seed(0)
     scenes = [HOUSE, EMPTY, EMPTY, EMPTY]
-    stage = JudgeStage(Pictures(np.zeros((4, 64, 64, 3), np.uint8), [[""]] * 4), scenes)
+    stage = JudgeStage(CaptionedImages(np.zeros((4, 64, 64, 3), np.uint8), [[""]] * 4), scenes)
     training = loop.Training(stage, tmp_path, torch.device("cpu"), 1.0, 5, seed=0)
     batch = torch.randn(64, 3, 64, 64), torch.tensor([targets(scene) for scene in scenes]).repeat_interleave(16, dim=0)
     parts = zip(*(tensor.chunk(training.workers) for tensor in batch))
@@ -73,7 +73,7 @@ def test_the_judge_learns_alike_on_any_number_of_cores(tmp_path, monkeypatch):
 
 def lights_of_a_render(scene, seed, mirror=False):
     image = torch.from_numpy(np.asarray(render(scene, seed)).copy()).permute(2, 0, 1).float() / 127.5 - 1
-    left = image[:, :, :64]  # where the sun is if nothing stands there
+    left = image[:, :, :64]  # where the sun is if there is no thing
     return count_lights(torch.cat([left, left.flip(-1)], dim=-1) if mirror else image, scene.time)
 
 
@@ -85,7 +85,7 @@ def test_suns_and_moons_are_counted():
 
 
 @pytest.mark.parametrize("time", ATTRIBUTES["time"])
-def test_two_are_two(time):
+def test_two_suns_are_counted_as_two(time):
     scene = Scene(time, "sea", "none", "red", "left", light=True, clouds=False)
     assert lights_of_a_render(scene, 0, mirror=True) == 2
 
@@ -97,7 +97,7 @@ def test_the_share_with_the_right_number_of_lights():
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_prompts_are_of_the_kind_asked_for(held_out):
+def test_prompts_are_held_out_or_not_as_requested(held_out):
     scenes, prompts = make_prompts(20, held_out)
     assert len(prompts) == 20
     assert all(is_held_out(scene) == held_out for scene in scenes)

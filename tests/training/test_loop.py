@@ -1,4 +1,4 @@
-"""The training loop: it learns, resumes to the same numbers, and loses nothing when it cannot go on."""
+"""The training loop learns, resumes with the same losses, and loses nothing when it has to stop."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ class Line:
 
 
 def train(folder, stop_after=None, stage=None, steps=40, minutes=1.0, save_every=0.0):
-    """Trains, perhaps interrupted as by a kill after a save, and gives the losses seen."""
+    """Train, and with `stop_after` stop after this many steps, right after a save, as if killed. Returns the losses."""
     losses = []
 
     def report(progress):
@@ -54,7 +54,7 @@ def train(folder, stop_after=None, stage=None, steps=40, minutes=1.0, save_every
 
 
 @pytest.mark.parametrize("fastest, mixed", [(torch.float32, False), (torch.bfloat16, True)])
-def test_bfloat16_only_where_the_processor_multiplies_it(tmp_path, monkeypatch, fastest, mixed):
+def test_bfloat16_only_where_the_cpu_supports_it(tmp_path, monkeypatch, fastest, mixed):
     seen = []
 
     class Watched(Line):
@@ -74,7 +74,7 @@ def test_no_bfloat16_on_apple_gpus():
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
-def test_no_imitated_bfloat16_on_older_gpus(monkeypatch, capability, dtype):
+def test_no_emulated_bfloat16_on_older_gpus(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert precision.product_dtype(torch.device("cuda")) == dtype
 
@@ -103,7 +103,7 @@ def test_a_finished_run_does_nothing_more(tmp_path):
     assert train(tmp_path)[0] == []
 
 
-def test_the_budget_is_decided_once(tmp_path, monkeypatch):
+def test_the_number_of_steps_is_decided_once(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CALIBRATION", 3)
     _, training = train(tmp_path, stop_after=10, steps=None, minutes=0.02)
     _, resumed = train(tmp_path, stop_after=1, steps=None, minutes=60.0)
@@ -113,7 +113,7 @@ def test_the_budget_is_decided_once(tmp_path, monkeypatch):
 def test_another_configuration_does_not_resume(tmp_path):
     train(tmp_path, stop_after=2)
     before = (tmp_path / "line.state").read_bytes()
-    with pytest.raises(TrainingError, match=r"line\.state is a run of another configuration: choose another --out"):
+    with pytest.raises(TrainingError, match=r"line\.state has another configuration: choose another --out"):
         train(tmp_path, stage=Line(width=16))
     assert (tmp_path / "line.state").read_bytes() == before
 
@@ -139,19 +139,21 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"line\.state cannot be written \(.*space left.*\); what was there"):
+    with pytest.raises(
+        OSError, match=r"line\.state cannot be written \(.*space left.*\); an earlier version of it is kept"
+    ):
         train(tmp_path)
     assert (tmp_path / "line.state").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["line.state"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(TrainingError, match="The loss of stage line is (inf|nan) at step 0"):
         train(tmp_path, stage=Line(scale=math.inf))
     assert not (tmp_path / "line.state").exists()
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_before_any_weight_changes(tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_any_weight_changes(tmp_path):
     class Steep(Line):
         def loss(self, x):
             return super().loss(x) + (0 * self.networks["line"].weight.sum()).sqrt()  # 0, with an infinite slope

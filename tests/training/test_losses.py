@@ -1,17 +1,17 @@
-"""Each loss against a value worked out by hand."""
+"""Each loss against a value computed by hand."""
 
 import math
 
 import pytest
 import torch
 
+from sd.encoder import sample_posterior
 from sd.training.losses import (
     contrastive_loss,
     diffusion_loss,
     diffusion_target,
     drop_captions,
     kl_to_standard_normal,
-    sample_posterior,
     vae_loss,
 )
 
@@ -91,7 +91,7 @@ ALPHAS = torch.tensor([0.8, 0.36])
 
 
 def loss_of(prediction, prediction_type="epsilon", min_snr=None, timestep=1):
-    """Of one latent x_0 = 2 with noise 5."""
+    """The loss for x_0 = 2, noise 5 and this prediction, and the noisy latent."""
     seen = []
 
     def unet(noisy, context, timesteps):

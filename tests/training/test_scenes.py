@@ -1,4 +1,4 @@
-"""The renderer and the grammar: the same seed, the same picture; every value drawn, said and told apart."""
+"""The toy world: a seed always gives the same image and captions, and every value can be seen and is mentioned."""
 
 import random
 from collections import Counter
@@ -40,7 +40,7 @@ def test_training_never_shows_a_held_out_pair():
     assert not any(is_held_out(scene) for scene in scenes)
 
 
-def test_held_out_scenes_can_be_asked_for():
+def test_held_out_scenes_can_be_requested():
     rng = random.Random(0)
     assert all(is_held_out(random_scene(rng, held_out=True)) for _ in range(50))
     assert {is_held_out(random_scene(rng, held_out=None)) for _ in range(200)} == {False, True}
@@ -76,7 +76,7 @@ def test_nothing_hides_the_sun(time, terrain):
 
 
 def light_in_the_sky(scene, seed):
-    """Where sun or moon make a difference above the reflection on water, (70, 128)."""
+    """The pixels (70, 128) that the sun or moon changes, above its reflection on water."""
     with_it, without = (np.asarray(render(replace(scene, light=light), seed)).astype(int) for light in (True, False))
     return np.abs(with_it - without)[:70].max(axis=2) > 25
 

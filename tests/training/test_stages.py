@@ -1,4 +1,4 @@
-"""The stages on a model as small as can be: they learn, resume to the same numbers, and end in a checkpoint."""
+"""The stages on a very small model: they learn, resume with the same losses, and end in a checkpoint."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from sd.decoder import Decoder
 from sd.encoder import Encoder
 from sd.tokenizer import Tokenizer
 from sd.training import evaluation, stages, text
-from sd.training.data import Pictures, load_scenes
+from sd.training.data import CaptionedImages, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Training, TrainingError, load_state
 from sd.training.stages import TrainingRun
@@ -26,7 +26,7 @@ from sd.training.vae import VAEStage, encode_all, normalise_latents, psnr
 from tests.support.synthetic import MICRO, random_state
 
 CPU = torch.device("cpu")
-SMALL = MICRO  # its latents are scaled by 0.5: a stage that forgets the factor is found out
+SMALL = MICRO  # its latents are scaled by 0.5, so a stage that forgets the factor fails
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +36,17 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder in which every stage has been trained for three steps."""
+    """A folder in which each stage was trained for three steps."""
     out = tmp_path_factory.mktemp("trained")
-    workshop = TrainingRun(out, scenes=40, device="cpu", config=SMALL)
+    run = TrainingRun(out, scenes=40, device="cpu", config=SMALL)
     for name in train_tiny.SHARES:
-        workshop.train(name, minutes=1, steps=3)
-    workshop.write_checkpoint()
+        run.train(name, minutes=1, steps=3)
+    run.write_checkpoint()
     return out
 
 
 def train_vae(folder, pictures, stop_after=None):
-    """Fourteen steps of the autoencoder, perhaps interrupted: the losses."""
+    """The losses of fourteen steps of the autoencoder, or of fewer with `stop_after`."""
     torch.manual_seed(0)
     stage = VAEStage(SMALL.vae, pictures, batch_size=8, crop=32)
     training, losses = Training(stage, folder, CPU, 1.0, 14, seed=1), []
@@ -83,15 +83,15 @@ def test_the_checkpoint_is_in_half_precision(trained):
     assert "model.diffusion_model.time_embed.0.weight" in state
 
 
-def test_its_decoder_is_the_polished_one(trained):
+def test_its_decoder_is_that_of_the_last_stage(trained):
     state = sd.checkpoints.files.read_state_dict(trained / "tiny.ckpt")
-    first, polished = (load_state(trained / f"{name}.state")["average"] for name in ("vae", "decoder"))
+    first, last = (load_state(trained / f"{name}.state")["average"] for name in ("vae", "decoder"))
     for name in ("conv_in.weight", "conv_out.weight"):
-        assert torch.equal(state[f"first_stage_model.decoder.{name}"], polished[f"decoder.{name}"].half())
-        assert not torch.equal(first[f"decoder.{name}"], polished[f"decoder.{name}"])
+        assert torch.equal(state[f"first_stage_model.decoder.{name}"], last[f"decoder.{name}"].half())
+        assert not torch.equal(first[f"decoder.{name}"], last[f"decoder.{name}"])
 
 
-def test_words_that_no_caption_holds_are_silent_in_it(trained):
+def test_its_embeddings_of_unknown_words_are_zero(trained):
     embedding = sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32).clip.token_embedding.weight
     red, zebra = (Tokenizer().encode(word)[0] for word in ("red", "zebra"))
     assert embedding[red].abs().sum() > 0
@@ -123,7 +123,7 @@ def test_latents_to_train_on_are_those_that_the_pipeline_makes(pictures):
     torch.manual_seed(0)
     encoder = Encoder(SMALL.vae)
     images, one = pictures.batch(torch.arange(2)), torch.ones(2, 4, 8, 8)
-    means, stds = encode_all(encoder, Pictures(pictures.pixels[:2], pictures.captions[:2]), CPU)
+    means, stds = encode_all(encoder, CaptionedImages(pictures.pixels[:2], pictures.captions[:2]), CPU)
     with torch.no_grad():
         torch.testing.assert_close(means.float(), encoder(images), rtol=0.02, atol=0.02)
         torch.testing.assert_close((means + stds).float(), encoder(images, one), rtol=0.02, atol=0.02)
@@ -146,7 +146,7 @@ def test_the_end_state_does_not_depend_on_the_padding():
     assert torch.allclose(states[1], end_states(clip, longer)[1], atol=1e-5)
 
 
-def test_unknown_words_are_silenced():
+def test_embeddings_of_unknown_words_are_zeroed():
     clip, tokenizer = CLIP(SMALL.text), Tokenizer()
     silence_unknown_tokens(clip, [tokenizer(["a red house"]).int()])
     known = tokenizer.encode("red")[0]
@@ -168,7 +168,7 @@ def test_shrunk_pictures(pictures):
 
 
 def test_pictures_on_apple_gpus_are_shrunk_on_the_cpu(monkeypatch):
-    """Where torch 2.4 has no such operation. They come back to where they were."""
+    """torch 2.4 has no antialiasing on MPS. The result is moved back to the device."""
     images = Mock(device=torch.device("mps"))
     interpolate = Mock()
     monkeypatch.setattr(text.F, "interpolate", interpolate)
@@ -178,34 +178,34 @@ def test_pictures_on_apple_gpus_are_shrunk_on_the_cpu(monkeypatch):
     assert small is interpolate().to()
 
 
-def test_retrieval_counts_the_pictures_that_find_their_caption():
+def test_retrieval_is_the_share_of_pictures_matched_with_their_caption():
     assert retrieval(torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]) == 0.5
 
 
-def test_a_stage_names_the_one_that_it_needs(tmp_path):
+def test_a_stage_names_the_missing_stage(tmp_path):
     with pytest.raises(TrainingError, match="train stage text first"):
         TrainingRun(tmp_path, scenes=12, device="cpu", config=SMALL).train("diffusion", 1, 1)
 
 
-def test_training_on_a_folder_of_ones_own(tmp_path):
+def test_training_on_your_own_folder(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     for i in range(10):
         Image.new("RGB", (80, 60), (25 * i, 0, 0)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"red number {i}", encoding="utf-8")
-    workshop = TrainingRun(tmp_path / "out", folder, device="cpu", config=SMALL)
-    workshop.train("text", minutes=1, steps=2)
-    assert workshop.clip(Tokenizer()(["red"])).isfinite().all()
+    run = TrainingRun(tmp_path / "out", folder, device="cpu", config=SMALL)
+    run.train("text", minutes=1, steps=2)
+    assert run.clip(Tokenizer()(["red"])).isfinite().all()
 
 
 def further(out, trained, name="diffusion", steps=2):
-    """A workshop that starts from the finished checkpoint, after some steps."""
-    workshop = TrainingRun(out, scenes=40, device="cpu", start=trained / "tiny.ckpt")
-    workshop.train(name, minutes=1, steps=steps)
-    return workshop
+    """A run that starts from the finished checkpoint, after some steps."""
+    run = TrainingRun(out, scenes=40, device="cpu", start=trained / "tiny.ckpt")
+    run.train(name, minutes=1, steps=steps)
+    return run
 
 
-def test_a_finished_model_learns_further_in_its_unet_alone(tmp_path, trained):
+def test_further_training_changes_only_the_unet(tmp_path, trained):
     path = further(tmp_path, trained).write_checkpoint()
     before, after = (sd.checkpoints.files.read_state_dict(file) for file in (trained / "tiny.ckpt", path))
     assert before.keys() == after.keys()
@@ -214,22 +214,22 @@ def test_a_finished_model_learns_further_in_its_unet_alone(tmp_path, trained):
     assert sd.load_models(path, "cpu").config == SMALL
 
 
-def test_it_starts_with_what_the_model_has_learned(tmp_path, trained):
-    workshop = TrainingRun(tmp_path, scenes=40, device="cpu", start=trained / "tiny.ckpt")
-    assert workshop.pictures.pixels.shape[1:3] == (64, 64)  # what the model makes, not the tiny model's 128
-    stage, known = workshop._stage("diffusion"), sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32)
+def test_further_training_starts_with_the_weights_of_the_model(tmp_path, trained):
+    run = TrainingRun(tmp_path, scenes=40, device="cpu", start=trained / "tiny.ckpt")
+    assert run.train_set.pixels.shape[1:3] == (64, 64)  # the size of this model, not the 128 of the tiny model
+    stage, known = run._stage("diffusion"), sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32)
     for name, tensor in known.diffusion.state_dict().items():
         assert torch.equal(stage.networks["diffusion"].state_dict()[name], tensor)
     assert stage.learning_rate < DiffusionStage.learning_rate
 
 
-def test_other_stages_have_nothing_to_start_from(tmp_path, trained):
-    with pytest.raises(TrainingError, match="only stage diffusion, not vae"):
+def test_only_stage_diffusion_can_be_trained_further(tmp_path, trained):
+    with pytest.raises(TrainingError, match="the stage should be diffusion, not vae"):
         further(tmp_path, trained, "vae")
 
 
 def test_a_handful_of_pictures_is_too_few(tmp_path):
-    with pytest.raises(TrainingError, match="3 pictures are too few to train on: 8 are the least"):
+    with pytest.raises(TrainingError, match="The number of training images should be at least 8, not 3"):
         TrainingRun(tmp_path, scenes=3, device="cpu", config=SMALL)
 
 
@@ -241,7 +241,7 @@ def test_a_handful_of_pictures_is_too_few(tmp_path):
         (["diffusion", "--start", "{tmp}/nothing.ckpt"], "There is no checkpoint"),
         (["diffusion", "--start", "{tmp}/file"], "is a text file; give a .ckpt or .safetensors file"),
         (["vae", "--device", "tpu"], "device should be one that torch can use here"),
-        (["vae", "--out", "{tmp}/file", "--scenes", "12"], "cannot be used: a file of that name is in the way"),
+        (["vae", "--out", "{tmp}/file", "--scenes", "12"], "cannot be created: it or a parent of it is a file"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
@@ -264,7 +264,7 @@ def test_bad_options_exit_with_code_2(arguments, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_encoders_are_those_that_the_model_was_trained_with(trained, tmp_path, dtype):
+def test_encoders_are_loaded_only_if_the_model_was_trained_with_them(trained, tmp_path, dtype):
     models = sd.load_models(trained / "tiny.ckpt", "cpu", dtype)
     encoders = evaluation.load_encoders(trained / "text.state", models)
     pictures = torch.zeros(4, 3, 64, 64)
@@ -275,20 +275,20 @@ def test_encoders_are_those_that_the_model_was_trained_with(trained, tmp_path, d
     assert evaluation.load_encoders(trained / "text.state", other) is None
 
 
-def test_a_model_is_evaluated_as_it_makes_pictures(trained, tmp_path, monkeypatch, capsys):
+def test_a_model_is_evaluated_with_its_own_sampling_settings(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_tiny, "JUDGE_SCENES", 64)
     monkeypatch.setattr(evaluate_tiny, "TEST_SCENES", 8)
     model = trained / "tiny.ckpt"
     arguments = ["--checkpoint", model, "--out", tmp_path, "--prompts", 2, "--judge-steps", 2, "--device", "cpu"]
     assert evaluate_tiny.main([*map(str, arguments)]) == 0
     result = json.loads((tmp_path / "evaluation.json").read_text())
-    names = [f"dpm++2m 20 steps, scale 7.5, {kind}" for kind in ("seen", "held out")]  # as the checkpoint says it
+    names = [f"dpm++2m 20 steps, scale 7.5, {kind}" for kind in ("seen", "held out")]  # the settings of the checkpoint
     assert list(result["accuracy"]) == ["renders", "through the VAE", *names]
     assert list(result["retrieval"]) == names
     assert result["checkpoint"] == str(model)
     assert names[1] in capsys.readouterr().out
 
 
-def test_shares_of_the_minutes_are_all_of_them():
+def test_shares_of_the_minutes_add_up_to_one():
     assert math.isclose(sum(train_tiny.SHARES.values()), 1)
     assert stages.HELD_BACK > 0

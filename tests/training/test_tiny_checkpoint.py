@@ -12,7 +12,7 @@ from sd.training.world.render import render
 from sd.training.world.scenes import Scene
 from tests import ROOT
 
-pytestmark = pytest.mark.skipif(not TINY_CHECKPOINT.exists(), reason="data/tiny.ckpt is not there: train it first")
+pytestmark = pytest.mark.skipif(not TINY_CHECKPOINT.exists(), reason="there is no data/tiny.ckpt: train it first")
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,12 @@ def accuracy(models, judge, count, held_out):
     return evaluation.judge_accuracy(judge, pictures, wanted) | {"lights": lights}
 
 
-def test_it_is_small_and_says_what_it_is(models):
+def test_it_is_small_and_carries_its_configuration(models):
     assert TINY_CHECKPOINT.stat().st_size <= 25e6
     assert models.config == TINY
 
 
-def test_24_prompts_are_obeyed(models, judge):
+def test_24_prompts_are_followed(models, judge):
     shares = accuracy(models, judge, 24, held_out=False)
     assert shares["mean"] > 0.96
     assert shares["lights"] > 0.9
@@ -46,7 +46,7 @@ def test_24_prompts_are_obeyed(models, judge):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("held_out, mean, everything, lights", [(False, 0.99, 0.96, 0.97), (True, 0.96, 0.82, 0.88)])
-def test_200_prompts_are_obeyed(models, judge, held_out, mean, everything, lights):
+def test_200_prompts_are_followed(models, judge, held_out, mean, everything, lights):
     shares = accuracy(models, judge, 200, held_out)
     assert shares["mean"] > mean
     assert shares["all"] > everything
@@ -75,7 +75,7 @@ def test_noon_becomes_night(models, judge):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
-def test_pictures_in_16_bits_are_those_in_32(models, dtype):
+def test_pictures_in_16_bits_are_close_to_those_in_32(models, dtype):
     narrow = sd.load_models(device="cpu", dtype=dtype)
     for seed, prompt in enumerate(["a yellow balloon over mountains at dawn", "a purple tent in the snow at night"]):
         picture, other = (sd.generate(prompt, models=each, seed=seed).astype(int) for each in (models, narrow))

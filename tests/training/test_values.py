@@ -1,4 +1,4 @@
-"""The arithmetic of training against values worked out by hand: what a loss that falls does not show."""
+"""The arithmetic of training against values computed by hand. A falling loss alone would not show these errors."""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from sd.clip import CLIP
 from sd.decoder import Decoder
 from sd.encoder import Encoder
 from sd.training import evaluation
-from sd.training.data import Pictures
+from sd.training.data import CaptionedImages
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import WARMUP, Training
 from sd.training.losses import vae_loss
@@ -25,7 +25,7 @@ from tests.training.test_loop import Line
 
 @pytest.fixture
 def start():
-    """Makes a training of the line, of so many steps, on one thread."""
+    """Makes a `Training` of `Line` on one thread."""
 
     def make(folder, steps=1000, **stage):
         training = Training(Line(**stage), folder, torch.device("cpu"), 1.0, steps, seed=3)
@@ -36,7 +36,7 @@ def start():
 
 
 class Watcher:
-    """In the place of an optimizer: notes the learning rate and the gradients, and changes nothing."""
+    """Takes the place of an optimizer: records learning rates and gradient norms, and changes nothing."""
 
     def __init__(self, parameters):
         self.parameters, self.param_groups, self.rates, self.norms = parameters, [{"lr": 0.0}], [], []
@@ -66,7 +66,7 @@ def test_the_learning_rate_rises_and_falls(tmp_path, start, step, rate):
     assert [optimizer.rates for optimizer in training.optimizers] == [[pytest.approx(rate, rel=1e-3)]] * 2
 
 
-def test_the_average_is_short_at_first(tmp_path, start):
+def test_the_averages_decay_is_small_at_first(tmp_path, start):
     training = start(tmp_path)
     training.stage.ema = 0.3
     expected = training.networks["line"].weight.detach().clone()
@@ -76,7 +76,7 @@ def test_the_average_is_short_at_first(tmp_path, start):
         torch.testing.assert_close(training.average["line"].weight, expected)
 
 
-def test_steep_gradients_are_clipped_to_norm_one_and_flat_ones_are_left(tmp_path, start):
+def test_large_gradients_are_clipped_to_norm_one_and_small_ones_are_not(tmp_path, start):
     for scale, clipped in ((100.0, True), (0.0, False)):
         training = start(tmp_path, scale=scale)
         with torch.no_grad():
@@ -99,7 +99,7 @@ def test_muon_lets_weights_decay_by_learning_rate_times_decay():
 
 @pytest.fixture(scope="module")
 def unet_stage():
-    """Stage 3 on 20 pictures, each with a caption of its own."""
+    """Stage 3 on 20 pictures with different captions."""
     torch.manual_seed(0)
     latents = torch.randn(20, 4, 8, 8), torch.ones(20, 4, 8, 8)
     tokens = [torch.full((1, 77), 1000 + i, dtype=torch.int32) for i in range(20)]
@@ -135,8 +135,8 @@ def test_the_unets_latents_are_drawn_from_the_posterior(unet_stage, monkeypatch)
 
 @pytest.mark.parametrize("timestep", [0, 100, 200, 500, 999])
 def test_the_unets_loss_is_weighted_by_min_snr_5(unet_stage, timestep):
-    """w_t = min(SNR(t), 5) / SNR(t) (2303.09556, eq. 1). A U-Net that has learned nothing says 0, so that the squared
-    error is that of the noise."""
+    """w_t = min(SNR(t), 5) / SNR(t) (2303.09556, eq. 1). An untrained U-Net predicts 0, so that its squared error is
+    the mean square of the noise."""
     betas = np.linspace(0.00085**0.5, 0.0120**0.5, 1000) ** 2
     a_t = np.prod(1 - betas[: timestep + 1])
     snr = a_t / (1 - a_t)
@@ -148,12 +148,12 @@ def test_the_unets_loss_is_weighted_by_min_snr_5(unet_stage, timestep):
 
 
 def pictures(count):
-    """Each of a grey of its own."""
+    """Images of different greys."""
     greys = np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1)
-    return Pictures(np.broadcast_to(greys, (count, 64, 64, 3)), [[str(i)] for i in range(count)])
+    return CaptionedImages(np.broadcast_to(greys, (count, 64, 64, 3)), [[str(i)] for i in range(count)])
 
 
-def test_no_picture_is_twice_in_a_batch_of_the_text_stage():
+def test_a_batch_of_the_text_stage_has_no_picture_twice():
     tokens = [torch.full((1, 77), i, dtype=torch.int32) for i in range(24)]
     stage, generator = TextStage(MICRO.text, pictures(24), tokens, batch_size=16), torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -163,7 +163,7 @@ def test_no_picture_is_twice_in_a_batch_of_the_text_stage():
         assert torch.equal(images[:, 0, 0, 0].int(), captions[:, 0])  # and each has its own caption
 
 
-def test_the_decoder_is_polished_on_latents_with_the_posteriors_noise():
+def test_the_decoder_stage_uses_samples_of_the_posterior():
     torch.manual_seed(0)
     encoder, decoder = Encoder(MICRO.vae), Decoder(MICRO.vae)
     with torch.no_grad():
@@ -178,8 +178,8 @@ def test_the_decoder_is_polished_on_latents_with_the_posteriors_noise():
         assert stage.loss(images, noise).item() != pytest.approx(stage.loss(images, 0 * noise).item(), rel=1e-3)
 
 
-def test_no_seed_comes_back_in_an_evaluation(monkeypatch):
-    """Pictures are made 32 at a time, and picture i has seed i, whichever batch it is in."""
+def test_every_image_of_an_evaluation_has_its_own_seed(monkeypatch):
+    """Images are generated in batches of 32, and image i has seed i."""
     drawn = []
 
     def noise(models, count, seed):

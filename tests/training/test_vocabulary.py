@@ -1,4 +1,4 @@
-"""What the tiny model says of itself."""
+"""The words of the training captions, and the text of `demo.py --world`."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_unknown_words(prompt, unknown):
     assert unknown_words(prompt) == unknown
 
 
-def test_the_description_uses_only_words_that_the_model_knows():
+def test_the_example_in_the_description_has_only_known_words():
     example = describe().split('"')[1]
     assert unknown_words(example) == []
     assert {"house", "purple", "night", "left", "moon"} <= known_words()

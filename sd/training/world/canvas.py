@@ -1,6 +1,7 @@
-"""A Pillow picture to draw on in units of 1/128 of its side, at twice the size that it will have: smooth edges.
+"""Drawing shapes on a PIL image, at twice its final size, so that edges become smooth.
 
-In: shapes in units, (0, 0) top left, (128, 128) bottom right, and colours (r, g, b) in 0..255. Out: a PIL image.
+Coordinates and lengths are in units of 1/128 of the image's side: (0, 0) is the top left corner, (128, 128) the bottom
+right one. Colours are (r, g, b) in 0..255.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ Point = tuple[float, float]
 
 
 def mix(a: Colour, b: Colour, t: float) -> Colour:
-    """a for t = 0, b for t = 1."""
+    """A blend of two colours: a for t = 0, b for t = 1."""
     return tuple(round(x + (y - x) * t) for x, y in zip(a, b))
 
 
 def tint(colour: Colour, light: tuple[float, float, float]) -> Colour:
-    """A colour as it looks in coloured light, whose channels are in 0..1."""
+    """A colour in coloured light, whose channels are in 0..1."""
     return tuple(min(255, round(c * f)) for c, f in zip(colour, light))
 
 
 class Canvas:
-    """Shapes in units, drawn one over the other."""
+    """A square image of `size` pixels to draw on. Later shapes cover earlier ones."""
 
     def __init__(self, size: int):
         self.size = size
@@ -36,14 +37,14 @@ class Canvas:
         self.draw = ImageDraw.Draw(self.image)
 
     def finish(self) -> Image.Image:
-        """The picture in its final size, each pixel the mean of the four drawn."""
+        """The image in its final size: each pixel is the mean of four drawn pixels."""
         return self.image.reduce(OVERSAMPLING)
 
     def _points(self, points: list[Point]) -> list[Point]:
         return [(x * self.scale, y * self.scale) for x, y in points]
 
     def gradient(self, colours: list[Colour], top: float, bottom: float) -> None:
-        """The colours from top to bottom, blended into each other, over the whole width."""
+        """Colours from top to bottom, blended into each other, over the whole width."""
         strip = Image.new("RGB", (1, len(colours)))
         strip.putdata(colours)
         y0, y1 = round(top * self.scale), round(bottom * self.scale)
@@ -54,7 +55,11 @@ class Canvas:
         points = self._points(points)
         self.draw.polygon(points, fill=fill)
         if outline:
-            closed = [*points, points[0], points[1]]  # beyond the first corner, so that it is joined like the others
+            closed = [
+                *points,
+                points[0],
+                points[1],
+            ]  # one corner further, so that the first corner is rounded like the others
             self.draw.line(closed, fill=outline, width=round(width * self.scale), joint="curve")
 
     def line(self, points: list[Point], fill: Colour, width: float = 1) -> None:
@@ -74,7 +79,7 @@ class Canvas:
         self.draw.rounded_rectangle(box, radius * self.scale, fill=fill, outline=outline, width=width)
 
     def glow(self, x: float, y: float, radius: float, colour: Colour, strength: float = 1.0) -> None:
-        """A light that fades from its middle to `radius`."""
+        """A light that is brightest in its centre and fades to nothing at `radius`."""
         side = max(1, round(2 * radius * self.scale))
         corner = (round((x - radius) * self.scale), round((y - radius) * self.scale))
         self.image.paste(colour, (*corner, corner[0] + side, corner[1] + side), _halo(side, strength))

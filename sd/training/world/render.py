@@ -1,7 +1,7 @@
-"""A scene and a seed -> its picture: sky, sun or moon, clouds, land or sea, and the thing that stands there.
+"""Draw a scene: sky, sun or moon, clouds, land or sea, and the thing in it.
 
-In: a `Scene`; the seed chooses what the scene leaves open (where the sun is, how the ridges run, how large the thing
-is). Out: a PIL image. The same scene, seed and size always give the same picture.
+The seed decides what the `Scene` does not say, such as the exact position of the sun, the shape of the hills and the
+size of the thing. The same scene, seed and size always give the same image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SKIES: dict[str, list[Colour]] = {
     "sunset": [(70, 44, 112), (176, 66, 104), (244, 118, 66), (255, 196, 92)],
     "night": [(8, 10, 38), (16, 22, 62), (32, 42, 92), (58, 70, 128)],
 }
-# The light that falls on the land, and the milder one that falls on things, whose colour must stay recognisable.
+# The colour of the light on the land. The light on things is closer to white, so that their colours stay recognisable.
 LAND_LIGHT = {"dawn": (1.0, 0.9, 0.95), "noon": (1, 1, 1), "sunset": (0.92, 0.68, 0.64), "night": (0.36, 0.4, 0.66)}
 THING_LIGHT = {"dawn": (1.0, 0.96, 0.98), "noon": (1, 1, 1), "sunset": (0.97, 0.9, 0.88), "night": (0.86, 0.86, 0.96)}
 SUNS = {"dawn": (255, 246, 176), "noon": (255, 246, 160), "sunset": (255, 240, 170), "night": (250, 246, 224)}
@@ -29,15 +29,15 @@ GLOWS = {"dawn": (255, 238, 180), "noon": (255, 252, 214), "sunset": (255, 214, 
 CLOUDS = {"dawn": (255, 236, 236), "noon": (255, 255, 255), "sunset": (255, 176, 140), "night": (84, 94, 146)}
 SEAS = {"dawn": (130, 160, 200), "noon": (36, 120, 196), "sunset": (120, 70, 116), "night": (22, 34, 86)}
 MIDDLES = {"left": 31, "centre": 64, "right": 97}
-# Sun and moon keep to one side, and to the other where a thing stands in the way. Could they be on either side, a model
-# would take its time to choose one, and often draw two.
+# The sun or moon is on the left, or if a thing is there, on the right. If it could be on either side, a model would
+# often draw it on both.
 SUN_LEFT, SUN_RIGHT = 20, 108
 
 HORIZON = 76
 
 
 def render(scene: Scene, seed: int, size: int = 128) -> Image.Image:
-    """The picture of a scene, RGB, (size, size) pixels."""
+    """Draw a scene: a PIL image, RGB, (size, size) pixels."""
     rng = random.Random(f"picture {seed}")
     canvas = Canvas(size)
     canvas.gradient(SKIES[scene.time], 0, HORIZON + 8)
@@ -50,7 +50,7 @@ def render(scene: Scene, seed: int, size: int = 128) -> Image.Image:
 
 
 def _sky(canvas: Canvas, scene: Scene, x: float | None, rng: random.Random) -> float | None:
-    """Stars, sun or moon, clouds. Gives where the sun stands, for its reflection; None without one."""
+    """Draw stars, sun or moon, and clouds. Returns x of the sun or moon, for its reflection, or None without one."""
     night = scene.time == "night"
     if night:
         for _ in range(18):
@@ -60,12 +60,12 @@ def _sky(canvas: Canvas, scene: Scene, x: float | None, rng: random.Random) -> f
     where = (SUN_RIGHT if x is not None and x < 45 else SUN_LEFT) + rng.uniform(-8, 8)
     if scene.light:
         sun_x = where
-        high = scene.time in ("noon", "night") or scene.terrain == "mountains"  # which would hide a low sun
+        high = scene.time in ("noon", "night") or scene.terrain == "mountains"  # mountains would hide a low sun
         _sun(canvas, scene.time, sun_x, 21 if high else 49, rng)
     if scene.clouds:
-        hides = scene.light and high  # a low sun is below the clouds
+        among_clouds = scene.light and high  # a low sun is below the clouds
         for middle in (rng.uniform(10, 34), rng.uniform(54, 74), rng.uniform(94, 118)):
-            if not (hides and abs(middle - sun_x) < 30):
+            if not (among_clouds and abs(middle - sun_x) < 30):  # no cloud in front of the sun
                 _cloud(canvas, middle, rng.uniform(10, 28), rng.uniform(0.9, 1.2), CLOUDS[scene.time])
     return sun_x
 
@@ -90,7 +90,7 @@ def _cloud(canvas: Canvas, x: float, y: float, s: float, colour: Colour) -> None
 
 
 def _ridge(low: float, high: float, waves: float, rng: random.Random) -> list[Point]:
-    """A rolling line across the picture, closed along its bottom edge; y runs between `high` and `low`."""
+    """A wavy line across the image with y between `high` and `low`, as a polygon down to the bottom edge."""
     phase, second = rng.uniform(0, 2 * math.pi), rng.uniform(0, 2 * math.pi)
     points = []
     for i in range(33):
@@ -134,7 +134,7 @@ def _land(canvas: Canvas, scene: Scene, sun_x: float | None, rng: random.Random)
 
 
 def _mountains(canvas: Canvas, shade, haze: Colour, rng: random.Random) -> None:
-    """Three snow-capped peaks, lit from the left, behind a dark valley."""
+    """Draw three snow-capped peaks, lit from the left, behind a dark valley."""
     peaks = [(rng.uniform(8, 30), 38), (rng.uniform(96, 120), 36), (rng.uniform(50, 78), 28)]
     for x, top in peaks:
         top += rng.uniform(-4, 4)
@@ -190,7 +190,7 @@ def _thing(canvas: Canvas, scene: Scene, x: float, rng: random.Random) -> None:
         canvas.ellipse(x, y + 1, 36, 7.5, land)
     else:
         ground = canvas.image.getpixel((round(x * canvas.scale), round((y + 3) * canvas.scale)))
-        canvas.ellipse(x, y, 28, 3.2, mix(ground, (20, 20, 50), 0.3))  # the shadow at its foot
+        canvas.ellipse(x, y, 28, 3.2, mix(ground, (20, 20, 50), 0.3))  # the thing's shadow
     brush = Brush(canvas, x, y, rng.uniform(0.95, 1.08), scene.colour, shade, night)
     DRAW[scene.thing](brush)
     if scene.thing == "sailboat":
@@ -198,6 +198,6 @@ def _thing(canvas: Canvas, scene: Scene, x: float, rng: random.Random) -> None:
 
 
 def _lake(canvas: Canvas, time: str, x: float, y: float) -> None:
-    """A boat on land has a lake to float on."""
+    """Draw a lake: a boat on land needs water."""
     canvas.ellipse(x, y + 5, 52, 13.5, mix(SEAS[time], WHITE, 0.5))
     canvas.ellipse(x, y + 5, 50, 12, SEAS[time])

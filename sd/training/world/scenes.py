@@ -1,9 +1,10 @@
-"""The tiny model's world: what can be in a picture, and how people might ask for it.
+"""The toy world: what can be in a scene, and how captions describe it.
 
-In: a seed. Out: a `Scene`, which is seven attributes; captions of it; and, through `render`, its picture. Everything
-follows from the seed, so a training set is a range of numbers. A caption may leave attributes out; what it does not
-mention varies at random. Some combinations are never trained on: whether a model that has seen red houses and purple
-tents can draw a purple house tells composition from memory.
+A seed gives a `Scene`, which has seven attributes, and captions of it; `render` draws its image. Since a seed decides
+everything, a range of seeds is a training set. A caption may leave out attributes, which then vary at random.
+
+Some combinations of attributes are never trained on. To draw a purple house after training on red houses and purple
+tents only, a model must combine what it has learned: remembering images is not enough.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ POSITIONS = ("left", "centre", "right")
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Without a thing (`"none"`), `colour` and `position` mean nothing."""
+    """What an image shows. If `thing` is "none", `colour` and `position` have no meaning."""
 
     time: str
     terrain: str
     thing: str
     colour: str
     position: str
-    light: bool  # the sun, or at night the moon, is in the sky
+    light: bool  # whether the sun, or at night the moon, is in the sky
     clouds: bool
 
 
@@ -41,7 +42,7 @@ ATTRIBUTES: dict[str, tuple] = {
     "clouds": (False, True),
 }
 
-# Never trained on, so that composition can be tested: pairs of values, each with the attributes that they belong to.
+# Pairs of values that are never trained on, to test composition: (attribute, value, attribute, value).
 HELD_OUT: tuple[tuple[str, str, str, str], ...] = (
     ("thing", "house", "colour", "purple"),
     ("thing", "tree", "colour", "blue"),
@@ -62,16 +63,16 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def random_scene(rng: random.Random, held_out: bool | None = False) -> Scene:
-    """A scene by chance: one that training may show, or only a held-out one, or with None either."""
+    """A random scene. `held_out`: False for training scenes, True for held-out ones, None for both."""
     while True:
         scene = Scene(**{name: rng.choice(values) for name, values in ATTRIBUTES.items()})
         if scene.thing == "none" and rng.random() < 0.3:
-            continue  # an empty landscape is the least to learn from
+            continue  # fewer empty landscapes: there is less to learn from them
         if held_out is None or is_held_out(scene) == held_out:
             return scene
 
 
-# How each value can be said. The first wording is the plainest.
+# The wordings of each value. The first one is the plainest.
 TIME_WORDS = {
     "dawn": ("at dawn", "at sunrise", "early in the morning"),
     "noon": ("at noon", "by day", "at midday", "in daylight"),
@@ -117,10 +118,10 @@ OPENINGS = ("", "", "", "a picture of ", "a painting of ", "a photo of ")
 
 
 def caption(scene: Scene, rng: random.Random, mention: frozenset[str] | None = None) -> str:
-    """A description of the scene in words of the grammar: "a red house on green hills at noon, on the left".
+    """A caption of the scene in random wording, such as "a red house on green hills at noon, on the left".
 
-    `mention` names the attributes to speak of; None leaves that to chance. A scene without a thing has no colour and
-    no position to mention.
+    `mention` lists the attributes to mention, or is None for a random choice. In a scene without a thing, colour and
+    position are never mentioned.
     """
     if mention is None:
         mention = _random_mention(rng)
@@ -130,13 +131,13 @@ def caption(scene: Scene, rng: random.Random, mention: frozenset[str] | None = N
 
 
 def _random_mention(rng: random.Random) -> frozenset[str]:
-    """Half of the captions say everything, the others leave out some, or most."""
+    """Random attributes to mention: all of them in half of the captions, some or few in the others."""
     chance = rng.choice((1.0, 1.0, 0.75, 0.4))
     return frozenset(name for name in ATTRIBUTES if rng.random() < chance) or frozenset({"thing"})
 
 
 def _sentence(scene: Scene, rng: random.Random, mention: frozenset[str]) -> str:
-    """Thing, then place and time in either order, then the rest in any order."""
+    """A caption as a sentence: thing, then place and time in either order, then the rest in any order."""
     head, place = _head(scene, rng, mention)
     time = [rng.choice(TIME_WORDS[scene.time])] if "time" in mention else []
     start = [part for part in [head, *rng.choice(([*place, *time], [*time, *place]))] if part]
@@ -153,7 +154,7 @@ def _sentence(scene: Scene, rng: random.Random, mention: frozenset[str]) -> str:
 
 
 def _head(scene: Scene, rng: random.Random, mention: frozenset[str]) -> tuple[str, list[str]]:
-    """What the caption is about, and where that is: a thing in a place, or the place alone."""
+    """The subject of a sentence and, if it is a thing, where it is: a thing in a place, or the place alone."""
     terrain = "terrain" in mention
     if "thing" in mention and scene.thing != "none":
         words = rng.choice(THING_WORDS[scene.thing])
@@ -170,12 +171,12 @@ def _head(scene: Scene, rng: random.Random, mention: frozenset[str]) -> tuple[st
 
 
 def _light_words(scene: Scene, rng: random.Random) -> str:
-    """The sun or the moon. Where the time is not mentioned, this gives half of it away, as it would in life."""
+    """Whether the sun or moon is there. The word also shows whether it is night, even if the time is not mentioned."""
     return rng.choice((MOON_WORDS if scene.time == "night" else SUN_WORDS)[scene.light])
 
 
 def _tags(scene: Scene, rng: random.Random, mention: frozenset[str]) -> str:
-    """The same as keywords in any order: "noon, red house, hills, left, clouds"."""
+    """A caption as keywords in any order: "noon, red house, hills, left, clouds"."""
     tags = [getattr(scene, name) for name in ("time", "terrain", "position") if name in mention]
     if "thing" in mention:
         thing = "empty" if scene.thing == "none" else rng.choice(THING_WORDS[scene.thing])
@@ -190,7 +191,7 @@ def _tags(scene: Scene, rng: random.Random, mention: frozenset[str]) -> str:
 
 
 def scene_and_captions(seed: int, captions: int = 6, held_out: bool | None = False) -> tuple[Scene, list[str]]:
-    """The scene of a seed and several captions of it. `render(scene, seed)` is its picture."""
+    """The scene of a seed, and this number of captions of it. `render(scene, seed)` draws its image."""
     rng = random.Random(seed)
     scene = random_scene(rng, held_out)
     return scene, [caption(scene, rng) for _ in range(captions)]

@@ -1,7 +1,6 @@
-"""The silhouettes: one short function for each thing that can stand in a scene.
+"""The things that can be in a scene: one short function draws each.
 
-In: a canvas, where the thing stands (x of its middle, y of its foot), its scale, its colour, and whether it is night.
-Out: the thing, drawn large and with an outline, so that it is told apart even in 128 pixels.
+Things are large and have outlines, so that they are easy to recognise in an image of 128 x 128 pixels.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ WOOD, DARK_WOOD = (134, 88, 52), (88, 56, 38)
 
 @dataclass
 class Brush:
-    """A canvas moved to the thing's foot and scaled to its size, with the colours that fit the hour."""
+    """Draws a thing on a canvas, in coordinates of the thing: (0, 0) is the middle of its foot, and y points up."""
 
     canvas: Canvas
-    x: float
+    x: float  # the middle of its foot, on the canvas
     y: float
     scale: float
     colour: str  # a key of PAINTS
-    shade: Callable[[Colour], Colour]  # a colour as it looks at this hour
+    shade: Callable[[Colour], Colour]  # a colour -> the colour in the light at this time of day
     night: bool
 
     @property
@@ -49,7 +48,7 @@ class Brush:
         return mix(self.paint, (25, 20, 45), 0.75)
 
     def at(self, *points: Point) -> list[Point]:
-        """Points of the thing, y upwards from its foot -> points of the canvas."""
+        """Points in the thing's coordinates -> points on the canvas."""
         return [(self.x + self.scale * x, self.y - self.scale * y) for x, y in points]
 
     def polygon(self, fill: Colour, *points: Point, outline: bool = True) -> None:
@@ -68,7 +67,7 @@ class Brush:
 
 
 def house(b: Brush) -> None:
-    """Two windows that shine at night, a door, a chimney."""
+    """A house with two windows, lit at night, a door and a chimney."""
     roof, pane = b.shade((108, 72, 66)), LAMP if b.night else b.shade((200, 228, 245))
     b.box(b.shade((150, 130, 125)), 9, 36, 15, 54)  # the chimney
     b.polygon(b.paint, (-21, 0), (-21, 30), (21, 30), (21, 0))
@@ -83,7 +82,7 @@ def house(b: Brush) -> None:
 
 
 def tree(b: Brush) -> None:
-    """A round crown of the colour, on a trunk."""
+    """A tree with a round crown in the colour, on a trunk."""
     b.polygon(b.shade(WOOD), (-5, 0), (-3.5, 26), (3.5, 26), (5, 0))
     for x, y, r in ((-13, 31, 12), (13, 31, 12), (0, 46, 16)):
         b.ellipse(b.ink, x, y, r + 1.2, r + 1.2, outline=False)
@@ -95,7 +94,7 @@ def tree(b: Brush) -> None:
 
 
 def sailboat(b: Brush) -> None:
-    """Two sails of the colour over a wooden hull."""
+    """A sailboat with two sails in the colour on a wooden hull."""
     b.line(b.shade(DARK_WOOD), 2, (0, 8), (0, 64))
     b.polygon(b.paint, (2, 16), (2, 62), (25, 16))
     b.polygon(b.dark, (-2, 16), (-2, 54), (-20, 16))
@@ -107,7 +106,7 @@ def sailboat(b: Brush) -> None:
 
 
 def cactus(b: Brush) -> None:
-    """A stem and two arms, with a flower on top."""
+    """A cactus with two arms, and a flower on top."""
     arms = [((-20, 40), (-20, 22), (0, 22)), ((20, 50), (20, 30), (0, 30)), ((0, 0), (0, 56))]
     for fill, extra in ((b.ink, 2.4), (b.paint, 0)):
         for points, width in zip(arms, (9, 9, 14)):
@@ -119,11 +118,11 @@ def cactus(b: Brush) -> None:
         b.line(rib, 1.3, (x, 1), (x, 57))
     b.line(rib, 1.3, (-20, 25), (-20, 41))
     b.line(rib, 1.3, (20, 33), (20, 51))
-    b.ellipse(b.shade((250, 130, 170)), 0, 63.5, 4.2, 3, outline=False)  # its flower
+    b.ellipse(b.shade((250, 130, 170)), 0, 63.5, 4.2, 3, outline=False)  # the flower
 
 
 def balloon(b: Brush) -> None:
-    """Its foot is the bottom of the basket."""
+    """A hot air balloon. Its foot is the bottom of the basket."""
     for x in (-1, 1):
         b.line(b.shade(DARK_WOOD), 1.2, (5 * x, 10), (11 * x, 24))
     b.polygon(b.paint, (-16, 31), (-6, 20), (6, 20), (16, 31))
@@ -140,7 +139,7 @@ def balloon(b: Brush) -> None:
 
 
 def lighthouse(b: Brush) -> None:
-    """A tower with bands; at night its lamp shines."""
+    """A lighthouse with bands. At night its lamp is lit."""
     b.polygon(b.paint, (-12, 0), (-7.5, 52), (7.5, 52), (12, 0))
     band = b.shade((206, 206, 216)) if b.colour == "white" else b.shade((248, 244, 236))
     for low in (13, 34):

@@ -1,7 +1,4 @@
-"""What the tiny model can be asked for, in words: for people who meet it first.
-
-In: a prompt. Out: the words in it that the model has never read, and for `--world` a text that lists those it has.
-"""
+"""The words of the training captions: which words of a prompt are not among them, and the text of `demo.py --world`."""
 
 import re
 
@@ -11,7 +8,7 @@ WORDINGS: dict[str, dict] = {
     "time": scenes.TIME_WORDS,
     "place": scenes.TERRAIN_WORDS,
     "thing": scenes.THING_WORDS,
-    "where it stands": scenes.POSITION_WORDS,
+    "position": scenes.POSITION_WORDS,
     "sun": scenes.SUN_WORDS,
     "moon (at night)": scenes.MOON_WORDS,
     "clouds": scenes.CLOUD_WORDS,
@@ -30,18 +27,18 @@ def known_words() -> frozenset[str]:
 
 
 def unknown_words(prompt: str) -> list[str]:
-    """The words of a prompt that mean nothing to the tiny model, in order and once each."""
+    """The words of a prompt that are in no training caption, in order and once each."""
     words, known = re.findall(r"[^\W\d_]+", prompt.lower()), known_words()
     return list(dict.fromkeys(word for word in words if word not in known))
 
 
 def describe() -> str:
-    """The world in a dozen lines: what there is, how to say it, and an example."""
-    lines = ["The tiny model draws landscapes of 128 x 128 pixels with one thing in them. It knows:", ""]
+    """The toy world in a dozen lines: what can be in an image, how to ask for it, and an example."""
+    lines = ["The tiny model draws landscapes of 128 x 128 pixels with one thing in them. A prompt can mention:", ""]
     lines.append(f"  {'colour':<16} {', '.join(scenes.COLOURS)}")
     for name, group in WORDINGS.items():
         wordings = ", ".join(words[0] for value, words in group.items() if value != "none")
         lines.append(f"  {name:<16} {wordings}")
     lines += ["", 'For example: "a red house on green hills at noon, on the left, with clouds".']
-    lines.append("What a prompt leaves open is up to the seed; words that it does not know are passed over.")
+    lines.append("The seed decides what a prompt does not mention. Unknown words are ignored.")
     return "\n".join(lines)
