@@ -138,7 +138,10 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
     assert process.wait(60) == 130
     said = log.read_text()
     assert "Traceback" not in said
-    assert said.splitlines()[-1] == "train_tiny.py: interrupted; the same command goes on from the last checkpoint."
+    assert (
+        said.splitlines()[-1]
+        == "train_tiny.py: interrupted; run the same command again to resume from the last saved state."
+    )
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -154,7 +157,7 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
         (evaluate_tiny, ["--out", "exists.png"], "--out should be a folder: exists.png cannot be one, a file is in"),
         (evaluate_tiny, ["--out", "exists.png/in"], "--out should be a folder: exists.png/in cannot be one, a file is"),
         (make_gallery, ["--out", "exists.png"], "--out should be a folder: exists.png cannot be one, a file is in the"),
-        (train_tiny, ["--scenes", "4"], "4 pictures are too few to train on: 8 are the least."),
+        (train_tiny, ["--scenes", "4"], "The number of training images should be at least 8, not 4."),
         (train_tiny, ["--seed", "-1"], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
         (synthetic_checkpoint, ["new/a.png"], "The name of new/a.png should end in .safetensors, .ckpt, .pt, .pth."),
     ],
