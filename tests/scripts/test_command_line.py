@@ -128,14 +128,22 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
     """As a terminal does it: to the script, and to the processes that draw scenes for it."""
     command = [sys.executable, ROOT / "scripts/train_tiny.py", "vae", "--out", tmp_path / "out"]
     log = tmp_path / "log"
+
+    def heed_ctrl_c() -> None:  # a test run in the background of a shell ignores SIGINT, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with open(log, "w") as opened:
-        process = subprocess.Popen(command, stderr=opened, start_new_session=True)
-    for _ in range(1000):
-        if "drawing scenes:   0%" in log.read_text() and "/20000" in log.read_text():
-            break
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+        process = subprocess.Popen(command, stderr=opened, start_new_session=True, preexec_fn=heed_ctrl_c)
+    try:
+        for _ in range(1000):
+            if "drawing scenes:   0%" in log.read_text() and "/20000" in log.read_text():
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     said = log.read_text()
     assert "Traceback" not in said
     assert (
