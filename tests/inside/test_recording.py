@@ -34,7 +34,7 @@ def models():
 )
 def test_the_picture_that_generate_makes(models, more):
     recorded = record("a cat", "a dog", models, **OPTIONS, **more)
-    assert np.array_equal(recorded.picture, generate("a cat", "a dog", models=models, **OPTIONS, **more))
+    assert np.array_equal(recorded.image, generate("a cat", "a dog", models=models, **OPTIONS, **more))
     assert (recorded.moments[0].noise_uncond is None) == ("do_cfg" in more)
     assert [moment.index for moment in recorded.moments] == [0, 1, 2]
 
@@ -42,7 +42,7 @@ def test_the_picture_that_generate_makes(models, more):
 def test_no_negative_prompt_is_the_empty_one(models):
     recorded = record("a cat", None, models, **OPTIONS)
     assert recorded.uncond_prompt == ""
-    assert np.array_equal(recorded.picture, generate("a cat", models=models, **OPTIONS))
+    assert np.array_equal(recorded.image, generate("a cat", models=models, **OPTIONS))
 
 
 def test_moments_are_what_the_unet_saw(models):

@@ -155,7 +155,7 @@ def test_a_recording(models, device):
     expected = record("a cat", models=models[0], **QUICK)
     with accelerator(device):
         recording = record("a cat", models=models[1], **QUICK)
-    assert_alike(recording.picture, expected.picture)
+    assert_alike(recording.image, expected.image)
     assert {moment.latents.device.type for moment in recording.moments} == {"cpu"}
 
 
