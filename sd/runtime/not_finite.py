@@ -45,9 +45,9 @@ def run_in_range(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     """Runs the VAE's encoder or decoder on its inputs -> its output in float32, finite.
 
     If it overflows in float16, it runs again in float32. bfloat16 has the same range, but images made in it are 0.4 of
-    255 levels off on average, and 0.04 in float16 (tests/test_tiny_checkpoint.py). Neither is visible, but float32
-    loses nothing, and only the inputs that overflow take longer. The network itself stays in float16: otherwise an
-    image would depend on the images made before it, and not on its prompt and seed alone.
+    255 levels off on average, and 0.04 in float16 (tests/training/test_tiny_checkpoint.py). Neither is visible, but
+    float32 loses nothing, and only the inputs that overflow take longer. The network itself stays in float16: otherwise
+    an image would depend on the images made before it, and not on its prompt and seed alone.
 
     Raises NotFiniteError if float32 does not help, and after any overflow in another dtype.
     """
