@@ -1,4 +1,4 @@
-"""Recordings: the picture is the one that `generate` makes, and the moments lead from its noise to it."""
+"""Recordings: the image is the one that `generate` makes, and the moments are its steps."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def models():
         {"deep_cache": 2},
     ],
 )
-def test_the_picture_that_generate_makes(models, more):
+def test_the_image_is_that_of_generate(models, more):
     recorded = record("a cat", "a dog", models, **OPTIONS, **more)
     assert np.array_equal(recorded.image, generate("a cat", "a dog", models=models, **OPTIONS, **more))
     assert (recorded.moments[0].noise_uncond is None) == ("do_cfg" in more)
@@ -63,7 +63,7 @@ def test_moments_are_what_the_unet_saw(models):
 
 
 @pytest.mark.parametrize("steps, kept", [(1, [0]), (4, [0, 1, 2, 3]), (10, [0, 3, 6, 9])])
-def test_at_most_so_many_moments(models, monkeypatch, steps, kept):
+def test_the_number_of_moments_is_limited(models, monkeypatch, steps, kept):
     monkeypatch.setattr(recording, "MAX_MOMENTS", 4)
     recorded = record("a cat", models=models, **OPTIONS | {"n_inference_steps": steps, "height": 8, "width": 8})
     assert [moment.index for moment in recorded.moments] == kept
@@ -80,7 +80,7 @@ def test_costs(models):
     assert costs["denoise"].seconds > costs["prepare"].seconds
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can start its peak again")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset the peak")
 def test_peaks_are_those_of_each_part():
     code = (
         "import torch; from types import SimpleNamespace; from sd.inside.recording import _measured\n"
@@ -103,7 +103,7 @@ def test_peaks_without_proc(monkeypatch, tmp_path):
     assert peak_memory(torch.device("cpu")) is None
 
 
-def test_bad_input_is_told_before_any_work(monkeypatch):
+def test_bad_input_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr(recording, "load_models", lambda: pytest.fail("loaded before checking"))
     with pytest.raises(ValueError, match="strength should be a number above 0 and at most 1, not 2."):
         record("a cat", strength=2)

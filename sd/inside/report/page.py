@@ -217,7 +217,8 @@ def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
     channels, rows, columns = recording.moments[0].latents.shape[1:]
     text = "Stable Diffusion does not work on pixels but on latents: a compressed form of the image, here "
     text += f"{columns} × {rows} positions with {channels} channels each. At every step, the U&#8209;Net reads the "
-    text += "latents and predicts " + ("the noise in them. " if noise else "v, a mixture of the noise and the image in them. ")
+    text += "latents and predicts "
+    text += "the noise in them. " if noise else "v, a mixture of the noise and the image in them. "
     if guided:
         panels += [
             ("uncond", title, other.capitalize()),
