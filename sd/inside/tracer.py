@@ -92,7 +92,8 @@ class Tracer:
         self._handles.clear()
 
     def shapes(self, network: str) -> list[tuple[str, tuple[int, ...]]]:
-        """The shapes of the input ("in") and of each stage's output in the network's last call: (name, shape).
+        """The shapes of the input ("in") and of each stage's output in the network's last call: (name, shape), in the
+        order of execution.
 
         If that call ran only some of the stages, as with `DeepCache`, "in" is the input of the first of them. Raises
         ValueError if the network has not run.
@@ -199,7 +200,7 @@ def _first_shape(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, ...
 def attention_weights(module: CrossAttention, x: Tensor, context: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)), averaged over the heads: x (B, N, C), context (B, M, D) -> float32 (B, N, M).
 
-    The module never stores this matrix. Here it is computed one head at a time, to store it only once.
+    The module never stores this matrix. Here it is computed one head at a time, so that only one copy is stored.
     """
     query, key = F.linear(x, module.query.weight), F.linear(context, module.key.weight)  # (B, N, C), (B, M, C)
     query, key = (y.unflatten(-1, (module.heads, -1)).movedim(2, 0) for y in (query, key))  # (heads, B, N, d)

@@ -242,3 +242,10 @@ def test_a_large_image_that_is_not_exact_says_so(models, monkeypatch):
     _, text = make(models, n_inference_steps=1)
     assert "the image on it is not exact: WebP quality" in text
     assert "has exactly the pixels" not in text
+
+
+def test_previews_are_said_to_be_previews(models, monkeypatch):
+    sentence = "The expected images are made by the same map"
+    assert sentence not in make(models, n_inference_steps=1)[1]
+    monkeypatch.setitem(report.__globals__, "shows_previews", lambda models: True)
+    assert sentence in make(models, n_inference_steps=1)[1]

@@ -69,5 +69,6 @@ def test_settings_and_commands_are_text(models):
         report(recorded, frames(recorded), trace, {"<b>": "<i>", "Image": half}, f"demo.py --image {half} '<b>'")
     )
     assert "".join(page.texts["code"]) == "demo.py --image ?.png '<b>'"
+    assert page.one(**{"class": "flag"})  # --image, in which no line breaks
     assert page.texts["dt"] == ["<b>", "Image"]
     assert page.texts["dd"] == ["<i>", "?.png"]
