@@ -174,9 +174,9 @@ def draw(options: argparse.Namespace, request: Request, models: Models) -> tuple
         recording = record(request, models)
     frames = film.frames(recording)
     if not options.report:
-        return recording.picture, frames, ""
+        return recording.image, frames, ""
     page = report(recording, frames, trace, details(options, request, models), command(options, request, models))
-    return recording.picture, frames, page
+    return recording.image, frames, page
 
 
 def make_request(options: argparse.Namespace, prompts: list[str]) -> Request:

@@ -1,18 +1,18 @@
-"""The bricks that the VAE and the U-Net share. In and out: feature maps (B, C, H, W)."""
+"""The building blocks of the VAE and the U-Net. In and out: feature maps (B, C, H, W)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd.attention import SelfAttention
 
-EPS = 1e-6  # of every GroupNorm in the VAE; the U-Net's residual blocks use 1e-5
+EPS = 1e-6  # in every GroupNorm of the VAE; the U-Net's residual blocks use 1e-5
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x), where f is twice GroupNorm, SiLU, 3x3 convolution (1512.03385; 2006.11239, app. B).
+    """x + f(x), where f is GroupNorm, SiLU and 3x3 convolution, twice (1512.03385; 2006.11239, app. B).
 
     `time_width` is the width of the time embedding that is added between the two convolutions; the VAE has none.
-    `eps` is the norms': 1e-6 in the VAE, 1e-5 in the U-Net.
+    `eps` is that of both norms: 1e-6 in the VAE, 1e-5 in the U-Net.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int | None = None):
@@ -22,7 +22,7 @@ class ResidualBlock(nn.Module):
         self.time = nn.Linear(time_width, out_channels) if time_width else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # A sum needs equal channels on both sides: where they differ, a 1x1 convolution makes them equal.
+        # x and f(x) need equal channels to be added: if they differ, a 1x1 convolution changes those of x.
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + attention over all positions of the feature map, in a single head. The decoder uses it too."""
+    """x + self-attention over all positions of the feature map, with a single head. Used in both halves of the VAE."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -50,7 +50,7 @@ class AttentionBlock(nn.Module):
 
 
 def middle(channels: int, groups: int) -> nn.Sequential:
-    """The coarsest level, where every position is cheap enough to see every other: the same in both halves."""
+    """The coarsest level of the VAE's encoder and decoder, where attention over all positions is cheap enough."""
     return nn.Sequential(
         ResidualBlock(channels, channels, groups, EPS),
         AttentionBlock(channels, groups),
@@ -61,8 +61,8 @@ def middle(channels: int, groups: int) -> nn.Sequential:
 class Downsample(nn.Module):
     """Halves height and width with a convolution of stride 2.
 
-    `symmetric`, as in the U-Net, pads one pixel on every side, and half of an odd side is rounded up. The VAE was
-    trained with padding on the right and at the bottom only, and half of an odd side is rounded down.
+    With `symmetric`, as in the U-Net, one pixel is padded on every side, and half of an odd side is rounded up.
+    Without, as the VAE was trained, padding is on the right and at the bottom only, and the half is rounded down.
     """
 
     def __init__(self, channels: int, symmetric: bool):
@@ -76,13 +76,13 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating every pixel, then smooths with a convolution."""
+    """Doubles height and width by repeating every pixel, followed by a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """x (B, C, H, W) -> (B, C, 2 H, 2 W), or (B, C, *size) where an odd side was rounded up on the way down."""
+        """x (B, C, H, W) -> (B, C, 2 H, 2 W), or (B, C, *size) if an odd side was rounded up on the way down."""
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -1,9 +1,8 @@
-"""Files that appear under their names whole or not at all, whatever happens to the process that writes them.
+"""Atomic file writes, and the folder of the shipped files.
 
-In: a path, and a block of code that writes into an open file. Out: the file of that name, once the block has ended.
-
-Until then it lies in the same folder as `.sd-(16 digits).tmp`, which is locked for as long as its writer lives. A
-writer that is killed leaves it there, unlocked; the next one to write into that folder removes it.
+A file appears under its name complete or not at all, even if the process is killed while writing. Until it is complete
+it is called `.sd-(16 hexadecimal digits).tmp`, in the same folder, and its writer holds a lock on it. A killed writer
+leaves it behind unlocked, and the next writer in that folder removes it.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: leftovers stay there, for they cannot be told from files that are being written
+except ImportError:  # Windows, where leftovers stay: without locks they look like files that are being written
     fcntl = None
 
 
-# The merges and the tiny model are in the repository's data/, or inside the package once it is installed.
+# The folder of merges.txt and the tiny model: the repository's data/, or _data in the installed package.
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = PACKAGE / "_data"  # see pyproject.toml
 
@@ -31,10 +30,11 @@ DATA = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "data"
 
 @contextlib.contextmanager
 def whole_file(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
-    """An open file that becomes `path` at the end of the block, at once, or vanishes if the block raises.
+    """Opens a file that becomes `path` at the end of the block, or is removed if the block raises.
 
-    An existing file stays until the new one is safely on disk, and without `overwrite` for good, even if another
-    process takes the name at the last moment. The folder must exist. Raises FileExistsError, or another OSError.
+    An existing file is replaced only once the new one is safely on disk, and only with `overwrite`. Without it, even a
+    file that another process creates at the last moment is kept. The folder must exist. Raises FileExistsError, or
+    another OSError.
     """
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError
@@ -47,18 +47,18 @@ def whole_file(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if fcntl:
-                _give_name(temporary, path, overwrite)  # while it is locked
+                _give_name(temporary, path, overwrite)  # still locked
         if not fcntl:
-            _give_name(temporary, path, overwrite)  # Windows renames no open file
+            _give_name(temporary, path, overwrite)  # Windows cannot rename an open file
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def write_whole(path: Path, save: Callable[[BinaryIO], None], overwrite: bool) -> None:
-    """Have `save` write into a `whole_file`, in a folder that is made if it is missing.
+    """Writes `path` atomically: `save` gets the open file. A missing folder is created.
 
-    Raises FileExistsError or another OSError, whose message is one sentence.
+    Raises FileExistsError or another OSError, with a message of one sentence.
     """
     try:
         if path.parent.exists() and not path.parent.is_dir():
@@ -73,7 +73,7 @@ def write_whole(path: Path, save: Callable[[BinaryIO], None], overwrite: bool) -
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes have left in a folder."""
+    """Removes the temporary files that killed processes have left in a folder."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if re.fullmatch(r"\.sd-[0-9a-f]{16}\.tmp", entry.name) and entry.is_file(follow_symlinks=False):
@@ -84,16 +84,16 @@ def remove_leftovers(folder: Path) -> None:
 
 def _locked_temporary(folder: Path) -> BinaryIO:
     while True:
-        file = open(folder / f".sd-{secrets.token_hex(8)}.tmp", "xb")  # noqa: SIM115, it is handed on
-        with contextlib.suppress(OSError):  # a network drive without locks, where nobody removes leftovers either
+        file = open(folder / f".sd-{secrets.token_hex(8)}.tmp", "xb")  # noqa: SIM115, the caller closes it
+        with contextlib.suppress(OSError):  # a network drive without locks: leftovers stay there too
             if fcntl and not (_lock(file) and os.fstat(file.fileno()).st_nlink):
-                file.close()  # between opening and locking, another process took it for a leftover
+                file.close()  # another process removed it as a leftover before it was locked
                 continue
         return file
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether nobody else has locked the file. Raises OSError where there are no locks."""
+    """Locks the file. Returns False if another process has locked it. Raises OSError where there are no locks."""
     if not fcntl:
         return False
     try:
@@ -104,18 +104,18 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def _give_name(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Make the finished file appear as `path`, at once; without `overwrite`, only if the name is free."""
+    """Renames the finished file to `path` in one step. Without `overwrite`, raises FileExistsError if `path` exists."""
     if not overwrite:
         try:
-            os.link(temporary, path)  # unlike a renaming, fails if the name is taken
+            os.link(temporary, path)  # unlike renaming, fails if the name is taken
             return
         except FileExistsError:
             raise
-        except OSError:  # the filesystem has no hard links: take the name with an empty file
+        except OSError:  # the filesystem has no hard links: reserve the name with an empty file
             open(path, "xb").close()
     try:
         os.replace(temporary, path)
     except BaseException:
         if not overwrite:
-            path.unlink()  # the empty file is ours
+            path.unlink()  # the empty file from above
         raise

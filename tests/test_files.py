@@ -1,4 +1,4 @@
-"""A file appears whole or not at all; what killed writers leave is removed, and nothing else."""
+"""A file appears complete or not at all. Only the leftovers of killed writers are removed."""
 
 import os
 import signal
@@ -57,7 +57,7 @@ def test_a_missing_folder(tmp_path):
 
 
 @needs_locks
-def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
+def test_the_leftover_of_a_killed_writer_is_removed_by_the_next(tmp_path):
     code = "import sys, time; from pathlib import Path; from files import whole_file\n"
     code += "with whole_file(Path(sys.argv[1]), True) as file: file.write(b'half'); file.flush(); time.sleep(99)"
     folder = Path(files.__file__).parent  # not through the package, which takes a second to import torch
@@ -66,7 +66,7 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
         time.sleep(0.01)
         assert process.poll() is None
     write(tmp_path / "b", b"whole")
-    assert len(names(tmp_path)) == 2  # its writer lives
+    assert len(names(tmp_path)) == 2  # its writer is still running
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(names(tmp_path)) == 2
@@ -94,7 +94,7 @@ def test_only_leftovers_are_removed(tmp_path):
 
 
 @needs_locks
-def test_a_file_taken_for_a_leftover_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+def test_a_file_removed_as_a_leftover_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
     lock, taken = files._lock, []
 
     def taken_first(file):
@@ -110,7 +110,7 @@ def test_a_file_taken_for_a_leftover_before_it_was_locked_is_made_anew(tmp_path,
 
 
 @needs_locks
-def test_without_locks_files_are_written_and_none_is_removed(tmp_path, monkeypatch):
+def test_without_locks_files_are_written_and_leftovers_stay(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(95, "Operation not supported")
 

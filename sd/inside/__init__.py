@@ -1,1 +1,1 @@
-"""Looking inside while a picture is made: shapes, attention, previews, films, and a report on one HTML page."""
+"""Looks inside while an image is made: shapes, attention, previews, films, and a report on one HTML page."""

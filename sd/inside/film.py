@@ -1,7 +1,4 @@
-"""How a picture came to be, as moving pictures: where it seemed to be heading at every step.
-
-In: a `Recording`. Out: frames for `images.write_animation`.
-"""
+"""A `Recording` -> an animation of how the image was made, as frames for `images.write_animation`."""
 
 from __future__ import annotations
 
@@ -17,19 +14,24 @@ from sd.models import Models
 
 
 def frames(recording: Recording) -> list[np.ndarray]:
-    """Frames of the picture's size, uint8 (H, W, 3): the x_0 predicted at each recorded step, then the picture itself.
+    """The image that the U-Net expected (x_0) at each recorded step, then the final image: each uint8 (H, W, 3).
 
-    A small decoder decodes every frame; where decoding takes longer than a step, as in SD 1.x, a preview stands in.
+    A small decoder decodes every frame. SD 1.x's decoder takes longer than a step, so its frames are previews.
     """
     models, known = recording.models, recording.known
-    draw = _previewed if models.config.vae == SD15.vae else pipeline.decode_latents
+    draw = _preview if shows_previews(models) else pipeline.decode_latents
     images = (draw(models, moment.denoised) for moment in recording.moments)  # each (1, H, W, 3)
     if known is not None:
-        images = map(known.restore_pixels, images)  # with what stays of the picture that is repainted
-    return [*(image[0] for image in images), recording.picture]
+        images = map(known.restore_pixels, images)  # inpainting: with the kept part of the input image
+    return [*(image[0] for image in images), recording.image]
 
 
-def _previewed(models: Models, latents: Tensor) -> np.ndarray:
+def shows_previews(models: Models) -> bool:
+    """Whether the frames are previews, because the decoder is too slow to decode each of them."""
+    return models.config.vae == SD15.vae
+
+
+def _preview(models: Models, latents: Tensor) -> np.ndarray:
     """Latents (1, 4, h, w) -> their preview, enlarged to uint8 (1, H, W, 3)."""
     small = Image.fromarray(SD15_PREVIEW(latents)[0])
     downscale = models.config.vae.downscale

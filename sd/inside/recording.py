@@ -1,7 +1,7 @@
-"""A prompt -> a picture, as `generate` makes it, and a record of how it came to be.
+"""Makes an image as `generate` does, and records how: what films and reports are made from.
 
-In: what `generate` takes, for one picture. Out: a `Recording`: the picture, what the U-Net saw and predicted on the
-way, and what each of the four parts of the work cost. Films and reports are made of it.
+A `Recording` holds the image, the U-Net's input and output at every step, and the time and memory of each of the four
+parts of the pipeline.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from sd.runtime.out_of_memory import explain_out_of_memory
 from sd.sampler import Sampler
 
 MAX_MOMENTS = 60
-CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # of Linux: the memory of this process
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linux only: this process's memory
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One step of the denoising. All tensors are float32 (1, 4, h, w), on the CPU."""
+    """One recorded step of the denoising. All tensors are float32 (1, 4, h, w), on the CPU."""
 
     index: int
     timestep: int | float
-    latents: Tensor  # x_t: what the U-Net saw, before the step
-    denoised: Tensor  # x_0 as predicted at this step
-    noise_uncond: Tensor | None  # what the U-Net predicted, noise or v, for the negative prompt; None without guidance
-    noise_cond: Tensor  # likewise, for the prompt
+    latents: Tensor  # x_t: the U-Net's input, before the step
+    denoised: Tensor  # x_0, as predicted at this step
+    noise_uncond: Tensor | None  # its output (noise or v) for the negative prompt; None without guidance
+    noise_cond: Tensor  # its output for the prompt
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part of the work took."""
+    """The time and memory that one part of the pipeline took."""
 
     seconds: float
     peak: int | None  # bytes: see `peak_memory`
@@ -53,17 +53,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Recording:
-    """How one picture came to be."""
+    """How one image was made."""
 
     prompt: str
     uncond_prompt: str
     cfg_scale: float
     models: Models
-    picture: np.ndarray  # uint8 (H, W, 3)
-    moments: list[Moment]  # 60 at most, evenly spaced, the first and the last step among them
-    sampler: Sampler  # its timesteps are those of all steps; `skipped` says how many strength left out
-    known: InpaintingInputs | None  # what inpainting kept
-    costs: dict[str, Cost]  # of "encode_prompt", "prepare", "denoise" and "decode_latents"
+    image: np.ndarray  # uint8 (H, W, 3)
+    moments: list[Moment]  # at most 60, evenly spaced, including the first and the last step
+    sampler: Sampler  # `timesteps` has those of all steps; `skipped` is how many steps `strength` left out
+    known: InpaintingInputs | None  # for inpainting: the part of the input image to keep
+    costs: dict[str, Cost]  # for "encode_prompt", "prepare", "denoise" and "decode_latents"
 
 
 @explain_out_of_memory()
@@ -87,12 +87,12 @@ def record(request: Request, models: Models | None = None) -> Recording:
         moments, latents = _watch(steps, latents, len(sampler.timesteps))
     with _measured(costs, "decode_latents", models):
         images = pipeline.decode_latents(models, latents)  # (1, H, W, 3)
-    picture = (images if known is None else known.restore_pixels(images))[0]
-    return Recording(request.prompts[0], uncond_prompt, cfg_scale, models, picture, moments, sampler, known, costs)
+    image = (images if known is None else known.restore_pixels(images))[0]
+    return Recording(request.prompts[0], uncond_prompt, cfg_scale, models, image, moments, sampler, known, costs)
 
 
 def _watch(steps: Iterator[pipeline.Step], latents: Tensor, total: int) -> tuple[list[Moment], Tensor]:
-    """Runs all `total` steps from `latents` -> the moments to keep, and the latents at the end."""
+    """Runs all `total` steps from `latents` -> the recorded moments, and the final latents."""
     kept = set(np.linspace(0, total - 1, min(total, MAX_MOMENTS)).round().astype(int).tolist())
     moments = []
     for step in tqdm(steps, total=total):
@@ -105,13 +105,13 @@ def _watch(steps: Iterator[pipeline.Step], latents: Tensor, total: int) -> tuple
 
 @contextmanager
 def _measured(costs: dict[str, Cost], name: str, models: Models) -> Iterator[None]:
-    """Writes down what the block costs."""
+    """Measures the time and peak memory of the block, into `costs[name]`."""
     device = models.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):
-            CLEAR.write_text("5")  # the peak starts again from what is in memory now
+            CLEAR.write_text("5")  # resets the peak to the memory in use now
     started = time.perf_counter()
     yield
     if device.type != "cpu":
@@ -120,7 +120,7 @@ def _measured(costs: dict[str, Cost], name: str, models: Models) -> Iterator[Non
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that a GPU of CUDA, or else this process, has had in use. None where the system does not tell."""
+    """Peak memory in bytes, of the CUDA device or else of this process. None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -128,7 +128,7 @@ def peak_memory(device: torch.device) -> int | None:
             return int(kibibytes[1]) * 1024
     if sys.platform == "win32":
         return None
-    import resource  # not on Windows
+    import resource  # does not exist on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,22 +1,23 @@
-"""Latents -> image in half the memory: what `Decoder.forward` computes, a strip of rows at a time.
+"""Decodes latents one strip of rows at a time, in half the memory that `Decoder.forward` needs.
 
-In: a `Decoder`, and scaled latents (B, 4, H/8, W/8). Out: its image (B, 3, H, W), the same but for rounding.
+In: a `Decoder`, and scaled latents (B, 4, H/8, W/8). Out: its image (B, 3, H, W), the same up to rounding.
 
-A picture takes the most memory in its last moments. At 1024x1024, in 16 bits, SD 1.5's decoder makes feature maps of
-256 channels, 537 MB each, and three to five of them exist at once: a map, its normalised copy, and what SiLU and the
-convolution make of that. A row of a block's output depends on a few rows of its input, but for one thing: the mean and
-variance in GroupNorm are those of the whole map. (That is why a picture decoded in tiles shows its seams: every tile is
-normalised by its own.) So every norm here reads its map twice: once to measure it and once, strip by strip, to be
-normalised, passed through SiLU and convolved. A strip is read with the two rows beside it that a convolution looks at.
+Decoding is when an image takes the most memory. At 1024x1024, in 16 bits, SD 1.5's decoder makes feature maps of 256
+channels, 537 MB each, and three to five of them exist at once: a map, its normalised copy, and what SiLU and the
+convolution make of that.
 
-Of the whole map, only a block's input and its two convolutions' outputs are stored, and the second output is added to
-the input in its place. The largest map is not stored at all: its rows are computed from those of the map before the
-upsampling, once to be measured and once to be used, which is an eighth more work for the whole decoder. What is left at
-1024x1024: 134 MB for 256 channels at 512x512, 2 x 268 MB for 128 channels at 1024x1024, and the strips.
+A row of a block's output depends on a few rows of its input, with one exception: GroupNorm uses the mean and variance
+of the whole map. (This is why decoding in tiles leaves seams: every tile has a different mean and variance.) So every
+norm here reads its map twice. The first time it measures the map. The second time it normalises it strip by strip, and
+each strip goes through SiLU and the convolution. A strip is read with one more row above and below, for the 3x3 kernel.
 
-Measured on two cores with bfloat16 matrix instructions, in channels-last order: at 1024x1024 0.82 GB beyond the weights
-and 15.0 s, against 1.70 GB and 15.2 s; at 512x512 0.22 GB and 3.3 s, against 0.43 GB and 3.2 s. In float32 at 512x512:
-0.40 GB and 15.8 s, against 1.04 GB and 15.5 s.
+Only three maps are stored whole: a block's input and the outputs of its two convolutions. The second output is added
+to the input in place. The largest map is never stored: its rows are computed from the map before the upsampling, once
+to measure them and once to use them. That is an eighth more work for the whole decoder. At 1024x1024 this leaves 134 MB
+for 256 channels at 512x512, 2 x 268 MB for 128 channels at 1024x1024, and the strips.
+
+At 1024x1024 in bfloat16, it takes 0.82 GB beyond the weights instead of 1.70 GB, in the same time. README.md has the
+other measurements.
 """
 
 from __future__ import annotations
@@ -34,19 +35,20 @@ from sd.blocks import ResidualBlock, Upsample
 from sd.decoder import Decoder
 from sd.runtime.devices import is_compiled
 
-# How many of its largest map `Decoder.forward` takes, with some to spare. Measured on the CPU: 3.2 in channels-last
-# order, 3.9 in contiguous order in float32, 5.4 in contiguous order in bfloat16.
+# The peak memory of `Decoder.forward`, as a multiple of its largest map, with a margin. Measured on the CPU: 3.2 in
+# channels-last order, 3.9 in contiguous order in float32, 5.4 in contiguous order in bfloat16.
 MAPS_AT_ONCE = 5.5
 FREE_IF_UNKNOWN = 2 << 30  # bytes
 LARGE_MAP = 128 << 20  # bytes: the decoder's largest at 512x512 has 256 MB in float32
 
 
 def needed(decoder: Decoder, latents: Tensor) -> bool:
-    """Whether `decoder(latents)`, one of the batch at a time, might take more memory than is free on its device; or,
-    for large maps in float32 on a CPU, always: there strips save most and cost next to no time.
+    """Whether the decoder should decode in strips. There are two cases.
 
-    The second rule has two exceptions: a decoder to which forward hooks listen, as a `Tracer`'s do, for in strips they
-    would hear nothing; and a compiled one, which is faster whole.
+    One: `decoder(latents)`, one image of the batch at a time, might need more memory than is free on its device.
+    Two: the maps are large and in float32 on a CPU, where strips save the most memory and cost almost no time. The
+    second case has two exceptions: decoders with forward hooks (those of a `Tracer`, for example), which strips would
+    bypass, and compiled decoders, which are faster whole.
     """
     weight = decoder.conv_in.weight
     pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(decoder.levels) - 1)
@@ -55,16 +57,16 @@ def needed(decoder: Decoder, latents: Tensor) -> bool:
     if MAPS_AT_ONCE * largest > (FREE_IF_UNKNOWN if free is None else free):
         return True
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and largest >= LARGE_MAP and not _is_heard(decoder) and not is_compiled(decoder)
+    return on_cpu and largest >= LARGE_MAP and not _has_hooks(decoder) and not is_compiled(decoder)
 
 
-def _is_heard(decoder: Decoder) -> bool:
-    """Whether a module of it has a forward hook. In strips, most modules are never called, only their weights read."""
+def _has_hooks(decoder: Decoder) -> bool:
+    """Whether any module has a forward hook. Strips use the weights of most modules without calling the modules."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Bytes that a program can still have on the device, or None where nothing tells."""
+    """Bytes that this process can still allocate on the device, or None if that is unknown."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
@@ -78,7 +80,7 @@ def _free_memory(device: torch.device) -> int | None:
 
 
 class InStrips(nn.Module):
-    """A decoder that decodes in strips, to be put where a network is expected. No gradients."""
+    """Wraps a decoder so that calling it decodes in strips, without gradients."""
 
     def __init__(self, decoder: Decoder):
         super().__init__()
@@ -91,9 +93,9 @@ class InStrips(nn.Module):
 
 @torch.no_grad()
 def decode_in_strips(decoder: Decoder, latents: Tensor, rows: int = 16) -> Tensor:
-    """Scaled latents (B, 4, H/8, W/8) -> image (B, 3, H, W), in strips of so many `rows`; without gradients.
+    """Scaled latents (B, 4, H/8, W/8) -> image (B, 3, H, W), in strips of `rows` rows, without gradients.
 
-    Fewer rows take less memory and more time. Raises ValueError for fewer than one.
+    Fewer rows take less memory and more time. Raises ValueError if `rows` is less than 1.
     """
     if rows < 1:
         raise ValueError(f"rows should be at least 1, not {rows}.")
@@ -105,14 +107,14 @@ def _decode(decoder: Decoder, latents: Tensor, rows: int) -> Tensor:
     x = decoder.post_quant_conv(latents / decoder.scaling_factor)  # (1, 4, H/8, W/8)
     x = decoder.middle(decoder.conv_in(x))  # (1, 512, H/8, W/8)
     coarse, fine = decoder.levels[2:], decoder.levels[:2]
-    for level in reversed(coarse):  # their maps are small: only their upsampling is worth the trouble
+    for level in reversed(coarse):  # their maps are small: only the upsampling goes in strips
         x = FeatureMap(level.blocks(x), rows, level.upsample).whole()  # (1, 512, H/4, W/4), (1, 512, H/2, W/2)
     x = FeatureMap(x, rows)
     for level in reversed(fine):
         for block in level.blocks:
             x = FeatureMap(_residual_block(block, x), rows)  # (1, 256, H/2, W/2), (1, 128, H, W)
         if level is not decoder.levels[0]:
-            x = FeatureMap(x.stored, rows, level.upsample)  # (1, 256, H, W), of which nothing is stored
+            x = FeatureMap(x.stored, rows, level.upsample)  # (1, 256, H, W), never stored
     image = x.blank(3)
     for here, _, strip in _norm_silu_conv(decoder.norm_out, decoder.conv_out, x):
         image[:, :, here] = strip
@@ -121,10 +123,10 @@ def _decode(decoder: Decoder, latents: Tensor, rows: int) -> Tensor:
 
 @dataclass
 class FeatureMap:
-    """A map (1, C, H, W) to be read in strips: a tensor, or the upsampling of one, computed as it is read."""
+    """A map (1, C, H, W) that is read in strips: a stored tensor, or its upsampling, computed as it is read."""
 
-    stored: Tensor  # (1, C, H, W), or (1, C, H / 2, W / 2) if there is an upsampling
-    rows: int  # of a strip
+    stored: Tensor  # (1, C, H, W), or (1, C, H / 2, W / 2) with an upsampling
+    rows: int  # in a strip
     upsample: Upsample | None = None
 
     def __post_init__(self):
@@ -133,27 +135,27 @@ class FeatureMap:
         self.format = torch.channels_last if self.stored.stride(1) == 1 else torch.contiguous_format
 
     def strips(self) -> Iterator[tuple[int, int]]:
-        """The first row of every strip, and the one after its last."""
+        """For each strip, its first row and the row after its last."""
         for top in range(0, self.height, self.rows):
             yield top, min(top + self.rows, self.height)
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Rows from `top` to before `bottom`: (1, C, bottom - top, W)."""
+        """Rows `top` to `bottom` - 1: (1, C, bottom - top, W)."""
         if self.upsample is None:
             x = self.stored[:, :, top:bottom]
-            return x.contiguous(memory_format=self.format)  # most kernels are slow if it is not
+            return x.contiguous(memory_format=self.format)  # most kernels are slow on other tensors
         above, below = max(top - 1, 0), min(bottom + 1, self.height)
         x = self.stored[:, :, above // 2 : (below + 1) // 2]
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")[:, :, above % 2 : above % 2 + below - above]
         return _convolve(self.upsample.conv, x, top == above, bottom == below)
 
     def blank(self, channels: int) -> Tensor:
-        """An uninitialised tensor (1, channels, H, W) of the same kind."""
+        """An uninitialised tensor (1, channels, H, W) with the same dtype, device and memory format."""
         x, shape = self.stored, (1, channels, self.height, self.width)
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.format)
 
     def whole(self) -> Tensor:
-        """The upsampling of a map as a tensor (1, C, H, W)."""
+        """The whole map as a tensor (1, C, H, W)."""
         out = self.blank(self.stored.shape[1])
         for top, bottom in self.strips():
             out[:, :, top:bottom] = self.read(top, bottom)
@@ -161,8 +163,10 @@ class FeatureMap:
 
 
 def _residual_block(block: ResidualBlock, x: FeatureMap) -> Tensor:
-    """What `block` makes of a map: (1, out_channels, H, W). Where its shortcut is the identity, it overwrites a map
-    that is stored."""
+    """The output of `block` for the map x: (1, out_channels, H, W).
+
+    If the shortcut is the identity and x is stored, the output overwrites x.
+    """
     in_place = x.upsample is None and isinstance(block.shortcut, nn.Identity)
     h = x.blank(block.conv1.out_channels)
     out = x.stored if in_place else x.blank(block.conv1.out_channels)
@@ -176,7 +180,7 @@ def _residual_block(block: ResidualBlock, x: FeatureMap) -> Tensor:
 
 
 def _norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: FeatureMap) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """conv(silu(norm(x))), strip by strip: which rows, those rows of x, and those rows of the result."""
+    """conv(silu(norm(x))), strip by strip. Yields a slice of rows, these rows of x, and these rows of the result."""
     mean, variance = _statistics(norm, x)
     for top, bottom in x.strips():
         above, below = max(top - 1, 0), min(bottom + 1, x.height)
@@ -187,28 +191,28 @@ def _norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: FeatureMap) -> Itera
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor, first: bool, last: bool) -> Tensor:
-    """A 3x3 convolution of a strip with one more row on either side, or zeros if it is the first or last of its map."""
+    """A 3x3 convolution of a strip that has one extra row above and below, or zeros there at the edge of the map."""
     if first or last:
         x = F.pad(x, (0, 0, int(first), int(last)))
     return F.conv2d(x, conv.weight, conv.bias, padding=(0, 1))
 
 
 def _statistics(norm: nn.GroupNorm, x: FeatureMap) -> tuple[Tensor, Tensor]:
-    """Mean and variance that GroupNorm subtracts and divides by, for every channel: float32 (C,) both.
+    """The mean and variance that GroupNorm uses for each channel: both float32 (C,).
 
-    A mean of squares minus a squared mean would cancel where the mean is large. By the law of total variance, the
-    variance of a group is the mean of its parts' variances plus the variance of its parts' means; the parts are the
-    channels of the strips.
+    The mean of the squares minus the square of the mean would lose all precision if the mean is large. This uses the
+    law of total variance instead: the variance of a group is the mean of its parts' variances plus the variance of its
+    parts' means. A part is one channel of one strip.
     """
     shares, means, variances = [], [], []
     for top, bottom in x.strips():
-        # One by one: halves of one tensor are views, which MPS would update in a copy.
+        # Two tensors, not two halves of one: those are views, and MPS would update a copy of them.
         mean, variance = (torch.zeros(norm.num_channels, device=x.stored.device) for _ in range(2))
         _batch_norm(norm, x.read(top, bottom), mean, variance, measure=True)
         count = (bottom - top) * x.width
         shares.append((bottom - top) / x.height)
         means.append(mean)
-        variances.append(variance * (1 - 1 / count))  # it divides by count - 1, GroupNorm by count
+        variances.append(variance * (1 - 1 / count))  # BatchNorm divides by count - 1, GroupNorm by count
     share = torch.tensor(shares, device=mean.device)[:, None, None]
     means, variances = (torch.stack(parts).unflatten(1, (norm.num_groups, -1)) for parts in (means, variances))
     mean = (share * means).sum(0).mean(1, keepdim=True)  # (groups, 1), from (strips, groups, C / groups)
@@ -217,10 +221,10 @@ def _statistics(norm: nn.GroupNorm, x: FeatureMap) -> tuple[Tensor, Tensor]:
 
 
 def _batch_norm(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor, measure: bool = False) -> Tensor:
-    """x (1, C, h, W) normalised by a mean and variance per channel; with `measure`, these are set to those of x.
+    """x (1, C, h, W) normalised with a mean and variance per channel. With `measure`, they are first set to those of x.
 
-    GroupNorm can do neither, and BatchNorm, whose groups are single channels, is just these two.
+    GroupNorm can neither take a mean and variance nor return them. BatchNorm can do both, for single channels.
     """
     weight, bias = norm.weight.float(), norm.bias.float()
-    wide = x.float() if x.device.type == "mps" else x  # MPS aborts the process where x is in 16 bits and weight is not
+    wide = x.float() if x.device.type == "mps" else x  # MPS aborts the process if x has 16 bits and weight has 32
     return F.batch_norm(wide, mean, variance, weight, bias, training=measure, momentum=1, eps=norm.eps).to(x.dtype)

@@ -1,7 +1,7 @@
-"""Notices that a network's numbers are none any more: NaN or infinity, of which a picture would come out black.
+"""Checks the networks' outputs for NaN and infinity, which would decode to a black image.
 
-In: a network, what it was given and what it made of that. Out: the same, made again in float32 where it is a half of
-the VAE that overflowed in float16, or an error that names the network and the cause.
+If the VAE overflows in float16, it runs again in float32. Everything else is an error that names the network and the
+cause.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sd.runtime.devices import device_and_dtype
 
 
 class NotFiniteError(ValueError):
-    """A network gave NaN or infinity."""
+    """A network's output contains NaN or infinity."""
 
 
 def check_finite(output: Tensor, network: nn.Module, name: str, inputs: Tensor | None = None, when: str = "") -> Tensor:
-    """`output` itself, if all its numbers are finite.
+    """Returns `output` if all its values are finite, and raises NotFiniteError otherwise.
 
-    Raises NotFiniteError, which calls the network `name` and says why: by its weights, by its `inputs`, or by its
-    dtype. `when` is something like " at step 3 of 20".
+    The error names the network (`name`), the time (`when`, such as " at step 3 of 20") and the cause: damaged weights,
+    `inputs` that were not finite already, or the range of the dtype.
     """
     if output.isfinite().all():
         return output
@@ -42,20 +42,20 @@ def check_finite(output: Tensor, network: nn.Module, name: str, inputs: Tensor |
 
 
 def run_in_range(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
-    """One half of the VAE on its inputs -> float32, finite. If it overflows in float16, it runs once more in float32.
+    """Runs the VAE's encoder or decoder on its inputs -> its output in float32, finite.
 
-    In float32, and not in bfloat16, whose range is as wide: whole pictures in that are 0.4 of 255 levels off on
-    average, against 0.04 in float16 (tests/test_tiny_checkpoint.py). Neither is visible, but float32 loses nothing, and
-    only this input pays for it. The network itself stays in float16, so that a picture depends on its own prompt and
-    seed only, and not on the pictures that were made before.
+    If it overflows in float16, it runs again in float32. bfloat16 has the same range, but images made in it are 0.4 of
+    255 levels off on average, and 0.04 in float16 (tests/training/test_tiny_checkpoint.py). Neither is visible, but
+    float32 loses nothing, and only the inputs that overflow take longer. The network itself stays in float16: otherwise
+    an image would depend on the images made before it, and not on its prompt and seed alone.
 
-    Raises NotFiniteError if float32 does not help, and at once in any other dtype.
+    Raises NotFiniteError if float32 does not help, and after any overflow in another dtype.
     """
     device, dtype = device_and_dtype(network)
     output = network(*(x.to(device, dtype) for x in inputs))
     if dtype == torch.float16 and not output.isfinite().all():
         wide = {key: tensor.float() for key, tensor in network.state_dict().items()}
-        eager = copy.copy(network)  # a copy is not compiled: to compile it for this would take minutes
+        eager = copy.copy(network)  # the copy is not compiled: compiling it for one call would take minutes
         output = torch.func.functional_call(eager, wide, tuple(x.to(device, torch.float32) for x in inputs))
         if output.isfinite().all():
             warnings.warn(f"The {name} overflowed in float16 and ran again in float32.", stacklevel=3)

@@ -1,7 +1,4 @@
-"""What to do when memory runs out: an error that says it, and leaves the process able to go on.
-
-In: any block of work. Out: nothing, or `OutOfMemory` with the work's own tensors freed.
-"""
+"""Turns errors about memory into one clear error, and frees the tensors so that the process can go on."""
 
 from __future__ import annotations
 
@@ -11,24 +8,24 @@ from contextlib import contextmanager
 
 import torch
 
-# What torch's RuntimeErrors say: the CPU's allocator has no error class of its own, and MPS has none either.
+# How to recognise torch's errors about memory: on the CPU and on MPS they are plain RuntimeErrors.
 SIGNS = (
     *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"),
     *("Invalid buffer size", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
 ADVICE = (
     "ask for a smaller height and width or for fewer prompts at once, load the model with dtype=torch.float16 "
-    "(torch.bfloat16 on a CPU), or let the networks wait elsewhere with idle_device='cpu'"
+    "(torch.bfloat16 on a CPU), or keep idle networks on the CPU with idle_device='cpu'"
 )
 
 
 class OutOfMemory(MemoryError):
-    """There is not enough memory for this picture. The next, smaller one can be made in the same process."""
+    """There is not enough memory for this image. The same process can go on and make a smaller one."""
 
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turns torch's errors about memory into `OutOfMemory`. Usable with `with`, and as a decorator of functions."""
+    """Turns torch's errors about memory into `OutOfMemory`. Works with `with` and as a decorator."""
     try:
         yield
     except OutOfMemory:
@@ -36,7 +33,7 @@ def explain_out_of_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_about_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they would keep the tensors of the work alive
+        traceback.clear_frames(error.__traceback__)  # the frames would keep their tensors alive
         reason = str(error).strip().partition("\n")[0][:200].rstrip(".")
     else:
         return

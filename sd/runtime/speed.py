@@ -1,11 +1,11 @@
-"""What makes the same networks faster on the device at hand: memory order, the heap, packed weights, compilation.
+"""Makes loaded networks faster without changing their results beyond rounding.
 
-In: networks that were just loaded. Out: the same networks, whose numbers are the same but for rounding. All of it is
-chosen in `load_models`, and `load_models(..., tuned=False)` goes without.
+There are four means: the memory order of weights, reuse of freed memory, packed weights and `torch.compile`.
+`load_models` chooses those that help on the device; `load_models(..., tuned=False)` uses none.
 
-Measured on two cores with bfloat16 matrix instructions, one step of SD 1.5's U-Net with a batch of two: 2.85 s as
-loaded, 2.4 s in channels-last order with freed memory kept, 2.15 s with packed weights; a decode at 512x512: 6.1 s, and
-2.9 s in channels-last order.
+Measured on two cores with bfloat16 matrix instructions, one step of SD 1.5's U-Net with a batch of two takes 2.85 s as
+loaded, 2.4 s in channels-last order with freed memory kept, and 2.15 s with packed weights as well. A decode at 512x512
+takes 6.1 s, and 2.9 s in channels-last order.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from sd.diffusion import GEGLU
 
-# What GNU's malloc calls the limits below (malloc.h).
+# The options of GNU's malloc that are set below (malloc.h).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-LARGEST_KEPT = 32 << 20  # bytes: it accepts no more
+LARGEST_KEPT = 32 << 20  # bytes: the largest value that malloc accepts
 
 
 def memory_format(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """How a weight should lie in memory: that of a convolution in channels-last order, where it helps.
+    """The memory order for a weight: channels-last for convolutions where that is faster, otherwise unchanged.
 
-    In 16 bits the fast kernels of CUDA and of the CPU read all channels of a pixel together; given another order they
-    turn every feature map round, twice a layer. In float32 that gains nothing, and weights can stay where the file has
-    them.
+    In 16 bits, the fast kernels of CUDA and of the CPU read all channels of a pixel together. In any other order, every
+    layer would convert its feature map to channels-last and back. In float32 there is nothing to gain, and the weights
+    stay in the memory-mapped file.
     """
     if tensor.ndim == 4 and dtype != torch.float32 and device.type in ("cuda", "cpu"):
         return torch.channels_last
@@ -37,8 +37,11 @@ def memory_format(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> t
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library reuse large blocks. By default it hands them back to the system as soon as they are free, and
-    every feature map then begins with thousands of page faults. No effect but on Linux with the GNU library."""
+    """Makes the C library reuse large blocks of memory. Has an effect only on Linux with the GNU C library.
+
+    By default, freed blocks go back to the system at once, and every new feature map then costs thousands of page
+    faults.
+    """
     if sys.platform != "linux":
         return
     try:
@@ -50,22 +53,23 @@ def keep_freed_memory() -> None:
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packed weights help here: on a CPU, in bfloat16, where torch has oneDNN."""
+    """Whether weights can be packed: on a CPU, in bfloat16, if torch was built with oneDNN."""
     if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
-    # Without AVX-512 or its like, oneDNN has kernels that compute in bfloat16, but none that packs.
+    # Without AVX-512 or a similar extension, oneDNN can compute in bfloat16 but cannot pack weights.
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def place_weights(module: nn.Module, place: Callable[[Tensor], Tensor], pack: bool) -> None:
-    """Replaces each weight of a network by `place(weight)`; with `pack`, also packs its convolutions and GEGLUs.
+    """Replaces each weight of a network by `place(weight)`. With `pack`, also packs its convolutions and GEGLUs.
 
-    Packed weights lie in the order that oneDNN's bfloat16 kernels read, which would else bring them into it at every
-    call. For prediction only: packed layers have no gradient, and can be neither copied nor brought to another dtype or
-    device. The kernels are torch's own, those that its compiler chooses (torch._inductor.mkldnn_ir), called by name.
+    Packed weights are stored in the order that oneDNN's bfloat16 kernels read. Without packing, the kernels reorder
+    them at every call. Packed layers are for inference only: they have no gradients, and they cannot be copied or moved
+    to another dtype or device. The kernels are those that torch's compiler uses (torch._inductor.mkldnn_ir), called by
+    name.
 
-    All this is done layer by layer, so that each uses the memory that the one before it left: getting new memory from
-    the system is what takes the most time here.
+    This works layer by layer, so that each layer reuses the memory that the one before it freed. Most of the time here
+    goes into getting new memory from the system.
     """
     for name, weight in module.named_parameters(recurse=False):
         setattr(module, name, nn.Parameter(place(weight.detach()), requires_grad=False))
@@ -76,7 +80,7 @@ def place_weights(module: nn.Module, place: Callable[[Tensor], Tensor], pack: bo
 
 
 class PackedConvolution(nn.Module):
-    """nn.Conv2d with packed weights."""
+    """An nn.Conv2d with packed weights."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -90,16 +94,16 @@ class PackedConvolution(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.geometry, "none", [], "")
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """Called by `state_dict`: the weights unpacked, under the names that they have otherwise."""
+        """Called by `state_dict`: gives the unpacked weights, under their usual names."""
         destination[f"{prefix}weight"], destination[f"{prefix}bias"] = self.packed.to_dense(), self.bias.detach()
 
 
 class PackedGEGLU(nn.Module):
-    """GEGLU with packed weights, as two products: the second one multiplies its result by the first as it goes."""
+    """A GEGLU with packed weights, as two matrix products. The second kernel also multiplies by the gate."""
 
     def __init__(self, geglu: GEGLU):
         super().__init__()
-        halves = geglu.proj.weight.detach().chunk(2)  # of the value, of the gate
+        halves = geglu.proj.weight.detach().chunk(2)  # for the value, for the gate
         packed = (torch.ops.mkldnn._reorder_linear_weight(half.contiguous(), None) for half in halves)
         self.value, self.gate = (nn.Parameter(half, requires_grad=False) for half in packed)
         self.bias = geglu.proj.bias
@@ -111,22 +115,22 @@ class PackedGEGLU(nn.Module):
         return linear.binary(x, gate, self.value, biases[0], "mul")
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """Called by `state_dict`: the weights unpacked, under the names that they have otherwise."""
+        """Called by `state_dict`: gives the unpacked weights, under their usual names."""
         destination[f"{prefix}proj.weight"] = torch.cat([self.value.to_dense(), self.gate.to_dense()])
         destination[f"{prefix}proj.bias"] = self.bias.detach()
 
 
 def compile_networks(networks: list[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """torch.compile, in place. The first picture then takes minutes, and the next ones less time each.
+    """Applies torch.compile in place. The first image then takes minutes, and each later one less time than before.
 
-    On CUDA the kernels of a whole step are recorded as one graph. A graph overwrites its last output, which is safe
-    only where outputs are copied into float32 at once, as they are in 16 bits.
+    On CUDA, a whole step is recorded as one CUDA graph. A graph overwrites its previous output. That is safe only if
+    outputs are copied at once, as 16-bit outputs are (into float32); in float32 there are no graphs.
     """
     if device.type == "cpu":
-        settings = {"options": {"freezing": True}}  # weights in the order that their kernels want, once and for all
+        settings = {"options": {"freezing": True}}  # reorders the weights for their kernels, once
     else:
         settings = {"mode": "max-autotune" if dtype != torch.float32 else "max-autotune-no-cudagraphs"}
-    # One graph a size, with guidance and without: beyond eight of them, torch would run the rest uncompiled.
+    # One graph for each size, with and without guidance. After eight, torch would run the rest uncompiled.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for network in networks:
         network.compile(dynamic=False, **settings)

@@ -1,4 +1,4 @@
-"""Contact sheets: every picture is there to the byte, under its own label."""
+"""Contact sheets: every image is there, unchanged, under its label."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_pictures_in_rows_under_their_labels():
     assert is_blank(sheet, 60 + GAP, strip + 20, 120 + GAP, 2 * (strip + 20) + GAP)
 
 
-def test_a_label_runs_on_where_there_is_none():
+def test_a_label_uses_the_space_of_empty_labels():
     row = [noise(0), noise(1)]
     label = "a rather long label for this"
     narrow, wide = contact_sheet([row], [[label, "b"]]), contact_sheet([row], [[label, ""]])
@@ -75,5 +75,5 @@ def test_square_sheets(count, columns):
 @pytest.mark.parametrize("rows, labels", [([], []), ([[]], [[]]), ([[0]], [[]]), ([[0], [0]], [["a"]])])
 def test_bad_labels(rows, labels):
     rows = [[noise(0) for _ in row] for row in rows]
-    with pytest.raises(ValueError, match="labels should be one for each picture, in rows of one picture or more."):
+    with pytest.raises(ValueError, match="labels should be one for each image, in rows of one image or more."):
         contact_sheet(rows, labels)

@@ -1,4 +1,4 @@
-"""Films of the denoising: the frames lead up to the picture that `generate` makes."""
+"""Films of the denoising: the last frame is the image that `generate` makes."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Latent previews: the known map of SD 1.x, and the one that is fitted to any other decoder."""
+"""Latent previews: the known map for SD 1.x, and the map fitted to other decoders."""
 
 import time
 
@@ -18,7 +18,7 @@ from tests.support.synthetic import MICRO, random_models
 
 
 class LinearDecoder(nn.Module):
-    """Pictures that are a linear function of the latents, enlarged eight times; or its square, or with noise on top."""
+    """Images that are a linear function of the latents, enlarged eight times; optionally squared, or with noise."""
 
     def __init__(self, noise: float = 0.0, curved: bool = False):
         super().__init__()
@@ -35,7 +35,7 @@ class LinearDecoder(nn.Module):
 
 
 def r_squared(preview: Preview, decoder: nn.Module, latents: torch.Tensor) -> float:
-    """The share of the variance of the decoder's pictures, reduced to one pixel a latent, that the preview explains."""
+    """The share of the variance of the decoder's images that the preview explains, at one pixel for each latent."""
     with torch.no_grad():
         pixels = F.avg_pool2d(decoder(latents).float(), 8)
         error = F.conv2d(latents, preview.weight[:, :, None, None], preview.bias) - pixels
@@ -82,8 +82,8 @@ def test_noise_is_averaged_out():
     assert r_squared(fit(LinearDecoder(noise=0.3)), LinearDecoder(), held_out) > 0.99
 
 
-def test_given_latents_are_the_ones_that_count():
-    """Where the decoder is not linear, a fit to latents like those to be previewed is better than one to any others."""
+def test_the_fit_uses_the_given_latents():
+    """If the decoder is not linear, a fit to latents similar to the previewed ones is better than any other."""
     decoder = LinearDecoder(curved=True)
     blocks = 1 + 0.3 * torch.randn(6, 4, 2, 2, generator=torch.Generator().manual_seed(3))
     latents = F.interpolate(blocks, scale_factor=4)
@@ -104,7 +104,7 @@ def test_the_fit_to_the_tiny_model_holds_for_pictures_it_has_not_seen():
     assert r_squared(fit(models.decoder, given), models.decoder, held_out) > 0.7
 
 
-def test_each_model_gets_its_own():
+def test_each_model_has_its_own_preview():
     models = random_models(MICRO)
     preview, again = preview_for(models), fit(models.decoder)
     torch.testing.assert_close(preview.weight, again.weight)  # the random latents are always the same
@@ -120,7 +120,7 @@ def test_a_decoder_in_bfloat16():
     torch.testing.assert_close(preview.weight, expected.weight, rtol=0, atol=0.02)
 
 
-def test_fewer_latents_than_unknowns_are_no_error():
+def test_fewer_latents_than_unknowns_are_allowed():
     decoder = LinearDecoder()
     latents = torch.ones(1, 4, 1, 1)
     picture = fit(decoder, latents)(latents)

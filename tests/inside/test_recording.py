@@ -1,4 +1,4 @@
-"""Recordings: the picture is the one that `generate` makes, and the moments lead from its noise to it."""
+"""Recordings: the image is the one that `generate` makes, and the moments are its steps."""
 
 import subprocess
 import sys
@@ -33,9 +33,9 @@ def models():
         {"deep_cache": 2},
     ],
 )
-def test_the_picture_that_generate_makes(models, more):
+def test_the_image_is_that_of_generate(models, more):
     recorded = record(Request("a cat", "a dog", **OPTIONS, **more), models)
-    assert np.array_equal(recorded.picture, generate("a cat", "a dog", models=models, **OPTIONS, **more))
+    assert np.array_equal(recorded.image, generate("a cat", "a dog", models=models, **OPTIONS, **more))
     assert (recorded.moments[0].noise_uncond is None) == ("do_cfg" in more)
     assert [moment.index for moment in recorded.moments] == [0, 1, 2]
 
@@ -43,7 +43,7 @@ def test_the_picture_that_generate_makes(models, more):
 def test_no_negative_prompt_is_the_empty_one(models):
     recorded = record(Request("a cat", None, **OPTIONS), models)
     assert recorded.uncond_prompt == ""
-    assert np.array_equal(recorded.picture, generate("a cat", models=models, **OPTIONS))
+    assert np.array_equal(recorded.image, generate("a cat", models=models, **OPTIONS))
 
 
 def test_moments_are_what_the_unet_saw(models):
@@ -64,7 +64,7 @@ def test_moments_are_what_the_unet_saw(models):
 
 
 @pytest.mark.parametrize("steps, kept", [(1, [0]), (4, [0, 1, 2, 3]), (10, [0, 3, 6, 9])])
-def test_at_most_so_many_moments(models, monkeypatch, steps, kept):
+def test_the_number_of_moments_is_limited(models, monkeypatch, steps, kept):
     monkeypatch.setattr(recording, "MAX_MOMENTS", 4)
     recorded = record(Request("a cat", **OPTIONS | {"n_inference_steps": steps, "height": 8, "width": 8}), models)
     assert [moment.index for moment in recorded.moments] == kept
@@ -81,7 +81,7 @@ def test_costs(models):
     assert costs["denoise"].seconds > costs["prepare"].seconds
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can start its peak again")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset the peak")
 def test_peaks_are_those_of_each_part():
     code = (
         "import torch; from types import SimpleNamespace; from sd.inside.recording import _measured\n"
@@ -104,7 +104,7 @@ def test_peaks_without_proc(monkeypatch, tmp_path):
     assert peak_memory(torch.device("cpu")) is None
 
 
-def test_bad_input_is_told_before_any_work(monkeypatch):
+def test_bad_input_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr(recording, "load_models", lambda: pytest.fail("loaded before checking"))
     with pytest.raises(ValueError, match="strength should be a number above 0 and at most 1, not 2."):
         record(Request("a cat", strength=2))

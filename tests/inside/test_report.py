@@ -1,4 +1,4 @@
-"""Reports: whole pages that need nothing else, with and without scripts."""
+"""Reports: pages that need no other file, with and without JavaScript."""
 
 import base64
 import hashlib
@@ -57,14 +57,14 @@ def test_everything_is_in_the_page(page):
     assert len(page.all("script")) == 2
 
 
-def test_nothing_but_the_script_of_the_page_may_run(page):
+def test_only_the_script_of_the_page_may_run(page):
     policy = page.one(**{"http-equiv": "Content-Security-Policy"})["content"]
     digest = hashlib.sha256(page.texts["script"][1].encode()).digest()
     assert f"script-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
     assert policy.startswith("default-src 'none';")
 
 
-def test_it_can_be_read_without_seeing_or_pointing(page):
+def test_the_page_is_accessible(page):
     assert page.all("html") == [{"lang": "en"}]
     assert page.one(name="viewport")["content"] == "width=device-width, initial-scale=1"
     assert len(page.all("h1")) == 1
@@ -96,9 +96,9 @@ def test_one_entry_for_every_step(made, page):
         assert step["signal"] ** 2 + step["noise"] ** 2 == pytest.approx(1, abs=1e-3)
         assert step["x"] == pytest.approx(100 * (1 - moment.timestep / 999), abs=0.01)
     assert [step["noise"] for step in steps] == sorted((step["noise"] for step in steps), reverse=True)
-    panels = [image for image in page.all("img") if image["id"] != "picture"]
+    panels = [image for image in page.all("img") if image["id"] != "image"]
     assert [image["id"] for image in panels] == ["expected", "latents", "uncond", "cond", "push"]
-    assert all(image["src"] == steps[1][image["id"]] for image in panels)  # what is seen before any script has run
+    assert all(image["src"] == steps[1][image["id"]] for image in panels)  # before any script has run
 
 
 def test_without_scripts_the_step_shown_first_is_complete(page):
@@ -113,7 +113,7 @@ def test_without_scripts_the_step_shown_first_is_complete(page):
     assert page.one(id="noise-dot")["style"] == f"{left};top:{100 - 100 * step['noise']:.2f}%"
 
 
-def test_without_scripts_it_is_said_what_does_not_work_and_shares_are_read(page):
+def test_without_scripts_the_page_says_what_does_not_work_and_shows_the_shares(page):
     tags = [tag for tag, a in page.elements if tag in ("noscript", "input") or "token" in a.get("class", "").split()]
     shares = ["button", "noscript"] * 5  # start, a, red, cat, end
     assert tags == ["noscript", *shares, "noscript", "input"]
@@ -125,15 +125,15 @@ def test_without_scripts_it_is_said_what_does_not_work_and_shares_are_read(page)
 def test_what_the_prompt_adds_is_as_strong_as_noise(models, made, page):
     pushes = [moment.noise_cond - moment.noise_uncond for moment in made[0].moments]
     strongest = max(push.std() for push in pushes)
-    assert strongest < 0.9  # or this would tell nothing
+    assert strongest < 0.9  # otherwise this test would show nothing
     preview = preview_for(models)
     for step, push in zip(page.data["steps"], pushes, strict=True):
         assert np.array_equal(pixels(step["push"]), preview(push / strongest)[0])
 
 
-def test_the_picture_is_that_of_generate(models, made, page):
-    picture = pixels(page.one(id="picture")["src"])
-    assert np.array_equal(picture, made[0].picture)
+def test_the_image_is_that_of_generate(models, made, page):
+    picture = pixels(page.one(id="image")["src"])
+    assert np.array_equal(picture, made[0].image)
     assert np.array_equal(picture, generate("a red cat", "a dog", models=models, **OPTIONS))
 
 
@@ -143,10 +143,10 @@ def test_without_guidance_there_is_one_prediction(models):
     assert page.data["steps"][0].keys() & {"latents", "uncond", "cond", "push"} == {"latents", "cond"}
     assert page.one(id="cond")
     assert "a dog" not in text
-    assert "each time for two" not in text
+    assert "on a batch of two" not in text
 
 
-def test_pieces_of_a_word_stand_together(models):
+def test_pieces_of_a_word_are_joined(models):
     _, text = make(models, "a (red:1.5) antidisestablishmentarianism", n_inference_steps=1)
     kinds = [a["class"] for a in Page(text).all("button") if "token" in a.get("class", "")]
     pieces = len(kinds) - 6
@@ -162,12 +162,12 @@ def test_long_prompts(models):
     prompt = "a red cat, " * 90  # 360 tokens
     _, text = make(models, prompt, n_inference_steps=1)
     assert len(Page(text).data["maps"]) == 302
-    assert "No more than the first 300 tokens are shown." in text
+    assert "Only the first 300 tokens are shown." in text
 
 
 def test_shapes_of_the_unet(made, page):
     titles = [text for text in page.texts["title"] if text.startswith(("in:", "down.", "middle", "up.", "conv_out"))]
-    assert titles[:2] == ["in: 4 × 4 × 5", "down.0: 16 × 4 × 5"]
+    assert titles[:2] == ["in: 4 channels, height 4, width 5", "down.0: 16 channels, height 4, width 5"]
     assert len(titles) == 27
     blocks = {title.partition(":")[0]: a for title, a in zip(titles, page.all("rect"))}
     assert {name for name, a in blocks.items() if a["class"] == "block reads"} >= {"down.1", "middle", "up.11"}
@@ -176,7 +176,7 @@ def test_shapes_of_the_unet(made, page):
     assert float(blocks["down.3"]["height"]) == pytest.approx(float(blocks["down.0"]["height"]) / 2, abs=0.11)
     assert len([a for a in page.all("path") if a.get("class") == "skip"]) == 12
     assert len(page.all("rect")) == 27
-    assert "This ran 3 times, each time for two" in " ".join(made[1].split())
+    assert "The U&#8209;Net ran 3 times, each time on a batch of two" in " ".join(made[1].split())
 
 
 @pytest.mark.parametrize("config", [MICRO, INPAINTING_MICRO])
@@ -184,11 +184,11 @@ def test_from_a_picture(config):
     more = {"input_image": RED, "mask_image": Image.new("L", (40, 32), "white"), "strength": 0.7}
     models = random_models(config)
     recorded, text = make(models, **more)
-    assert np.array_equal(recorded.picture, generate("a red cat", models=models, **OPTIONS | more))
+    assert np.array_equal(recorded.image, generate("a red cat", models=models, **OPTIONS | more))
     page = Page(text)
     assert [step["title"] for step in page.data["steps"]] == ["1 of 2, t = 666", "2 of 2, t = 333"]
     assert "unvisited" in [a.get("class") for a in page.all("span")]
-    assert f"in: {config.unet.in_channels} × 4 × 5" in page.texts["title"]
+    assert f"in: {config.unet.in_channels} channels, height 4, width 5" in page.texts["title"]
 
 
 PICTURE = {"input_image": RED, "strength": 0.7}
@@ -198,7 +198,7 @@ PICTURE = {"input_image": RED, "strength": 0.7}
     "more, late",
     [
         ({"sampler_name": "ddpm"}, False),  # its first timestep is 666, and no step is skipped
-        ({"sampler_name": "ddim", "strength": 0.7}, False),  # without a picture, strength counts for nothing
+        ({"sampler_name": "ddim", "strength": 0.7}, False),  # without an input image, strength has no effect
         ({"sampler_name": "plms"}, False),
         ({"sampler_name": "ddpm", **PICTURE}, True),
         ({"sampler_name": "heun", **PICTURE}, True),
@@ -209,13 +209,13 @@ PICTURE = {"input_image": RED, "strength": 0.7}
 )
 def test_only_what_strength_skips_is_said_to_be_skipped(models, more, late):
     recorded, text = make(models, **more)
-    assert ("It begins late" in text) == late
+    assert ("sampling starts late" in text) == late
     hatched = [a for a in Page(text).all("span") if a.get("class") == "unvisited"]
     start = 100 * (1 - recorded.moments[0].timestep / 999)
     assert [a["style"] for a in hatched] == [f"width:{start:.2f}%"] * late
 
 
-def test_long_runs_are_thinned_out(models, monkeypatch):
+def test_long_runs_show_some_of_their_steps(models, monkeypatch):
     monkeypatch.setattr(recording, "MAX_MOMENTS", 4)
     _, text = make(models, n_inference_steps=9, height=8, width=8)
     steps = Page(text).data["steps"]
@@ -230,16 +230,23 @@ def test_large_pictures_of_many_steps_stay_small(models):
     names = ("latents", "denoised", "noise_uncond", "noise_cond")
     moments = [replace(recorded.moments[0], **dict.fromkeys(names, x)) for x in noise]
     picture = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
-    recorded = replace(recorded, moments=moments, picture=picture)
+    recorded = replace(recorded, moments=moments, image=picture)
     small = [picture[:128, :128]] * 61
     text = report(recorded, small, trace, {}, "")
     assert 1_000_000 < len(text.encode()) < 5_000_000
-    assert "at WebP quality" in text
-    assert np.array_equal(pixels(Page(text).one(id="picture")["src"]), picture)
+    assert "WebP quality" in text
+    assert np.array_equal(pixels(Page(text).one(id="image")["src"]), picture)
 
 
-def test_a_large_picture_is_not_claimed_to_be_exact(models, monkeypatch):
-    monkeypatch.setitem(report.__globals__["BUDGETS"], "picture", 1000)
+def test_a_large_image_that_is_not_exact_says_so(models, monkeypatch):
+    monkeypatch.setitem(report.__globals__["BUDGETS"], "image", 1000)
     _, text = make(models, n_inference_steps=1)
-    assert "the picture on it is not exact: it is at WebP quality" in text
-    assert "has the very pixels" not in text
+    assert "the image on it is not exact: WebP quality" in text
+    assert "has exactly the pixels" not in text
+
+
+def test_previews_are_said_to_be_previews(models, monkeypatch):
+    sentence = "The expected images are made by the same map"
+    assert sentence not in make(models, n_inference_steps=1)[1]
+    monkeypatch.setitem(report.__globals__, "shows_previews", lambda models: True)
+    assert sentence in make(models, n_inference_steps=1)[1]

@@ -1,4 +1,4 @@
-"""Reports in a real browser: what moves, lights up and fits, and what must not happen."""
+"""Reports in a real browser: the slider, tokens, keyboard, sizes and colours, and scripts that must not run."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """The report, freshly loaded, wide and light; afterwards nothing may stand in the console."""
+    """The report, freshly loaded, wide and light; afterwards the console must be empty."""
     emulate(browser, 1280, 900)
     browser.get(address)
     ActionChains(browser).move_by_offset(0, 0).perform()
@@ -74,7 +74,7 @@ def emulate(browser, width, height, colours="light", touch=False):
 
 
 def state(page) -> dict:
-    """What the reader sees of the step."""
+    """What the page shows of the step."""
     return page.execute_script(
         """const source = Object.fromEntries([...document.querySelectorAll(".panels img")].map(i => [i.id, i.src]));
         return {source, now: document.getElementById("now").textContent,
@@ -207,7 +207,7 @@ def test_by_keyboard_alone(page):
     assert reached[0] == "skip-link"
     assert sum(name.startswith("token") for name in reached) == len(maps)
     assert {"step", "wide", "summary", "command"} <= set(reached)
-    assert lit(page) is None  # the focus has gone on
+    assert lit(page) is None  # the focus has moved on
 
 
 @pytest.mark.parametrize("width, height", [(320, 640), (390, 844), (844, 390), (1280, 900)])
@@ -232,8 +232,8 @@ def test_taps_light_up_a_token(page):
         page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": point})
         page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
         assert until(lambda: lit(page) == data(page)["maps"][2])
-        picture = page.execute_script("return document.getElementById('picture').getBoundingClientRect().bottom")
-        assert picture > 100  # it stays in sight
+        picture = page.execute_script("return document.getElementById('image').getBoundingClientRect().bottom")
+        assert picture > 100  # it stays visible
     finally:
         page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
 
@@ -246,7 +246,7 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
-def test_text_stands_out_by_day_and_night(page, colours):
+def test_text_has_enough_contrast_in_light_and_dark(page, colours):
     emulate(page, 1280, 900, colours)
     page.refresh()
     paper = luminance(page.find_element(By.TAG_NAME, "body").value_of_css_property("background-color"))

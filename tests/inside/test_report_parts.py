@@ -1,4 +1,4 @@
-"""What a report is made of: tokens and maps of them, pictures that fit, a file that is whole."""
+"""The parts of a report: tokens and their maps, images within a budget, an atomic write."""
 
 import base64
 import io
@@ -86,14 +86,14 @@ def test_pictures_are_exact_where_they_fit():
     assert done == "exact"
     assert all(np.array_equal(pixels(uri), picture) for uri, picture in zip(uris, pictures))
     uris, done = encode(pictures, 20_000)
-    assert done.startswith("at WebP quality ")
+    assert done.startswith("WebP quality ")
     assert sum(len(uri) for uri in uris) < 20_000 * 4 / 3 + 100
     uris, done = encode([noise_picture(0, 300)], 100_000)
-    assert re.fullmatch(r"at most 256 pixels long, at WebP quality (90|70|40)", done)
+    assert re.fullmatch(r"at most 256 pixels wide and high, WebP quality (90|70|40)", done)
     assert pixels(uris[0]).shape == (256, 256, 3)
-    assert encode([noise_picture(0, 300)], 1_000_000)[1] == "at most 256 pixels long"
+    assert encode([noise_picture(0, 300)], 1_000_000)[1] == "at most 256 pixels wide and high"
     assert encode_exactly(pictures[0], 100_000)[1] == "exact"
-    assert encode_exactly(pictures[0], 10_000)[1] == "at WebP quality 95"
+    assert encode_exactly(pictures[0], 10_000)[1] == "WebP quality 95"
 
 
 def test_maps_are_opacities():

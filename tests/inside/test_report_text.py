@@ -1,4 +1,4 @@
-"""Reports are text wherever they show what somebody wrote: no prompt, setting or command is ever HTML."""
+"""Prompts, settings and commands are shown as text in reports, never as HTML."""
 
 import re
 
@@ -43,12 +43,12 @@ def test_a_prompt_is_text(models, page, prompt):
     _, text = make(models, prompt, prompt or "x", n_inference_steps=1)
     assert text.encode("utf-8")
     found = Page(text)
-    harmless = ("button", "small", "bdi", "span", "p", "noscript")  # how many of these there are hangs on the prompt
+    harmless = ("button", "small", "bdi", "span", "p", "noscript")  # their number depends on the prompt
     tags, wanted = ([tag for tag, _ in one.elements if tag not in harmless] for one in (found, page))
     assert [tag for tag in tags if tag not in ("dt", "dd")] == [tag for tag in wanted if tag not in ("dt", "dd")]
     shown = " ".join(prompt.split())
     assert "".join(found.texts["h1"]) == (shown or "(an empty prompt)")
-    assert shown in found.one(id="picture")["alt"]
+    assert shown in found.one(id="image")["alt"]
     assert "".join(found.texts["code"]) == f"demo.py '{prompt}'"
     assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
     assert len(found.data["maps"]) == len([a for a in found.all("button") if "token" in a.get("class", "")])
@@ -65,10 +65,11 @@ def test_a_token_is_text_in_what_its_button_says(models):
 def test_settings_and_commands_are_text(models):
     with Tracer(models, attention=True) as trace:
         recorded = record(Request("a cat", **OPTIONS | {"n_inference_steps": 1}), models)
-    half = "\ud83d.png"  # what a file name can hold and no page
+    half = "\ud83d.png"  # a file name can contain it, UTF-8 cannot
     page = Page(
         report(recorded, frames(recorded), trace, {"<b>": "<i>", "Image": half}, f"demo.py --image {half} '<b>'")
     )
     assert "".join(page.texts["code"]) == "demo.py --image ?.png '<b>'"
+    assert page.one(**{"class": "flag"})  # --image, in which no line breaks
     assert page.texts["dt"] == ["<b>", "Image"]
     assert page.texts["dd"] == ["<i>", "?.png"]

@@ -1,4 +1,4 @@
-"""Looking inside: what the tracer records is what happened, and it leaves no trace."""
+"""The tracer records what happens, and changes nothing."""
 
 from types import SimpleNamespace
 
@@ -65,7 +65,7 @@ def test_a_call_for_every_run_of_a_network(models):
     assert trace.shapes("decoder")[-1] == ("conv_out", (1, 3, 32, 40))
 
 
-def test_parts_that_run_without_the_whole(models):
+def test_parts_of_a_network_that_run_alone(models):
     image = torch.zeros(1, 3, 16, 16)
     with Tracer(models) as trace:
         models.encoder.moments(image)
@@ -92,7 +92,7 @@ def test_arguments_by_name(models):
 
 
 def test_a_deep_cache(models):
-    """It runs all stages, and then the first and the last alone, without the network's own forward."""
+    """It runs all stages, then only the first and the last, without the network's `forward`."""
     with Tracer(models, activations=["diffusion.middle", "diffusion.time_embedding"], attention=True) as trace:
         generate("a cat", models=models, deep_cache=2, **OPTIONS)
     full, cached = (call.shapes for call in trace.calls if call.network == "diffusion")
@@ -143,7 +143,7 @@ def test_no_hooks_are_left_after_an_exception(models):
     with pytest.raises(RuntimeError), Tracer(models, attention=True) as trace:
         models.diffusion(torch.zeros(1, 4, 4, 4), torch.zeros(1, 77, 31), torch.zeros(1))
     assert hooks(models) == 0
-    # What broke off does not get into the next call.
+    # The interrupted call does not mix with the next one.
     with trace:
         models.diffusion(torch.zeros(1, 4, 4, 4), torch.zeros(1, 77, 32), torch.zeros(1))
     assert len(trace.shapes("diffusion")) == 27
@@ -163,8 +163,8 @@ def test_activations_are_what_the_module_gave(models):
     assert list(trace.calls[0].activations) == ["levels.1.blocks.0", "levels.1"]
 
 
-def test_large_pictures_are_decoded_whole_while_somebody_listens(models, monkeypatch):
-    """In strips, as large maps in float32 on a CPU always are, the decoder's modules are not called."""
+def test_large_images_are_decoded_whole_while_hooks_are_active(models, monkeypatch):
+    """Strips, the rule for large maps in float32 on a CPU, do not call the decoder's modules."""
     monkeypatch.setattr(strips, "LARGE_MAP", 0)
     monkeypatch.setattr(strips, "_free_memory", lambda device: 1 << 40)
     latents, seen = torch.randn(1, 4, 4, 6), []
@@ -184,7 +184,7 @@ def test_large_pictures_are_decoded_whole_while_somebody_listens(models, monkeyp
     assert seen == ["strips", "level", "strips"]
 
 
-def test_no_listener_makes_a_picture_too_large_for_memory(models, monkeypatch):
+def test_hooks_do_not_prevent_strips_if_memory_is_short(models, monkeypatch):
     monkeypatch.setattr(strips, "_free_memory", lambda device: 0)
     with Tracer(models):
         assert strips.needed(models.decoder, torch.zeros(1, 4, 4, 6))
@@ -197,7 +197,7 @@ def test_bad_requests(models):
         models.decoder(torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match=r"network should be one that has run, \['decoder'\], not 'diffusion'."):
         trace.shapes("diffusion")
-    with pytest.raises(ValueError, match="among the Tracer's activations and have run, and 'decoder.conv_in' is not"):
+    with pytest.raises(ValueError, match="activations, of a module that has run, not 'decoder.conv_in'"):
         trace.activation("decoder.conv_in")
     with pytest.raises(ValueError, match="attention should be True when the Tracer is made"):
         trace.token_map(1)
@@ -208,10 +208,10 @@ def test_bad_requests(models):
             trace.token_map(positions)
 
 
-# Pictures of feature maps
+# Images of feature maps
 
 
-def test_alike_features_have_alike_colours():
+def test_similar_features_have_similar_colours():
     features = torch.zeros(16, 8, 8)
     features[:, :, 4:] = torch.randn(16, 1, 1)
     features[:, 4:] += torch.randn(16, 1, 1) / 2
@@ -219,7 +219,7 @@ def test_alike_features_have_alike_colours():
     assert picture.shape == (8, 8, 3)
     assert picture.dtype == np.uint8
     quarters = [picture[:4, :4], picture[:4, 4:], picture[4:, :4], picture[4:, 4:]]
-    colours = {tuple(quarter[0, 0, :2]) for quarter in quarters}  # two directions are all there is
+    colours = {tuple(quarter[0, 0, :2]) for quarter in quarters}  # the features have only two directions
     assert len(colours) == 4
     assert all((quarter[..., :2] == quarter[0, 0, :2]).all() for quarter in quarters)
 
@@ -230,7 +230,7 @@ def test_pictures_of_any_number_of_channels(channels, dtype):
     features = torch.randn(channels, 6, 9).to(dtype)
     picture = feature_image(features)
     assert picture.shape == (6, 9, 3)
-    assert np.array_equal(picture, feature_image(features * 4))  # stretched all the same
+    assert np.array_equal(picture, feature_image(features * 4))  # stretched to the same range
     assert picture.max() == 255
     assert (picture[..., 0] == picture[..., 1]).all() == (channels == 1)
 
@@ -239,9 +239,16 @@ def test_a_flat_feature_map_is_black():
     assert (feature_image(torch.ones(1, 4, 4)) == 0).all()
 
 
-@pytest.mark.parametrize("features", [torch.zeros(4, 4), torch.zeros(1, 3, 4, 4), torch.full((3, 4, 4), torch.nan)])
-def test_bad_features(features):
-    with pytest.raises(ValueError, match=r"features should be of shape \(C, h, w\) and finite: these are "):
+@pytest.mark.parametrize(
+    "features, expected",
+    [
+        (torch.zeros(4, 4), r"of shape \(C, h, w\), not \(4, 4\)"),
+        (torch.zeros(1, 3, 4, 4), r"of shape \(C, h, w\), not \(1, 3, 4, 4\)"),
+        (torch.full((3, 4, 4), torch.nan), "finite, not NaN or infinity"),
+    ],
+)
+def test_bad_features(features, expected):
+    with pytest.raises(ValueError, match=f"features should be {expected}"):
         feature_image(features)
 
 

@@ -1,4 +1,4 @@
-"""Attention maps: what the tracer computes beside the network is what the network attended to."""
+"""Attention maps: what the tracer computes is what the network attended to."""
 
 from dataclasses import replace
 
@@ -64,7 +64,7 @@ def test_rows_of_the_prompt_are_the_last_with_and_without_guidance(models):
     torch.testing.assert_close(trace.token_map(2), alone)
 
 
-def test_another_size_begins_anew(models):
+def test_another_size_starts_again(models):
     with Tracer(models, attention=True) as trace:
         for height in (4, 6):
             models.diffusion(torch.zeros(1, 4, height, 4), torch.randn(1, 77, 32), torch.tensor([10]))
@@ -85,7 +85,7 @@ def test_maps_of_all_tokens_add_up_to_one(models, do_cfg):
     assert 0 < cat.min() < cat.max() < 1
 
 
-def test_keys_that_are_all_alike_share_evenly(models):
+def test_equal_keys_get_equal_attention(models):
     models = replace(models, diffusion=random_networks(MICRO).diffusion)
     for module in models.diffusion.modules():
         if hasattr(module, "key"):
@@ -114,7 +114,7 @@ def test_word_positions(models, word, prompt, positions):
 
 
 @pytest.mark.parametrize("word, prompt", [("cat", "a category"), ("", "a cat"), ("a dog", "a cat, dog")])
-def test_words_that_are_not_there(models, word, prompt):
+def test_words_that_are_not_in_the_prompt(models, word, prompt):
     with pytest.raises(
         ValueError, match=f"word should be in the prompt, as a whole word: '{word}' is not in '{prompt}'."
     ):

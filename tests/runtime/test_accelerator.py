@@ -1,5 +1,5 @@
 """Device transfers, on a simulated GPU (`tests.support.accelerator`): every tensor is on the right device, pictures
-equal those of the CPU, and the CPU waits for the device once a step."""
+equal those of the CPU, and the CPU waits for the device once in every step."""
 
 from itertools import islice
 
@@ -74,7 +74,7 @@ def test_pictures_are_those_of_the_cpu(pairs, device, name, settings):
         assert_alike(generate(prompts, "red", models=there, **QUICK, **settings), expected)
 
 
-def test_the_cpu_waits_for_a_step_only_to_check_its_numbers(models, device):
+def test_the_cpu_waits_once_a_step_to_check_for_nan(models, device):
     with accelerator(device) as active:
         context = pipeline.encode_prompt(models[1], "a cat", "")
         sampler, latents, _ = pipeline.prepare(
@@ -96,8 +96,8 @@ def test_half_precision_is_the_default(pairs, device, tmp_path):
     assert np.abs(picture.astype(int) - expected).mean() < 3
 
 
-def test_a_device_only_for_the_work(device, tmp_path):
-    """The networks wait on the CPU, and none of them is left behind."""
+def test_idle_networks_wait_on_the_cpu(device, tmp_path):
+    """The networks wait on the CPU, and all return there."""
     write_checkpoint(tmp_path / "micro.ckpt", random_state(MICRO), MICRO.to_dict())
     models = load_models(tmp_path / "micro.ckpt", "cpu", torch.float32)
     settings = {**QUICK, "input_image": PICTURE}
@@ -145,7 +145,7 @@ def test_looking_inside(models, device):
             picture = generate("a red house", models=models, **QUICK)
         latents = pipeline.get_latents(models, 1, 40, 32, seed=1)
         word, feature = trace.word_map("house", "a red house"), trace.activation("decoder.levels.1")
-        return picture, preview_for(models)(latents), word.numpy(), feature.numpy()  # nothing of it is on the device
+        return picture, preview_for(models)(latents), word.numpy(), feature.numpy()  # all of it on the CPU
 
     expected = look(models[0])
     with accelerator(device):
@@ -160,7 +160,7 @@ def test_a_recording(models, device):
     expected = record(Request("a cat", **QUICK), models[0])
     with accelerator(device):
         recording = record(Request("a cat", **QUICK), models[1])
-    assert_alike(recording.picture, expected.picture)
+    assert_alike(recording.image, expected.image)
     assert {moment.latents.device.type for moment in recording.moments} == {"cpu"}
 
 
@@ -188,16 +188,16 @@ def test_a_decode_in_strips(models, device):
     torch.testing.assert_close(picture, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("device", ["mps:0"], indirect=True)  # the one that refuses more
+@pytest.mark.parametrize("device", ["mps:0"], indirect=True)  # it refuses more than CUDA
 def test_training(device, tmp_path, monkeypatch):
-    """Every stage learns and is looked at, the last one resumed, and what comes out makes pictures anywhere."""
+    """Every stage trains and shows samples, the last one is resumed, and the checkpoint works on a CPU."""
     monkeypatch.setattr(stages, "denoise", lambda *args, **kwargs: islice(pipeline.denoise(*args, **kwargs), 2))
     with accelerator(device):
         run = stages.TrainingRun(tmp_path, scenes=16, device=device, config=MICRO)
         for name in ("vae", "text", "decoder", "diffusion"):
             run.train(name, minutes=1, steps=1)
         state = load_state(tmp_path / "diffusion.state")
-        torch.save({**state, "total": 2}, tmp_path / "diffusion.state")  # as if it had been stopped half way
+        torch.save({**state, "total": 2}, tmp_path / "diffusion.state")  # as if it had been stopped halfway
         run.train("diffusion", minutes=1)
         path = run.write_checkpoint()
     assert load_state(tmp_path / "diffusion.state")["step"] == 2

@@ -78,7 +78,7 @@ def test_trained_weights_in_bfloat16(layout):
 @LAYOUTS
 @pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 1), (torch.float16, 0.2)])
 def test_sixteen_bits_cost_no_more_than_in_the_plain_decoder(layout, dtype, error):
-    """Random weights amplify the rounding of every layer, the plain decoder's too: both are compared with float32."""
+    """Random weights amplify the rounding of every layer in both decoders, so both are compared with float32."""
     latents = torch.randn(1, 4, 12, 12)
     exact = levels(decoder_of(MICRO)(latents))
     decoder, latents = decoder_of(MICRO, layout, dtype), latents.to(dtype)
@@ -90,7 +90,7 @@ def test_sixteen_bits_cost_no_more_than_in_the_plain_decoder(layout, dtype, erro
     assert ours < error
 
 
-def test_the_latents_and_the_weights_stay_as_they_are():
+def test_the_latents_and_the_weights_are_unchanged():
     decoder, latents = decoder_of(MICRO), torch.randn(1, 4, 4, 4)
     before = latents.clone(), {key: tensor.clone() for key, tensor in decoder.state_dict().items()}
     decode_in_strips(decoder, latents)
@@ -142,7 +142,7 @@ def test_any_rows_of_an_upsampling(layout, height):
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_the_statistics_do_not_cancel_where_the_mean_is_large(layout, rows):
     norm = nn.GroupNorm(4, 8)
-    slope = torch.linspace(0, 3, 64)[:, None]  # every strip has a mean of its own
+    slope = torch.linspace(0, 3, 64)[:, None]  # every strip has a different mean
     noise = torch.randn(1, 8, 64, 48, generator=torch.Generator().manual_seed(0))
     x = (1000 + torch.arange(8.0)[:, None, None] + slope + noise).contiguous(memory_format=layout)
     mean, variance = strips._statistics(norm, FeatureMap(x, rows))
@@ -155,13 +155,13 @@ def test_the_statistics_do_not_cancel_where_the_mean_is_large(layout, rows):
 
 
 @pytest.mark.parametrize("rows", [0, -3])
-def test_rows_that_cannot_be(rows):
+def test_invalid_rows(rows):
     with pytest.raises(ValueError, match=f"rows should be at least 1, not {rows}."):
         decode_in_strips(decoder_of(MICRO), torch.randn(1, 4, 2, 2), rows)
 
 
 def test_as_a_network():
-    """It has the decoder's place, dtype and weights, which can be replaced for one call."""
+    """It has the decoder's device, dtype and weights, and works with `functional_call`."""
     decoder, latents = decoder_of(MICRO), torch.randn(1, 4, 4, 4)
     network = InStrips(decoder.half())
     assert device_and_dtype(network) == (torch.device("cpu"), torch.float16)
@@ -171,7 +171,7 @@ def test_as_a_network():
 
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_needed_where_the_plain_decode_might_not_fit(monkeypatch, dtype, size):
+def test_needed_if_the_plain_decode_might_not_fit(monkeypatch, dtype, size):
     decoder, latents = decoder_of(NARROWING, dtype=dtype), torch.zeros(3, 4, 10, 20)
     peak = int(strips.MAPS_AT_ONCE * 16 * (80 * 160) * size)  # 16 channels are read at full resolution
     for free, expected in ((peak, False), (peak - 1, True), (0, True), (1 << 40, False)):
@@ -183,7 +183,7 @@ def test_large_maps_in_float32_are_always_decoded_in_strips(monkeypatch):
     monkeypatch.setattr(strips, "_free_memory", lambda device: 1 << 40)
     with torch.device("meta"):
         decoder = Decoder(SD15.vae)
-    decoder.conv_in = nn.Conv2d(4, 512, 3)  # what tells the device and the dtype
+    decoder.conv_in = nn.Conv2d(4, 512, 3)  # decides the device and the dtype
     assert needed(decoder, torch.zeros(1, 4, 64, 64))
     assert not needed(decoder, torch.zeros(1, 4, 40, 40))
     decoder.compile(backend="eager")
@@ -193,7 +193,7 @@ def test_large_maps_in_float32_are_always_decoded_in_strips(monkeypatch):
     assert not needed(decoder.bfloat16(), torch.zeros(1, 4, 64, 64))
 
 
-def test_needed_where_nothing_tells_how_much_is_free(monkeypatch):
+def test_needed_if_the_free_memory_is_unknown(monkeypatch):
     monkeypatch.setattr(strips, "_free_memory", lambda device: None)
     decoder = decoder_of(MICRO)
     assert not needed(decoder, torch.zeros(1, 4, 64, 64))
@@ -233,7 +233,7 @@ decoder = random_networks(FULL_VAE).decoder.bfloat16().to(memory_format=layout)
 latents = torch.randn(1, 4, 128, 128).bfloat16().contiguous(memory_format=layout)
 with torch.no_grad():
     decode_in_strips(decoder, latents[:, :, :8, :8])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     image = decode_in_strips(decoder, latents)
     peak = status("VmHWM") - before
@@ -243,7 +243,7 @@ print(peak, difference.max(), (difference > 2).mean())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells and resets a process's peak of memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports and resets the peak memory of a process")
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
 def test_a_megapixel_in_a_gigabyte(layout):
     done = subprocess.run([sys.executable, "-c", MEASURED_DECODE, layout], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""NaN and infinity: noticed, named, and for the VAE in float16 avoided."""
+"""NaN and infinity are found and named, and avoided for the VAE in float16."""
 
 import copy
 import sys
@@ -73,13 +73,13 @@ def test_the_step_at_which_the_unet_overflows_is_named(models, monkeypatch):
     assert len(calls) == 2
 
 
-def test_a_unet_that_overflows_in_float16_asks_for_a_wider_dtype(models):
+def test_the_advice_for_a_unet_that_overflows_in_float16_is_float32(models):
     in_float16(models).diffusion.conv_out.weight.mul_(6e4)
     with pytest.raises(NotFiniteError, match="at step 1 of 3, in float16: load the model with dtype=torch.float32"):
         generate("a cat", models=models, **QUICK)
 
 
-def test_latents_that_are_no_numbers_are_not_the_unets_fault(models):
+def test_nan_in_the_latents_is_not_blamed_on_the_unet(models):
     latents, context = torch.full((1, 4, 4, 4), float("nan")), pipeline.encode_prompt(models, "a cat")
     with pytest.raises(
         NotFiniteError, match="^The U-Net was given NaN or infinity at step 1 of 50: a smaller cfg_scale"
@@ -107,14 +107,14 @@ def test_an_encoder_that_overflows_in_float16_encodes_in_float32(models, picture
 
 
 @pytest.mark.parametrize("dtype, remedy", [(torch.float32, "its weights are"), (torch.bfloat16, "load the model with")])
-def test_no_picture_comes_of_a_decoder_that_overflows_in_any_dtype(models, dtype, remedy):
+def test_a_decoder_that_overflows_makes_no_image_in_any_dtype(models, dtype, remedy):
     models.decoder.to(dtype).conv_in.weight.fill_(1e38)
     with pytest.raises(NotFiniteError, match=f"^The VAE decoder gave NaN or infinity, in {str(dtype)[6:]}: {remedy}"):
         generate("a cat", models=models, **QUICK)
 
 
 def test_a_decoder_that_overflows_in_bfloat16_does_not_run_again(models, monkeypatch):
-    """Its range is that of float32, which would not help. Here it would: so nobody has tried."""
+    """bfloat16 has the range of float32, so a second run would not help. Here it would: so there was none."""
     forward, dtypes = models.decoder.forward, []
 
     def overflow(latents):
@@ -127,7 +127,7 @@ def test_a_decoder_that_overflows_in_bfloat16_does_not_run_again(models, monkeyp
     assert dtypes == [torch.bfloat16]
 
 
-def test_a_decoder_that_overflows_in_float32_too_is_not_told_to_use_it(models, monkeypatch):
+def test_the_advice_is_not_float32_if_float32_overflows_too(models, monkeypatch):
     monkeypatch.setattr(in_float16(models).decoder, "forward", lambda x: x.new_full((1, 3, 32, 32), torch.inf))
     with pytest.raises(NotFiniteError, match="^The VAE decoder gave NaN or infinity, in float32: its weights are"):
         generate("a cat", models=models, **QUICK)
@@ -142,7 +142,7 @@ def test_a_compiled_decoder_that_overflows_is_not_compiled_again(models):
     assert calls == [torch.float16]
 
 
-def test_sound_networks_are_neither_searched_nor_warned_about(models, monkeypatch):
+def test_networks_without_nan_cause_no_search_and_no_warning(models, monkeypatch):
     for name in NETWORKS:
         monkeypatch.setattr(getattr(models, name), "state_dict", lambda: pytest.fail("searched"))
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Memory: none is lost from picture to picture, and when it runs out the process can go on."""
+"""Memory does not leak from image to image, and after running out of it the process can go on."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def test_running_out_of_memory_ends_with_advice_and_the_process_goes_on(models, 
     assert np.array_equal(generate("a cat", input_image=picture, models=models, **QUICK), expected)
 
 
-def test_a_network_that_did_not_fit_goes_back_as_a_whole(models, monkeypatch):
+def test_a_network_that_did_not_fit_goes_back_completely(models, monkeypatch):
     moves = []
 
     def to(device):
@@ -93,7 +93,7 @@ def test_the_tensors_of_the_work_are_freed_while_the_error_is_still_held():
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes cannot be multiplied"), ValueError("out of memory"), KeyError(1)]
 )
-def test_other_errors_stay_what_they_are(error):
+def test_other_errors_are_unchanged(error):
     with pytest.raises(type(error)) as caught, explain_out_of_memory():
         raise error
     assert caught.value is error
@@ -134,7 +134,7 @@ print((sizes[-1] - sizes[9]) / 1e6)
 
 def run(code, *arguments):
     if not Path("/proc/self/statm").exists():
-        pytest.skip("needs Linux, which tells how much memory a process has")
+        pytest.skip("needs Linux, which reports the memory of a process")
     command = [sys.executable, "-c", code, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
@@ -142,7 +142,7 @@ def run(code, *arguments):
 
 
 def test_running_out_of_memory_for_real():
-    """In a process that may have 800 MB more: the encoder's first feature map of 4096 x 4096 pixels takes 1 GB."""
+    """The process may use 800 MB more, and the encoder's first feature map of 4096 x 4096 pixels takes 1 GB."""
     message, same = run(FOR_REAL).splitlines()
     assert message.startswith("There is not enough memory (")
     assert "can't allocate memory" in message

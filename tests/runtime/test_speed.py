@@ -1,4 +1,4 @@
-"""Tuned networks compute what plain ones do, give back their weights, and can be had without."""
+"""Tuned networks compute what plain ones do and return the same weights, and tuning can be switched off."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ def test_memory_format(device, dtype, format):
     assert memory_format(torch.zeros(4, 4), device, dtype) == torch.preserve_format
 
 
-def test_keeping_freed_memory_can_be_asked_for_twice():
+def test_keep_freed_memory_can_be_called_twice():
     keep_freed_memory()
     keep_freed_memory()
 
@@ -71,11 +71,11 @@ def test_packed_weights_compute_the_same():
     actual = unet(*inputs(torch.bfloat16)).float()
     error = (actual - reference).norm() / reference.norm()
     assert error < 0.03
-    assert error < 1.3 * (expected - reference).norm() / reference.norm()  # no worse than plain bfloat16
+    assert error < 1.3 * (expected - reference).norm() / reference.norm()  # about as exact as plain bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_come_out_as_they_went_in(checkpoint, dtype):
+def test_saved_weights_are_those_that_were_loaded(checkpoint, dtype):
     tuned, plain = (to_compvis(load_models(checkpoint, "cpu", dtype, tuned=tuned)) for tuned in (True, False))
     assert tuned.keys() == plain.keys()
     assert all(torch.equal(tuned[key], plain[key]) for key in plain)
@@ -99,7 +99,7 @@ def test_float32_keeps_the_files_own_memory(checkpoint):
     assert models.diffusion.down[0][0].weight.is_contiguous()
 
 
-def test_a_tuned_picture_is_the_plain_one_but_for_rounding(checkpoint):
+def test_a_tuned_image_equals_the_plain_one_up_to_rounding(checkpoint):
     pictures = [
         generate("a cat", models=load_models(checkpoint, "cpu", torch.bfloat16, tuned=tuned), seed=0).astype(int)
         for tuned in (True, False)
@@ -127,7 +127,7 @@ def test_packed_weights_cannot_move(checkpoint):
         pass
 
 
-def test_compiled_networks_stay_where_they_are():
+def test_compiled_networks_cannot_move():
     models = random_models(MICRO)
     models.diffusion.compile(backend="eager")
     with pytest.raises(ValueError, match="idle_device should be None for compiled models"):
@@ -147,6 +147,6 @@ def test_a_tracer_refuses_compiled_networks():
 def test_compiled_networks_compute_the_same(checkpoint, dtype, tolerance):
     expected = load_models(checkpoint, "cpu", torch.float32).diffusion(*inputs(torch.float32))
     models = load_models(checkpoint, "cpu", dtype, compiled=True)
-    assert packed(models.diffusion) == 0  # those kernels are for the compiler to choose
+    assert packed(models.diffusion) == 0  # the compiler chooses these kernels itself
     actual = models.diffusion(*inputs(dtype)).float()
     assert (actual - expected).norm() / expected.norm() < tolerance

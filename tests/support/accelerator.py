@@ -1,8 +1,8 @@
-"""A GPU for machines that have none: tensors that say they lie on CUDA or MPS, with which the CPU computes.
+"""A simulated GPU: tensors that report CUDA or MPS as their device, while the CPU computes.
 
-It refuses what the real ones refuse: one operation on tensors of two devices, arrays of NumPy that share memory with
-it, and, on MPS, float64. So the way of the data between the devices is tested wherever the tests run; what remains
-untested is the kernels. The device is to be named with its index, as in "cuda:0".
+It refuses what real GPUs refuse: an operation on tensors of two devices, NumPy arrays that share memory with a tensor,
+and float64 on MPS. So device transfers are tested on any machine; kernels are not. The name of the device needs its
+index, as in "cuda:0".
 """
 
 from collections import Counter
@@ -14,16 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ATEN = torch.ops.aten
 COPIES = (ATEN._to_copy.default, ATEN.copy_.default)
-# What takes tensors of the CPU too: those without dimensions, as if they were Python's numbers; and indices.
+# Operations that also take CPU tensors: those without dimensions, which count as Python numbers, and indices.
 TAKE_NUMBERS = tuple(getattr(ATEN, name).Tensor for name in ("add", "sub", "mul", "div"))
 TAKE_INDICES = (ATEN.index.Tensor,)
-# The CPU cannot go on before the device has come so far: it needs a number, or to know how many there are.
+# The CPU must wait for the device here: it needs a value, or the number of values.
 WAITING = (ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default)
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor of the accelerator, around the one that the CPU computes with. For torch itself it is on the meta
-    device: the code for CUDA's tensors refuses to run without a GPU."""
+    """A tensor on the accelerator, wrapped around the CPU tensor that computes. For torch itself it is on the meta
+    device, because torch's code for CUDA tensors does not run without a GPU."""
 
     is_meta = False
 
@@ -46,15 +46,15 @@ class Elsewhere(torch.Tensor):
         return format(self.item(), spec)
 
     def __reduce_ex__(self, protocol):
-        return self.core.__reduce_ex__(protocol)  # for torch.save: its files are read with map_location="cpu"
+        return self.core.__reduce_ex__(protocol)  # for torch.save; its files are loaded with map_location="cpu"
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise AssertionError(f"{function} outside of the block in which there is an accelerator")
+        raise AssertionError(f"{function} outside of the block with an accelerator")
 
 
 class Accelerator(TorchDispatchMode):
-    """While it is active, there is such a device. `waits` counts what the CPU had to wait for."""
+    """Simulates the device while active. `waits` counts the operations that the CPU had to wait for."""
 
     def __init__(self, device):
         super().__init__()
@@ -67,7 +67,7 @@ class Accelerator(TorchDispatchMode):
         here = [leaf for leaf in leaves if isinstance(leaf, Elsewhere)]
         stays = isinstance(args[0], Elsewhere) if function is ATEN.copy_.default else bool(here)
         args, kwargs = replaced([args, kwargs or {}], lambda leaf: getattr(leaf, "core", leaf))
-        if kwargs.get("device") is not None:  # torch's own code takes the device for "meta"
+        if kwargs.get("device") is not None:  # torch itself believes that the device is "meta"
             stays = torch.device(kwargs["device"]).type in (self.device.type, "meta")
             kwargs["device"] = torch.device("cpu")
         if here and function not in (*COPIES, *TAKE_INDICES):
@@ -82,7 +82,7 @@ class Accelerator(TorchDispatchMode):
         return self._placed(result, here) if stays else result
 
     def _placed(self, result, here):
-        """`result` on the device. A tensor that was changed in place comes back as the one that was given."""
+        """`result` on the device. A tensor that was changed in place comes back as the same object."""
         known = {id(tensor.core): tensor for tensor in here}
 
         def place(leaf):
@@ -95,7 +95,7 @@ class Accelerator(TorchDispatchMode):
 
 
 def replaced(value, change):
-    """`value` with `change(leaf)` for everything in its lists, tuples and dictionaries."""
+    """`value` with `change` applied to everything in its lists, tuples and dictionaries."""
     if isinstance(value, dict):
         return {key: replaced(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -105,10 +105,10 @@ def replaced(value, change):
 
 @contextmanager
 def accelerator(name):
-    """`Accelerator(name)`, active, with the memory and the functions of torch that such a device has."""
+    """An active `Accelerator(name)`, with the memory and the torch functions of such a device."""
     free = 1 << 34
     with ExitStack() as stack:
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its tensor on the CPU, and copies that
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor then makes a CPU tensor and copies it
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         for target, answer in (
             ("torch.cuda._lazy_init", None),

@@ -1,4 +1,4 @@
-"""What a run of the demo left in the current folder."""
+"""The files that a run of the demo left in the current folder."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ from PIL import Image
 
 
 def names() -> list[str]:
-    """Of all files."""
+    """The names of all files."""
     return sorted(path.name for path in Path().iterdir())
 
 
 def prompt_and_seed(name: str) -> tuple[str, int]:
-    """What one picture was made of, as it says itself."""
+    """The prompt and seed of an image, from its metadata."""
     with Image.open(name) as picture:
         lines = picture.text["parameters"].split("\n")
     return lines[0], int(lines[-1].split("Seed: ")[1].split(",")[0])

@@ -1,4 +1,4 @@
-"""Reports to test, and a reader of their HTML."""
+"""Makes reports for the tests, and parses their HTML."""
 
 import base64
 import io
@@ -21,12 +21,12 @@ VOID = {"meta", "img", "input", "br", "link", "hr"}
 
 
 class Page(HTMLParser):
-    """Reads a page, and fails at one whose elements are not properly nested."""
+    """Parses a page. Fails if its elements are not properly nested."""
 
     def __init__(self, text: str):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: dict[str, list[str]] = {}  # by the element that they stand in
+        self.texts: dict[str, list[str]] = {}  # by the element that contains them
         self.open: list[str] = []
         self.feed(text)
         self.close()

@@ -1,4 +1,4 @@
-"""How a picture came to be, on one HTML page that needs nothing else."""
+"""A report on how an image was made: one HTML page that needs no other file."""
 
 from sd.inside.report.page import report, write_report
 

@@ -1,7 +1,7 @@
-"""A recording and a trace of it -> one HTML page, with everything in it: pictures, style and script.
+"""A recording and its trace -> one HTML page that contains everything: text, images, style and script.
 
-In: what `record` returns, and the `Tracer` that listened to it. Out: the text of the page, from page.html, style.css
-and script.js beside this file. It loads nothing from anywhere, and whatever the prompt says is text in it.
+The page is made from page.html, style.css and script.js in this folder. It loads nothing from anywhere, and everything
+in the prompt is shown as text, even HTML.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from html import escape
 from pathlib import Path
 from string import Template
@@ -18,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from sd.files import write_whole
+from sd.inside.film import shows_previews
 from sd.inside.preview import preview_for
 from sd.inside.recording import Moment, Recording
 from sd.inside.report.figures import schedule_svg, unet_svg
@@ -27,31 +29,32 @@ from sd.inside.tracer import Tracer
 from sd.models import empty_networks
 
 HERE = Path(__file__).resolve().parent
-# Bytes of pictures; Base64 makes four of three, and the page shall stay below 5 MB.
-BUDGETS = {"picture": 1_500_000, "expected": 700_000, "small": 1_000_000, "maps": 250_000}
-LONG_PROMPT = 90  # characters: longer headings are set smaller
+# Bytes for the images. Base64 makes four bytes of three, and the page should stay below 5 MB.
+BUDGETS = {"image": 1_500_000, "expected": 700_000, "small": 1_000_000, "maps": 250_000}
+GROUPS = {"start": "The start of the prompt", "end": "The end of the prompt, with the padding after it,"}
+LONG_PROMPT = 90  # characters: longer headings are in a smaller font
 
 COSTS = {
-    "encode_prompt": ("Text encoder", "clip", "prompt to context"),
-    "prepare": ("First latents", "encoder", "noise, and the picture to start from"),
-    "denoise": ("U-Net", "diffusion", "all steps"),
-    "decode_latents": ("Decoder", "decoder", "latents to picture"),
+    "encode_prompt": ("Text encoder", "clip", "turns the prompt into vectors that the U-Net reads"),
+    "prepare": ("First latents", "encoder", "draws noise, and encodes the input image if there is one"),
+    "denoise": ("U-Net", "diffusion", "denoises the latents, in all steps"),
+    "decode_latents": ("Decoder", "decoder", "turns the final latents into the image"),
 }
 
 
 def report(
     recording: Recording, frames: list[np.ndarray], trace: Tracer, settings: dict[str, str], command: str
 ) -> str:
-    """The page, less than 5 MB of it for any usual picture.
+    """The page as text, less than 5 MB for images of usual sizes.
 
-    `frames` are `film.frames` of the recording; `trace` is a Tracer with attention that heard it; `settings` are pairs
-    to list, and `command` is what makes the same picture again.
+    `frames` are `film.frames` of the recording. `trace` is a Tracer with attention that was active while it was made.
+    `settings` are the pairs to list, and `command` makes the same image again.
     """
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     tokens = tokens_of(recording.models, recording.prompt, trace)
     steps, steps_note = _steps(recording, frames)
     maps = encode_maps([token.map for token in tokens], BUDGETS["maps"])
-    height, width = recording.picture.shape[:2]
+    height, width = recording.image.shape[:2]
     parts = {
         "style": style,
         "script": script,
@@ -62,9 +65,9 @@ def report(
         "ratio": f"{width / height:.4f}",
         "steps_note": steps_note,
         "settings": "".join(f"<dt>{escape(k)}</dt><dd><bdi>{escape(v)}</bdi></dd>\n" for k, v in settings.items()),
-        "command": escape(command),
+        "command": _command_html(command),
         **_prompt_parts(recording, tokens),
-        **_picture_parts(recording),
+        **_image_parts(recording),
         **_slider_parts(steps),
         **_step_parts(recording, steps[len(steps) // 2]),
         **_schedule_parts(recording),
@@ -72,27 +75,34 @@ def report(
         **_cost_parts(recording),
     }
     page = Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(parts)
-    return page.encode("utf-8", "replace").decode("utf-8")  # half characters, which no encoding takes
+    return page.encode("utf-8", "replace").decode("utf-8")  # lone surrogates, which UTF-8 cannot encode
 
 
 def _json(value: object) -> str:
-    """JSON that can stand in a script element: nothing in it can end the element."""
+    """JSON for a script element. It contains no "<", so it cannot end the element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _command_html(command: str) -> str:
+    """The command as HTML in which no line breaks after the hyphens of a flag."""
+    return re.sub(r"(?<!\S)(--[a-z][a-z-]{0,20})(?!\S)", r'<span class="flag">\1</span>', escape(command))
 
 
 def _prompt_parts(recording: Recording, tokens: list[Token]) -> dict[str, str]:
     prompt = " ".join(recording.prompt.split()) or "(an empty prompt)"
     beside = sum(token.share for token in tokens if token.id is None)
-    note = f"The start and the end of the prompt are tokens too, and got {beside:.0%} of the attention. The maps are "
-    note += "averages over all steps, layers and heads, each from its own least to its own most."
+    weighted = ", with its weight in the prompt" * any(token.weight != 1 for token in tokens)
+    note = f"The number under a token is its id in the vocabulary{weighted}. There are also tokens at the start and "
+    note += f"at the end of the prompt; they got {beside:.0%} of the attention. Each map is the average over all "
+    note += "steps, layers and heads, and is stretched from its smallest to its largest value."
     if len(tokens) == MAX_TOKENS + 2:
-        note += f" No more than the first {MAX_TOKENS} tokens are shown."
+        note += f" Only the first {MAX_TOKENS} tokens are shown."
     negative = ""
     if recording.uncond_prompt and recording.moments[0].noise_uncond is not None:
         negative = f"<p class='negative'>Negative prompt: <bdi>{escape(recording.uncond_prompt)}</bdi></p>\n"
     kind = "long" if len(prompt) > LONG_PROMPT else "short"
     return {
-        "title": escape(f"{prompt[:LONG_PROMPT]} – how this picture came to be"),
+        "title": escape(f"{prompt[:LONG_PROMPT]} – how this image was made"),
         "heading": f'<h1 class="{kind}"><bdi>{escape(prompt)}</bdi></h1>',
         "prompt": escape(prompt),
         "tokens": _token_buttons(tokens),
@@ -108,7 +118,7 @@ def _token_buttons(tokens: list[Token]) -> str:
         classes = ["token"] + ["group"] * (token.id is None) + ["joined"] * token.joined
         classes += ["ongoing"] * (following is not None and following.joined)
         weight = f" × {token.weight:.3g}" if token.weight != 1 else ""
-        name = f"“{token.text}”" if token.id is not None else f"The {token.text} of the prompt"
+        name = f"“{token.text}”" if token.id is not None else GROUPS[token.text]
         says = f"{name} got {token.share:.1%} of the attention."
         below = "tokens" if token.id is None else f"{token.id}{weight}"
         below = f"<small>{below}</small><noscript><small>{token.share:.1%}</small></noscript>"
@@ -120,17 +130,18 @@ def _token_buttons(tokens: list[Token]) -> str:
     return "".join(buttons)
 
 
-def _picture_parts(recording: Recording) -> dict[str, str]:
-    uri, done = encode_exactly(recording.picture, BUDGETS["picture"])
-    note = "The picture on this page has the very pixels of the file. The command gives them again on the same machine "
-    note += "with the same versions and number of threads; elsewhere, a pixel may differ by a level or two."
+def _image_parts(recording: Recording) -> dict[str, str]:
+    uri, done = encode_exactly(recording.image, BUDGETS["image"])
+    note = "The image on this page has exactly the pixels of the saved file. The command makes them again on the same "
+    note += "machine with the same versions and number of threads. Elsewhere, a pixel may differ by one or two levels "
+    note += "of 255."
     if done != "exact":
-        note = f"So that this page stays small, the picture on it is not exact: it is {done}."
-    return {"picture": uri, "picture_note": note}
+        note = f"To keep this page small, the image on it is not exact: {done}."
+    return {"image": uri, "image_note": note}
 
 
 def _steps(recording: Recording, frames: list[np.ndarray]) -> tuple[list[dict], str]:
-    """What the script shows at each step, and a note on what the pictures are."""
+    """What the script shows at each step, and a note on the images."""
     preview, moments = preview_for(recording.models), recording.moments
     total = len(recording.sampler.timesteps)
     expected, done = encode(frames[: len(moments)], BUDGETS["expected"])
@@ -138,32 +149,36 @@ def _steps(recording: Recording, frames: list[np.ndarray]) -> tuple[list[dict], 
     small, small_done = encode([preview(x)[0] for each in maps for x in each.values()], BUDGETS["small"])
     uris = iter(small)
     steps = []
-    for moment, each, picture in zip(moments, maps, expected):
+    for moment, each, image in zip(moments, maps, expected):
         signal, noise = _mixture(recording, moment.timestep)
         steps.append(
             {
                 "title": f"{moment.index + 1} of {total}, t = {moment.timestep:.4g}",
-                "mixture": f"x = {signal:.2f} · picture + {noise:.2f} · noise",
+                "mixture": f"latents = {signal:.2f} · image + {noise:.2f} · noise",
                 "x": round(100 * (1 - moment.timestep / (len(recording.sampler.alphas_cumprod) - 1)), 2),
                 "signal": round(signal, 4),
                 "noise": round(noise, 4),
-                "expected": picture,
+                "expected": image,
                 **{name: next(uris) for name in each},
             }
         )
-    note = f"Small pictures: one pixel a latent, coloured by a linear map, {small_done}. Expected picture: {done}."
+    note = "In the small images, each pixel is one position of the latents; a linear map gives its colour."
+    if shows_previews(recording.models):
+        note += " The expected images are made by the same map, because decoding all of them would take too long."
+    for name, how in (("small", small_done), ("expected", done)):
+        note += f" To keep this page small, the {name} images are not exact: {how}." * (how != "exact")
     if len(steps) < total:
         note += f" Of the {total} steps, {len(steps)} are shown, evenly spaced."
     return steps, note
 
 
 def _maps(moments: list[Moment]) -> list[dict[str, Tensor]]:
-    """What is shown of each step in the latents' kind, under the names of the panels: all (1, 4, h, w)."""
+    """What the small images of each step show, under the names of the panels: all (1, 4, h, w)."""
     maps = [{"latents": moment.latents, "cond": moment.noise_cond} for moment in moments]
     if moments[0].noise_uncond is None:
         return maps
     pushes = [moment.noise_cond - moment.noise_uncond for moment in moments]
-    strongest = max(push.std().item() for push in pushes) or 1  # to be as strong as noise is
+    strongest = max(push.std().item() for push in pushes) or 1  # scales the strongest to the strength of noise
     for each, moment, push in zip(maps, moments, pushes):
         each |= {"uncond": moment.noise_uncond, "push": push / strongest}
     return maps
@@ -176,7 +191,7 @@ def _mixture(recording: Recording, timestep: float) -> tuple[float, float]:
 
 
 def _slider_parts(steps: list[dict]) -> dict[str, str]:
-    """Where the slider stands at first, and what the script shows there: without scripts it stays so."""
+    """The slider's first position and what is shown there. Without JavaScript, the page stays like this."""
     chosen = len(steps) // 2
     step = steps[chosen]
     return {
@@ -196,29 +211,32 @@ def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
     title = "Predicted noise" if noise else "Predicted v"
     other = "with the negative prompt" if recording.uncond_prompt else "without the prompt"
     panels = [
-        ("expected", "Expected picture", "Where the picture seems to be heading"),
-        ("latents", "Latents", "What the U-Net sees"),
+        ("expected", "Expected image", "The final image, as predicted at this step"),
+        ("latents", "Latents", "The input of the U-Net"),
     ]
-    text = "At every step the U-Net sees the latents and predicts "
-    text += "the noise in them. " if noise else "v, a mixture of the noise and the picture in them. "
+    channels, rows, columns = recording.moments[0].latents.shape[1:]
+    text = "Stable Diffusion does not work on pixels but on latents: a compressed form of the image, here "
+    text += f"{columns} × {rows} positions with {channels} channels each. At every step, the U&#8209;Net reads the "
+    text += "latents and predicts "
+    text += "the noise in them. " if noise else "v, a mixture of the noise and the image in them. "
     if guided:
         panels += [
             ("uncond", title, other.capitalize()),
             ("cond", title, "With the prompt"),
-            ("push", "What the prompt adds", "The difference of the two, made stronger to be seen"),
+            ("push", "What the prompt adds", "The difference between the two, scaled to be visible"),
         ]
-        text += f"It does so twice, {other} and with the prompt, and what the prompt adds counts "
-        text += f"{recording.cfg_scale:g} times. "
+        text += f"It does this twice, {other} and with the prompt. The difference, what the prompt adds, is multiplied "
+        text += f"by {recording.cfg_scale:g}, the CFG scale. "
     else:
-        panels.append(("cond", title, "With the prompt; there is no guidance"))
-    text += "From that follows the picture that it expects, and a step goes part of the way there."
+        panels.append(("cond", title, "With the prompt, without guidance"))
+    text += "The prediction gives the expected image, and the step moves the latents part of the way towards it."
     figures = []
     for name, heading, caption in panels:
         kind = "expected" if name == "expected" else "pixels"
-        height, width = recording.picture.shape[:2]
+        height, width = recording.image.shape[:2]
         figures.append(
             f'<figure class="{kind}"><img id="{name}" class="{kind}" src="{shown[name]}" width="{width}" '
-            f'height="{height}" alt="{heading} at this step: {caption.lower()}">'
+            f'height="{height}" alt="{heading} at this step: {caption[0].lower()}{caption[1:]}">'
             f"<figcaption><b>{heading}</b>{caption}</figcaption></figure>\n"
         )
     return {"steps_text": text, "panels": "".join(figures), "count": "" if guided else " three"}
@@ -230,18 +248,18 @@ def _schedule_parts(recording: Recording) -> dict[str, str]:
     places = [100 * (1 - timestep / last) for timestep in sampler.timesteps.tolist()]
     skipped = ""
     ticks = "".join(f'<span class="visited" style="left:{x:.2f}%"></span>' for x in places)
-    if sampler.skipped:  # a late first timestep alone says nothing: leading spacing has one too
+    if sampler.skipped:  # a late first timestep is not enough: leading spacing has one too
         ticks = f'<span class="unvisited" style="width:{places[0]:.2f}%"></span>{ticks}'
-        skipped = " It begins late, from the picture that was given, under so much noise: the hatched part is skipped."
-    alt = f"Two curves over the timesteps, from {last} to 0: the share of noise falls from 1 to nearly 0, that of the "
-    alt += f"picture rises from nearly 0 to 1. {len(places)} steps, from timestep {sampler.timesteps[0]:.4g}."
+        skipped = " Here, sampling starts late, from the input image with noise added, and the hatched part is skipped."
+    alt = f"Two curves over the timesteps, from {last} to 0: the factor of the noise falls from 1 to nearly 0, that "
+    alt += f"of the image rises from nearly 0 to 1. {len(places)} steps, from timestep {sampler.timesteps[0]:.4g}."
     svg = schedule_svg(sampler.alphas_cumprod.tolist())
     return {"schedule": svg, "ticks": ticks, "skipped": skipped, "schedule_alt": alt, "first_t": str(last)}
 
 
 def _unet_parts(trace: Tracer) -> dict[str, str]:
     runs_of_unet = [call for call in trace.calls if call.network == "diffusion"]
-    fullest = max((call.shapes for call in runs_of_unet), key=len)  # a deep cache skips stages in some runs
+    fullest = max((call.shapes for call in runs_of_unet), key=len)  # with a deep cache, some runs skip stages
     shapes = list(fullest.items())
     rows = [
         f'<tr><th scope="row">{name}</th>{"".join(f"<td>{size}</td>" for size in shape[1:])}</tr>\n'
@@ -249,7 +267,7 @@ def _unet_parts(trace: Tracer) -> dict[str, str]:
     ]
     calls, batch = len(runs_of_unet), shapes[0][1][0]
     runs = f"{calls} times" if calls > 1 else "once"
-    runs += ", each time for two: with and without the prompt" if batch > 1 else ""
+    runs += f"{', each time' * (calls > 1)} on a batch of two: with and without the prompt" if batch > 1 else ""
     return {"unet": unet_svg(shapes, set(trace.attention)), "shapes": "".join(rows), "runs": runs}
 
 
@@ -257,7 +275,7 @@ def _cost_parts(recording: Recording) -> dict[str, str]:
     costs, models = recording.costs, recording.models
     longest = max(cost.seconds for cost in costs.values())
     most = max(cost.peak or 1 for cost in costs.values())
-    networks = empty_networks(models.config)  # without memory; of those that compute, weights may be packed
+    networks = empty_networks(models.config)  # only to count weights: those in use may be packed
     rows = []
     for key, cost in costs.items():
         title, network, caption = COSTS[key]
@@ -271,14 +289,15 @@ def _cost_parts(recording: Recording) -> dict[str, str]:
         )
     steps = len(recording.sampler.timesteps)
     of = "GPU" if models.device.type == "cuda" else "process"
-    note = f"A step took {costs['denoise'].seconds / steps:.2f} seconds. Memory is the most that the {of} had in use, "
-    note += "with the weights. The attention maps were computed meanwhile, so without a report it is a little faster."
+    note = f"A step took {costs['denoise'].seconds / steps:.2f} seconds on average. Peak memory is the most that the "
+    note += f"{of} had in use, including the weights. Without a report, the image takes a little less time, because no "
+    note += "attention maps are computed."
     return {"costs": "".join(rows), "costs_note": note}
 
 
 def write_report(path: str | os.PathLike, page: str, overwrite: bool = False) -> None:
-    """Write the page, there whole or not at all, and never over an existing file unless `overwrite`.
+    """Writes the page atomically. Overwrites an existing file only with `overwrite`.
 
-    Raises as `images.write_png` does.
+    Raises FileExistsError or another OSError, as `images.write_png` does.
     """
     write_whole(Path(path), lambda file: file.write(page.encode("utf-8")), overwrite)

@@ -1,7 +1,4 @@
-"""Pictures -> data URIs, so that a page can carry them in itself.
-
-In: uint8 arrays (H, W, 3), and how many bytes they may take. Out: texts like "data:image/webp;base64,...".
-"""
+"""Images, uint8 (H, W, 3) -> data URIs ("data:image/webp;base64,..."), so that the page contains them."""
 
 from __future__ import annotations
 
@@ -13,32 +10,32 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-# From the best to the smallest: the longest side in pixels, and the quality of WebP, None for lossless.
+# From the best to the smallest: the longest side in pixels, and WebP's quality (None is lossless).
 WAYS = tuple(product((256, 128, 64), (None, 90, 70, 40)))
 LARGE_WAYS = tuple(product((4096, 2048, 1024), (None, 95, 80)))
 MAP_SIDES = (64, 32, 16)
 
 
-def encode(pictures: list[np.ndarray], budget: int) -> tuple[list[str], str]:
-    """Pictures of the steps -> their URIs, by the first of WAYS in which all of them together fit into `budget` bytes.
+def encode(images: list[np.ndarray], budget: int) -> tuple[list[str], str]:
+    """Images of the steps -> their URIs, encoded by the first of WAYS that fits all of them into `budget` bytes.
 
-    Also what that did to them, in words: "exact", or for instance "at most 128 pixels long, at WebP quality 90", or
-    one of these two alone.
+    Also returns their quality in words: "exact", or for example "at most 128 pixels wide and high, WebP quality 90", or
+    only one of these two.
     """
-    return _first_that_fits([Image.fromarray(picture) for picture in pictures], budget, WAYS)
+    return _first_that_fits([Image.fromarray(image) for image in images], budget, WAYS)
 
 
-def encode_exactly(picture: np.ndarray, budget: int) -> tuple[str, str]:
-    """A picture -> its URI as a PNG, and "exact"; if that takes more than `budget` bytes, as `encode` does."""
-    png = _bytes(Image.fromarray(picture), format="PNG", optimize=True)
+def encode_exactly(image: np.ndarray, budget: int) -> tuple[str, str]:
+    """An image -> its URI as a PNG, and "exact". If the PNG exceeds `budget` bytes, encodes as `encode` does."""
+    png = _bytes(Image.fromarray(image), format="PNG", optimize=True)
     if len(png) <= budget:
         return _uri("png", png), "exact"
-    (uri,), done = _first_that_fits([Image.fromarray(picture)], budget, LARGE_WAYS)
+    (uri,), done = _first_that_fits([Image.fromarray(image)], budget, LARGE_WAYS)
     return uri, done
 
 
 def encode_maps(maps: list[Tensor], budget: int) -> list[str]:
-    """Maps, float32 (h, w) in [0, 1] -> the URIs of white pictures that are the more opaque the higher the map is."""
+    """Maps, float32 (h, w) in [0, 1] -> the URIs of white images whose opacity is the map."""
     opacities = [Image.fromarray((values.numpy() * 255).round().astype(np.uint8)) for values in maps]
     for side in MAP_SIDES:
         encoded = []
@@ -54,7 +51,7 @@ def encode_maps(maps: list[Tensor], budget: int) -> list[str]:
 def _first_that_fits(
     images: list[Image.Image], budget: int, ways: tuple[tuple[int, int | None], ...]
 ) -> tuple[list[str], str]:
-    """The URIs of the images by the first of `ways` that fits, or else by the last; and in words which it was."""
+    """The URIs by the first of `ways` that fits, or by the last if none does, and their quality in words."""
     for side, quality in ways:
         options = {"lossless": True} if quality is None else {"quality": quality}
         encoded, size = [], 0
@@ -66,12 +63,12 @@ def _first_that_fits(
         else:
             break
     smaller = any(max(image.size) > side for image in images)
-    done = [f"at most {side} pixels long"] * smaller + [f"at WebP quality {quality}"] * (quality is not None)
+    done = [f"at most {side} pixels wide and high"] * smaller + [f"WebP quality {quality}"] * (quality is not None)
     return [_uri("webp", webp) for webp in encoded], ", ".join(done) or "exact"
 
 
 def _within(image: Image.Image, side: int) -> Image.Image:
-    """The image, made smaller if a side of it is longer than that."""
+    """The image, scaled down if its longer side has more than `side` pixels."""
     if max(image.size) <= side:
         return image
     image = image.copy()

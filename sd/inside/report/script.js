@@ -3,15 +3,15 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 
-// Tokens: the one that is pointed at or has the focus, or else the one that was chosen, lights up where it was looked at.
+// Tokens: the one under the pointer or with the focus, or else the chosen one, lights up the image where it got attention.
 const tokens = [...document.querySelectorAll(".token")];
 const stage = document.querySelector(".stage");
-const lit = new Image();  // the picture in its colours, above the grey one
+const lit = new Image();  // the coloured image, above the grey one
 let chosen = null;
 lit.id = "lit";
 lit.alt = "";
 lit.hidden = true;
-lit.src = at("picture").src;
+lit.src = at("image").src;
 stage.append(lit);
 
 function look(token) {
@@ -40,7 +40,7 @@ for (const token of tokens) {
 }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") choose(null); });
 
-// The slider: everything that belongs to one step.
+// The slider: shows everything that belongs to one step.
 function show(index) {
   const step = data.steps[index];
   for (const image of document.querySelectorAll(".panels img")) image.src = step[image.id];
@@ -62,7 +62,7 @@ if (navigator.clipboard) {
       await navigator.clipboard.writeText(at("command").textContent);
       at("copy").textContent = "Copied";
     } catch {
-      at("copy").textContent = "Select it and copy it by hand";
+      at("copy").textContent = "Please select it and copy it";
     }
   });
 }
