@@ -1,6 +1,6 @@
 #!/bin/sh
 # Opens the notebooks in a browser: sh scripts/notebooks.sh [options of jupyter lab]
-# The first run makes a Python environment in .venv, if there is none yet, and installs what they need into it.
+# The first run makes a Python environment in .venv, if there is none, and installs Jupyter and matplotlib into it.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,5 +1,4 @@
-"""The notebooks run from top to bottom, and what is committed is what a reader should find: every output, and no trace
-of the machine that made it."""
+"""The notebooks run from top to bottom. The committed ones hold every output, and no trace of the machine it ran on."""
 
 import re
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pathlib import Path
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "sd").is_dir())
 sys.path.insert(0, str(root))"""
 
-# What is long enough to be worth watching, and what shows that it runs.
+# Parts that take long, and shorter ones that still show that the notebook runs.
 SHORTER = {
     "03_noise_and_samplers": {'in the middle", 0, 20': 'in the middle", 0, 5'},
     "04_guidance": {
@@ -31,7 +30,7 @@ SHORTER = {
     },
     "06_training": {"_STEPS = 250, 200, 300": "_STEPS = 50, 20, 50"},
 }
-# Those in which every cell runs with any weights, be they random.
+# The notebooks that run with any weights, even random ones.
 OF_ANY_WEIGHTS = ("02_text", "03_noise_and_samplers", "05_image_to_image_and_inpainting")
 SMALL = replace(MICRO, text=TextConfig(width=32, layers=2, heads=4))
 
@@ -51,24 +50,24 @@ def outputs(notebook):
 
 
 def kinds(output):
-    """What is shown, whatever it says: stdout, or the types of a picture."""
+    """What kind of output it is: its stream, such as stdout, or the types of its data."""
     return output.get("name") or sorted(output.get("data", output.output_type))
 
 
 def shown(cell):
-    """The kinds of its outputs in order. What is printed can arrive in one part or in several."""
+    """The kinds of a cell's outputs in order. Printed text may arrive in one part or in several, and counts once."""
     every = list(map(kinds, cell.outputs))
     return [kind for kind, before in zip(every, [None, *every]) if not kind == before == "stdout"]
 
 
-def without_pictures(notebook):
-    """Everything that can be read: base64 spells anything in the end."""
+def text_without_images(notebook):
+    """The notebook as text, without images: long base64 can contain any short string by chance."""
     for output in outputs(notebook):
         output.get("data", {}).pop("image/png", None)
     return nbformat.writes(notebook)
 
 
-def test_its_number_is_its_place_in_the_row(path):
+def test_its_number_is_its_place_in_the_course(path):
     assert path.name.startswith(f"{NOTEBOOKS.index(path) + 1:02}_")
 
 
@@ -88,21 +87,21 @@ def test_it_finds_the_repository_and_runs_on_any_checkpoint(path):
     sources = [cell.source for cell in cells(read(path), "code")]
     assert sources[0] == PATH_CELL
     assert sum(bool(re.search(r"^CHECKPOINT = None\b", source, re.MULTILINE)) for source in sources) == 1
-    assert not any(re.search(r"^\s*[%!]", source, re.MULTILINE) for source in sources)  # magic: not plain Python
+    assert not any(re.search(r"^\s*[%!]", source, re.MULTILINE) for source in sources)  # no magic commands
 
 
-def test_its_outputs_are_those_of_one_run_in_order(path):
+def test_its_outputs_come_from_one_run_in_order(path):
     notebook = read(path)
     code = cells(notebook, "code")
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 5
-    assert all("execution" not in cell.metadata for cell in code)  # when a cell ran
+    assert all("execution" not in cell.metadata for cell in code)  # the times at which a cell ran
 
 
 def test_it_shows_no_error_and_no_trace_of_a_machine(path):
     notebook = read(path)
     assert not [output for output in outputs(notebook) if output.output_type == "error" or kinds(output) == "stderr"]
-    text = without_pictures(notebook)
+    text = text_without_images(notebook)
     for trace in (str(FOLDER.parents[1]), str(Path.home()) + "/", "/tmp/", "/home/", "/Users/", "site-packages"):
         assert trace not in text
 
@@ -121,7 +120,7 @@ def test_it_ends_with_three_exercises_that_can_be_checked(path):
 
 @pytest.fixture
 def changes(path, request, tmp_path):
-    """What makes the notebook run sooner; with `--slow` it runs as it is."""
+    """Replacements that make the notebook run faster. With `--slow` there are none."""
     if request.config.getoption("--slow"):
         return {}
     changes = SHORTER.get(path.stem, {})
@@ -132,7 +131,7 @@ def changes(path, request, tmp_path):
 
 
 def test_it_runs_and_shows_what_is_committed(path, changes):
-    """But for the numbers and pixels themselves, which the processor has a say in."""
+    """Only the kinds of outputs are compared: numbers and pixels depend on the processor."""
     executed = execute(path, changes)
     for cell, committed in zip(cells(executed, "code"), cells(read(path), "code")):
         assert "".join(o.text for o in cell.outputs if kinds(o) == "stderr") == ""
@@ -141,6 +140,6 @@ def test_it_runs_and_shows_what_is_committed(path, changes):
 
 @pytest.mark.slow
 def test_it_runs_in_half_precision(path):
-    """As it does on a GPU, where that is the default."""
+    """float16 is the default on a GPU."""
     half = {"load_models(CHECKPOINT)": "load_models(CHECKPOINT, dtype=__import__('torch').float16)"}
     execute(path, SHORTER.get(path.stem, {}) | half)

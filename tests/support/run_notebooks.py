@@ -1,8 +1,8 @@
-"""Notebooks run top to bottom in a kernel of their own, as Jupyter would run them.
+"""Runs notebooks from top to bottom, each in a new kernel, as Jupyter does.
 
 `python -m tests.support.run_notebooks [01_tour.ipynb ...]` runs the named notebooks, or all of them, and saves their
-outputs. Run it after changing a notebook, the code it uses, or the tiny model. Times and the Python version are left
-out, so that a second run changes nothing.
+outputs. Run it after changing a notebook, the code it uses, or the tiny model. It saves no times and no Python version,
+so a second run changes nothing.
 """
 
 import os
@@ -18,13 +18,13 @@ from tests import ROOT
 
 FOLDER = ROOT / "scripts" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-PATIENCE = 900  # seconds for the kernel to start, and for each cell: machines can be busy
+TIMEOUT = 900  # seconds for the kernel to start, and for each cell; long, because the machine may be busy
 
 
 def execute(path: Path, changes: dict[str, str] | None = None) -> NotebookNode:
-    """A copy of the notebook with its cells' outputs. Raises CellExecutionError at the first cell that fails.
+    """Returns a copy of the notebook with new outputs. Raises CellExecutionError at the first cell that fails.
 
-    `changes` are texts that stand in one cell of code each, and what is to stand there instead.
+    `changes` maps texts to their replacements. Each text should occur in exactly one code cell.
     """
     notebook = nbformat.read(path, as_version=4)
     for old, new in (changes or {}).items():
@@ -33,14 +33,14 @@ def execute(path: Path, changes: dict[str, str] | None = None) -> NotebookNode:
     metadata = dict(notebook.metadata)
     client = NotebookClient(
         notebook,
-        timeout=PATIENCE,
-        startup_timeout=PATIENCE,
+        timeout=TIMEOUT,
+        startup_timeout=TIMEOUT,
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute(env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
-    notebook.metadata = nbformat.from_dict(metadata)  # as it was, without the kernel's version of Python
+    notebook.metadata = nbformat.from_dict(metadata)  # without the kernel's Python version
     return notebook
 
 
