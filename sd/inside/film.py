@@ -18,11 +18,11 @@ def frames(recording: Recording) -> list[np.ndarray]:
 
     A small decoder decodes every frame. SD 1.x's decoder takes longer than a step, so its frames are previews.
     """
-    models, known = recording.models, recording.known
+    models, inpainting = recording.models, recording.inpainting
     draw = _preview if shows_previews(models) else pipeline.decode_latents
     images = (draw(models, moment.denoised) for moment in recording.moments)  # each (1, H, W, 3)
-    if known is not None:
-        images = map(known.restore_pixels, images)  # inpainting: with the kept part of the input image
+    if inpainting is not None:
+        images = map(inpainting.restore_pixels, images)  # inpainting: with the kept part of the input image
     return [*(image[0] for image in images), recording.image]
 
 

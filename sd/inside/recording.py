@@ -62,7 +62,7 @@ class Recording:
     image: np.ndarray  # uint8 (H, W, 3)
     moments: list[Moment]  # at most 60, evenly spaced, including the first and the last step
     sampler: Sampler  # `timesteps` has those of all steps; `skipped` is how many steps `strength` left out
-    known: InpaintingInputs | None  # for inpainting: the part of the input image to keep
+    inpainting: InpaintingInputs | None  # for inpainting: the part of the input image to keep
     costs: dict[str, Cost]  # for "encode_prompt", "prepare", "denoise" and "decode_latents"
 
 
@@ -80,15 +80,15 @@ def record(request: Request, models: Models | None = None) -> Recording:
     with _measured(costs, "encode_prompt", models):
         context = pipeline.encode_prompt(models, request.prompts, uncond_prompt if request.do_cfg else None)
     with _measured(costs, "prepare", models):
-        sampler, latents, known = pipeline.prepare(models, request)
+        sampler, latents, inpainting = pipeline.prepare(models, request)
     with _measured(costs, "denoise", models):
         rescale, deep_cache = request.cfg_rescale, request.deep_cache
-        steps = pipeline.denoise(models, latents, context, sampler, cfg_scale, known, rescale, deep_cache=deep_cache)
+        steps = pipeline.denoise(models, latents, context, sampler, cfg_scale, inpainting, rescale, deep_cache=deep_cache)
         moments, latents = _watch(steps, latents, len(sampler.timesteps))
     with _measured(costs, "decode_latents", models):
         images = pipeline.decode_latents(models, latents)  # (1, H, W, 3)
-    image = (images if known is None else known.restore_pixels(images))[0]
-    return Recording(request.prompts[0], uncond_prompt, cfg_scale, models, image, moments, sampler, known, costs)
+    image = (images if inpainting is None else inpainting.restore_pixels(images))[0]
+    return Recording(request.prompts[0], uncond_prompt, cfg_scale, models, image, moments, sampler, inpainting, costs)
 
 
 def _watch(steps: Iterator[pipeline.Step], latents: Tensor, total: int) -> tuple[list[Moment], Tensor]:
