@@ -26,13 +26,13 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from sd.tokenizer import Tokenizer
+from sd.tokenizer import MAX_CHARACTERS, Tokenizer
 
 FACTORS = {"()": 1.1, "[]": 1 / 1.1}  # of brackets without a number
 MAX_WEIGHT = 1e30  # beyond it, products with the context would not be finite in float32
 BACKTRACK = 20  # so many tokens after a comma may move to the next chunk, to stay with the rest of their phrase
 QUOTED = 40  # characters of a prompt that an error quotes
-MAX_CHARACTERS, MAX_CHUNKS = 30_000, 100  # of a prompt: far beyond any use, and still quick to read and to attend to
+MAX_CHUNKS = 100  # of a prompt: far beyond any use, and still quick to attend to
 MAX_REPEATED = 60  # chunks of a context that is repeated: lcm(1, ..., 6), so prompts of up to six chunks go together
 
 BREAK = re.compile(r"\bBREAK\b")
