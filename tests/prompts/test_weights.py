@@ -1,4 +1,4 @@
-"""Attention weights: what is parsed, and what is refused."""
+"""The notation for weights: valid prompts, and errors."""
 
 import contextlib
 import math
