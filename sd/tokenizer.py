@@ -33,7 +33,7 @@ WORD_END = "</w>"  # part of the last symbol of a word: "cat</w>" is the word, "
 DEFAULT_MERGES = DATA / "merges.txt"
 MAX_CHARACTERS = 10_000  # of a prompt: far beyond any use, and the slowest prompt still takes less than two seconds
 REPAIRED_AT_ONCE = 1_000  # characters; ftfy's time grows with their square where HTML entities are nested
-CACHED_WORDS, CACHED_LENGTH = 32_768, 32  # the number of words in the cache, and the longest of them, in characters
+CACHED_WORDS, CACHED_LENGTH = 32_768, 32  # the cache has at most 32,768 words of at most 32 characters
 QUOTED_IDS = 64  # of the dropped part of a prompt, quoted in a warning
 
 WORD = regex.compile(r"""(?ix)                  # ignoring case, and the blanks in this pattern
@@ -169,7 +169,7 @@ class Tokenizer:
             raise ValueError(f"context_length should be 2 or more, not {context_length}.")
         if not 0 <= self.pad_token_id < len(self):
             raise ValueError(f"pad_token_id should be from 0 to {len(self) - 1}, not {pad_token_id}.")
-        self._cache: dict[str, list[int]] = {}
+        self._cache = {START: [self.start_token_id], END: [self.end_token_id]}  # word -> ids
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -226,8 +226,6 @@ class Tokenizer:
             yield symbols.copy()
 
     def _encode_word(self, word: str) -> list[int]:
-        if word in (START, END):
-            return [self.vocab[word]]
         symbols = spell(word)
         for _ in self._merge(symbols):
             pass
@@ -237,13 +235,13 @@ class Tokenizer:
         return ids
 
     def _merge(self, symbols: list[str]) -> Iterator[None]:
-        """Merge `symbols` in place, pausing after each merge.
+        """Find the best pair of neighbours, join it wherever it occurs, from left to right, and look again.
 
-        Find the best pair of neighbours, join it wherever it occurs, from left to right, and look again.
+        This changes `symbols` in place and pauses after each merge.
         """
         ranks = self._ranks_of(symbols)
         while (best := min(ranks, default=len(self.merges))) < len(self.merges):
-            for i, rank in enumerate(ranks):  # each merge makes both lists shorter by one
+            for i, rank in enumerate(ranks):  # a merge makes both lists shorter by one, to the right of i
                 if rank == best:
                     symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
                     start = max(i - 1, 0)  # the pairs before and after have changed
