@@ -14,14 +14,13 @@ from itertools import chain
 import numpy as np
 from PIL import Image
 
-from sd.cleaning import clean
 from sd.config import SD15
 from sd.images import ImageSource, read_image, read_mask_image
 from sd.models import Models
 from sd.prompts.weights import parse
 from sd.runtime.devices import Device, best_device
 from sd.samplers import SAMPLERS
-from sd.tokenizer import Tokenizer
+from sd.tokenizer import Tokenizer, clean
 
 MAX_PIXELS = 8192  # of a side: one feature map of SD 1.5's decoder then takes 34 GB in 16 bits
 MAX_FEATHER = 1000

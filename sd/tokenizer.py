@@ -1,13 +1,13 @@
 """Prompt -> token ids: CLIP's byte-level byte-pair encoding (BPE).
 
-In: a prompt, or a list of B prompts. Out: ids of shape (B, 77), the only form in which the text encoder sees language.
+In: a prompt, or a list of B prompts. Out: ids of shape (B, 77), the input of the text encoder.
 
     "A  Café"  --clean-->  "a café"  --split-->  ["a", "café"]  --spell-->  ["a</w>"], ["c", "a", "f", "Ã", "©</w>"]
                --merge-->  ["a</w>"], ["cafÃ©</w>"]  --look up-->  [320, 15304]
 
-BPE writes any text with a fixed number of symbols. It starts from the bytes of a word and joins neighbours, always the
-pair that comes first in a list of merges; that list was learned once, by joining again and again the most frequent pair
-of a large corpus. Common words end as one symbol, rare ones as a few pieces, and nothing is ever unknown.
+BPE writes any text with a fixed set of symbols. It starts from the bytes of a word and joins pairs of neighbours. A
+list of merges says which pair comes first. The list was learned once, by joining the most frequent pair of a large
+corpus again and again. A common word ends as one symbol, a rare word as several. No text is unknown.
 
 Sources: BPE, arXiv 1508.07909, algorithm 1; on bytes, GPT-2 (Radford et al. 2019), section 2.2; CLIP, arXiv 2103.00020,
 section 2.4. The ids are those of OpenAI's own tokenizer.
@@ -15,29 +15,30 @@ section 2.4. The ids are those of OpenAI's own tokenizer.
 
 from __future__ import annotations
 
-import heapq
+import html
 import json
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 
+import ftfy
 import regex
 import torch
 
-from sd.cleaning import clean
 from sd.files import DATA
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"  # part of the last symbol of a word: "cat</w>" is the word, "cat" the beginning of "catalog"
 DEFAULT_MERGES = DATA / "merges.txt"
-CACHED_WORDS, CACHED_LENGTH = 32_768, 32  # at most so many words, of at most so many characters: some 40 MB at worst
-QUOTED_IDS = 64  # a warning about a truncated prompt quotes so much of what was dropped
+MAX_CHARACTERS = 10_000  # of a prompt: far beyond any use, and the slowest prompt still takes less than two seconds
+REPAIRED_AT_ONCE = 1_000  # characters; ftfy's time grows with their square where HTML entities are nested
+CACHED_WORDS, CACHED_LENGTH = 32_768, 32  # the cache has at most 32,768 words of at most 32 characters
+QUOTED_IDS = 64  # of the dropped part of a prompt, quoted in a warning
 
 WORD = regex.compile(r"""(?ix)                  # ignoring case, and the blanks in this pattern
-      <\|startoftext\|> | <\|endoftext\|>       # the two special tokens, if someone spells them out
-    | '(?: s | t | re | ve | m | ll | d )       # what English contracts: it 's, don 't, we 're
+      <\|startoftext\|> | <\|endoftext\|>       # the two special tokens, if the prompt spells them out
+    | '(?: s | t | re | ve | m | ll | d )       # English contractions: it 's, don 't, we 're
     | \p{L}+                                    # letters of any script
     | \p{N}                                     # digits, one by one
     | [^\s\p{L}\p{N}]+                          # everything else: punctuation, symbols, emoji
@@ -45,10 +46,10 @@ WORD = regex.compile(r"""(?ix)                  # ignoring case, and the blanks 
 
 
 def byte_symbols() -> dict[int, str]:
-    """A visible character for each of the 256 bytes, in the order in which they open the vocabulary.
+    """A visible character for each of the 256 bytes, in the order of their ids.
 
-    A byte that Latin-1 shows as a visible character stands for itself. The others (blanks, control codes) get the
-    characters from U+0100 on, so that no symbol contains white space and a list of merges is a readable text file.
+    A byte that is a visible character in Latin-1 stands for itself. The others (blanks, control codes) get the
+    characters from U+0100 on. So no symbol contains white space, and a list of merges is a readable text file.
     """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -59,22 +60,46 @@ BYTE_TO_SYMBOL = byte_symbols()
 SYMBOL_TO_BYTE = {symbol: byte for byte, symbol in BYTE_TO_SYMBOL.items()}
 
 
+def clean(text: str) -> str:
+    """A prompt in lower case and single-spaced. Wrong encodings ('cafÃ©'), HTML entities and curly quotes are repaired.
+
+    The repairs are those of OpenAI's tokenizer, except that ftfy gets at most 1,000 characters of a line at once.
+    Raises TypeError if `text` is not a string. Raises ValueError if it is longer than 10,000 characters, or contains
+    half a character (a lone surrogate) or an HTML entity with thousands of digits.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"A prompt must be a string, not {type(text).__name__}.")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"prompt should be at most {MAX_CHARACTERS} characters long, not {len(text)}.")
+    if not (text.isascii() and text.isprintable()) or "&" in text:  # most prompts contain nothing to repair
+        try:
+            text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise ValueError(f"A prompt must be valid Unicode; {text[:80]!a} has a lone surrogate in it.") from None
+        try:
+            text = html.unescape(html.unescape(ftfy.fix_text(text, max_decode_length=REPAIRED_AT_ONCE)))
+        except ValueError:
+            raise ValueError("The prompt has an HTML entity with more digits than any character's number.") from None
+    return " ".join(text.split()).lower()
+
+
 def split(text: str) -> list[str]:
-    """The words of a prompt, cleaned: "It's 42!" -> ["it", "'s", "4", "2", "!"]. Merges never reach across words."""
+    """The words of a prompt, cleaned: "It's 42!" -> ["it", "'s", "4", "2", "!"]. Merges stay within a word."""
     return WORD.findall(clean(text))
 
 
 def spell(word: str) -> list[str]:
-    """A word (not empty) as one symbol per byte of its UTF-8, the last one marked as the end of the word."""
+    """A word (not empty) -> one symbol for each byte of its UTF-8. The last symbol is marked as the end of the word."""
     symbols = [BYTE_TO_SYMBOL[byte] for byte in word.encode("utf-8")]
     symbols[-1] += WORD_END
     return symbols
 
 
 def read_merges(path: str | Path) -> list[tuple[str, str]]:
-    """The merges of a file, best first: a '#version' line, then one pair of symbols a line.
+    """The merges in a file, best first: a '#version' line, then one pair of symbols a line.
 
-    Raises FileNotFoundError without a file, ValueError at a line that is not two symbols, bytes or earlier results.
+    Raises FileNotFoundError if there is no file, and ValueError unless every line is two symbols, each a byte or the
+    result of an earlier line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file of merges at {path}.")
@@ -82,41 +107,42 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
     merges = []
     with open(path, encoding="utf-8", errors="replace") as lines:
         if not lines.readline().startswith("#version"):
-            raise ValueError(f"{path} is not a file of merges: its first line must begin with '#version'.")
+            raise ValueError(f"{path} is not a file of merges: its first line should begin with '#version'.")
         for number, line in enumerate(lines, start=2):
             left, _, right = line.rstrip().partition(" ")
             if left not in known or right not in known:
-                raise ValueError(f"{path}, line {number}, must be two symbols known by then, not {line[:80]!r}.")
+                raise ValueError(f"{path}, line {number}, should be two known symbols, not {line[:80]!r}.")
             known.add(left + right)
             merges.append((left, right))
     return merges
 
 
 def check_vocab(path: str | Path, vocab: dict[str, int]) -> None:
-    """Raise ValueError unless the vocab.json at `path` gives the ids of `vocab`, FileNotFoundError without a file."""
+    """Raise ValueError unless the vocab.json at `path` equals `vocab`, FileNotFoundError if there is no file."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no vocabulary file at {path}; vocab_file=None needs none: the merges do.")
+        raise FileNotFoundError(f"There is no vocabulary file at {path}; use vocab_file=None: the merges are enough.")
     try:
         theirs = dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (TypeError, ValueError, RecursionError):
-        raise ValueError(f"{path} is not a vocabulary: it must be JSON, an object of symbols and their ids.") from None
+        raise ValueError(f"{path} is not a vocabulary: it should be a JSON object of symbols and their ids.") from None
     if theirs != vocab:
         symbol = next(s for s in [*vocab, *theirs] if vocab.get(s) != theirs.get(s))
         id_there, id_here = theirs.get(symbol), vocab.get(symbol)
-        raise ValueError(f"{path} does not fit the merges: it gives {symbol!r} the id {id_there}, they give {id_here}.")
+        raise ValueError(f"{path} does not fit the merges: the id of {symbol!r} should be {id_here}, not {id_there}.")
 
 
 class Tokenizer:
-    """CLIP's tokenizer. `tokenizer(prompts)` gives the ids that the text encoder takes.
+    """CLIP's tokenizer. `tokenizer(prompts)` gives the ids for the text encoder.
 
     The merges alone make the vocabulary: 256 bytes, the same 256 at the end of a word, one symbol a merge, start, end.
-    Raises FileNotFoundError or ValueError, as `read_merges` and `check_vocab` do.
+    Raises FileNotFoundError or ValueError as `read_merges` and `check_vocab` do, and ValueError if `context_length` is
+    below 2 or `pad_token_id` is not an id.
 
     Args:
-        merges_file: the list of merges; None is the one of CLIP, with 48,894 merges and so 49,408 symbols.
+        merges_file: the list of merges; None is CLIP's, with 48,894 merges and so 49,408 symbols.
         vocab_file: a vocab.json to check against the vocabulary that the merges make.
         context_length: ids per prompt, start and end included.
-        pad_token_id: fills a short prompt up; None is the end token, as in SD 1.x. SD 2.x pads with 0.
+        pad_token_id: the id that fills up a short prompt; None is the end token, as in SD 1.x. SD 2.x pads with 0.
 
     Attributes: `symbols`, the list id -> symbol; `vocab`, the dict symbol -> id; `merges`, the list of pairs, best
     first; `ranks`, the dict pair -> place in `merges`; start_token_id, end_token_id, pad_token_id, context_length.
@@ -139,10 +165,11 @@ class Tokenizer:
         self.start_token_id, self.end_token_id = self.vocab[START], self.vocab[END]
         self.pad_token_id = self.end_token_id if pad_token_id is None else pad_token_id
         self.context_length = context_length
-        if context_length < 2 or not 0 <= self.pad_token_id < len(self):
-            given = f"not {context_length} and {self.pad_token_id}"
-            raise ValueError(f"context_length must be 2 or more and pad_token_id from 0 to {len(self) - 1}, {given}.")
-        self._cache: dict[str, list[int]] = {}
+        if context_length < 2:
+            raise ValueError(f"context_length should be 2 or more, not {context_length}.")
+        if not 0 <= self.pad_token_id < len(self):
+            raise ValueError(f"pad_token_id should be from 0 to {len(self) - 1}, not {pad_token_id}.")
+        self._cache = {START: [self.start_token_id], END: [self.end_token_id]}  # word -> ids
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -150,8 +177,8 @@ class Tokenizer:
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """A prompt or a list of B -> LongTensor (B, context_length) of start, ids, end, padding.
 
-        A prompt that does not fit is truncated, with a warning that quotes what was dropped. Raises TypeError for what
-        is no text, and ValueError for a text that `sd.cleaning` cannot repair.
+        A prompt that does not fit is truncated, with a warning that quotes what was dropped. Raises TypeError for
+        anything but text, and ValueError as `clean` does.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -169,24 +196,21 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)
 
     def encode(self, text: str) -> list[int]:
-        """All ids of a prompt and nothing else: no start, no end, not truncated.
-
-        Raises TypeError and ValueError as `__call__` does.
-        """
+        """All ids of a prompt, not truncated, without start and end. Raises TypeError or ValueError as `clean` does."""
         ids: list[int] = []
         for word in split(text):
             ids += self._cache.get(word) or self._encode_word(word)
         return ids
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """The text of a list or 1-D tensor of ids, without start, end and padding; U+FFFD where it is not UTF-8.
+        """A list or 1-D tensor of ids -> text, without start, end and padding; U+FFFD where it is not UTF-8.
 
-        Raises ValueError if something in `ids` is not an id.
+        Raises ValueError if an element of `ids` is not an id.
         """
         tokens = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         for token in tokens:
             if not isinstance(token, Integral) or not 0 <= token < len(self):
-                raise ValueError(f"A token id is a whole number from 0 to {len(self) - 1}, not {str(token)[:40]}.")
+                raise ValueError(f"A token id should be an integer from 0 to {len(self) - 1}, not {str(token)[:40]}.")
         while tokens and tokens[-1] == self.pad_token_id:  # only at the end: the 0 of SD 2.x is also the symbol "!"
             tokens.pop()
         specials = {self.start_token_id, self.end_token_id}
@@ -195,63 +219,40 @@ class Tokenizer:
         return text.replace(WORD_END, " ").rstrip(" ")
 
     def merge_steps(self, word: str) -> Iterator[list[str]]:
-        """The symbols of one word of `split`, as spelled and then after every merge, for whoever wants to watch."""
+        """The symbols of one word of `split`: as spelled, then after each merge."""
         symbols = spell(word)
         yield symbols.copy()
         for _ in self._merge(symbols):
-            yield [symbol for symbol in symbols if symbol]
+            yield symbols.copy()
 
     def _encode_word(self, word: str) -> list[int]:
-        if word in (START, END):
-            return [self.vocab[word]]
         symbols = spell(word)
         for _ in self._merge(symbols):
             pass
-        ids = [self.vocab[symbol] for symbol in symbols if symbol]
-        if len(word) <= CACHED_LENGTH:
-            if len(self._cache) >= CACHED_WORDS:
-                self._cache.clear()
+        ids = [self.vocab[symbol] for symbol in symbols]
+        if len(word) <= CACHED_LENGTH and len(self._cache) < CACHED_WORDS:
             self._cache[word] = ids
         return ids
 
     def _merge(self, symbols: list[str]) -> Iterator[None]:
-        """Merge `symbols` in place, and pause after every merge. What its left neighbour swallowed becomes "".
+        """Find the best pair of neighbours, join it wherever it occurs, from left to right, and look again.
 
-        The algorithm: while any neighbours are in the list of merges, join the best pair wherever it stands, from left
-        to right, then look again. To look again is quadratic, so a heap holds the ranks in sight, and `places` where.
+        This changes `symbols` in place and pauses after each merge.
         """
-        end = len(symbols)
-        symbols.append("")  # no merge contains it: the neighbour of the last symbol and, as index -1, of the first
-        before, after = [*range(-1, end)], [*range(1, end + 1), end]
-        places = defaultdict(list)  # rank -> where its pair stands
-        for place, pair in enumerate(zip(symbols, symbols[1:])):
-            if pair in self.ranks:
-                places[self.ranks[pair]].append(place)
-        ranks = list(places)
-        heapq.heapify(ranks)
-
-        def note(place: int) -> None:
-            rank = self.ranks.get((symbols[place], symbols[after[place]]))
-            if rank is not None:
-                if rank not in places:
-                    heapq.heappush(ranks, rank)
-                places[rank].append(place)
-
-        while ranks:
-            rank = heapq.heappop(ranks)
-            left, right = self.merges[rank]
-            joined = left + right
-            for place in sorted(places.pop(rank)):
-                neighbour = after[place]
-                if symbols[place] == left and symbols[neighbour] == right:  # no merge has used either up meanwhile
-                    symbols[place], symbols[neighbour] = joined, ""
-                    after[place] = after[neighbour]
-                    before[after[place]] = place
-                    note(before[place])
-                    note(place)
+        ranks = self._ranks_of(symbols)
+        while (best := min(ranks, default=len(self.merges))) < len(self.merges):
+            for i, rank in enumerate(ranks):  # a merge makes both lists shorter by one, to the right of i
+                if rank == best:
+                    symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+                    start = max(i - 1, 0)  # the pairs before and after have changed
+                    ranks[start : i + 2] = self._ranks_of(symbols[start : i + 2])
                     yield
+
+    def _ranks_of(self, symbols: list[str]) -> list[int]:
+        """For each pair of neighbours, its place in the list of merges, or the list's length if it is not there."""
+        return [self.ranks.get(pair, len(self.merges)) for pair in zip(symbols, symbols[1:])]
 
 
 def CLIPTokenizer(vocab_file: str | Path, merges_file: str | Path) -> Tokenizer:
-    """`Tokenizer` under the name and arguments that the video uses; a vocab.json that is not there is not needed."""
+    """`Tokenizer` under the name and arguments that the video uses. The vocab.json may be missing."""
     return Tokenizer(merges_file, vocab_file if Path(vocab_file).is_file() else None)

@@ -1,4 +1,4 @@
-"""The tokenizer by itself: known ids, shapes, the way back to text, bad input, and speed."""
+"""The tokenizer alone: known ids, shapes, decoding, bad input, and speed."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd import tokenizer as module
-from sd.tokenizer import CLIPTokenizer, Tokenizer, read_merges, spell, split
+from sd.tokenizer import MAX_CHARACTERS, CLIPTokenizer, Tokenizer, read_merges, spell, split
 
 SEA = "painting depicting the sea, sunrise, ship, artstation, 4k, concept art"
 SEA_IDS = [3086, 24970, 518, 2102, 267, 5610, 267, 1158, 267, 1486, 2631, 267, 275, 330, 267, 6353, 794]
@@ -87,12 +87,12 @@ def test_truncation_quotes_what_was_dropped(tokenizer):
     with pytest.warns(UserWarning, match=r"Only 75 of the prompt's 78 tokens fit. Dropped: 'in the rain'") as caught:
         tokens = tokenizer(["cat", "cat " * 75 + "in the Rain"])
     assert tokens[1].tolist() == [49406, *[2368] * 75, 49407]
-    assert caught[0].filename == __file__  # it points at the caller
+    assert caught[0].filename == __file__  # the warning points at the caller
 
 
 def test_a_long_quote_is_shortened(tokenizer):
     with pytest.warns(UserWarning, match=r"dog dog \.\.\.'$") as caught:
-        tokenizer("cat " * 75 + "dog " * 5000)
+        tokenizer("cat " * 75 + "dog " * 2000)
     assert len(str(caught[0].message)) < 400
 
 
@@ -114,8 +114,8 @@ def test_decode_replaces_incomplete_utf8(tokenizer):
 
 
 @pytest.mark.parametrize("ids", [[49408], [-1], [2.0], ["cat"], [[320]], torch.zeros(1, 77, dtype=torch.long)])
-def test_decode_rejects_what_is_no_id(tokenizer, ids):
-    with pytest.raises(ValueError, match="A token id is a whole number from 0 to 49407, not "):
+def test_decode_refuses_invalid_ids(tokenizer, ids):
+    with pytest.raises(ValueError, match="A token id should be an integer from 0 to 49407, not "):
         tokenizer.decode(ids)
 
 
@@ -138,6 +138,14 @@ def test_an_entity_of_thousands_of_digits_is_an_error(tokenizer):
         tokenizer.encode("&#" + "9" * 5000 + ";")
 
 
+def test_a_prompt_may_have_10000_characters(tokenizer):
+    assert MAX_CHARACTERS == 10_000
+    assert tokenizer.encode(" " * 9_997 + "cat") == [2368]
+    for text in ("cat" + " " * 9_998, "é" * 10_001, "&amp;" * 200_000):
+        with pytest.raises(ValueError, match=f"^prompt should be at most 10000 characters long, not {len(text)}\\.$"):
+            tokenizer.encode(text)
+
+
 def test_words_and_their_spelling():
     assert split(" It's\n42&amp;! ") == ["it", "'s", "4", "2", "&!"]
     assert spell("é a") == ["Ã", "©", "Ġ", "a</w>"]
@@ -155,7 +163,7 @@ def test_merges_apply_in_their_order_and_from_left_to_right(tmp_path):
 
 
 def textbook(symbols, ranks):
-    """Algorithm 1 of the paper, word for word: find the best pair, join all its occurrences, look again."""
+    """Algorithm 1 of the paper: find the best pair, join all its occurrences, look again."""
     while True:
         pair = min(zip(symbols, symbols[1:]), key=lambda pair: ranks.get(pair, math.inf), default=None)
         if pair not in ranks:
@@ -191,17 +199,17 @@ def test_clips_merges_give_the_textbook_result(alphabet, tokenizer, data):
 @pytest.mark.parametrize("line", ["a", "a b c", "", "a bc", "ab c", "水 a", "a  b"])
 def test_a_malformed_merge_is_named(tmp_path, line):
     path = write_merges(tmp_path, "b c</w>", line, "a b")
-    with pytest.raises(ValueError, match=r"merges\.txt, line 3, must be two symbols known by then, not "):
+    with pytest.raises(ValueError, match=r"merges\.txt, line 3, should be two known symbols, not "):
         read_merges(path)
 
 
-def test_a_file_that_holds_no_merges(tmp_path):
+def test_files_without_merges(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no file of merges at"):
         Tokenizer(tmp_path / "nowhere.txt")
     with pytest.raises(FileNotFoundError, match="There is no file of merges at"):
         Tokenizer(tmp_path)
     for header in ("a b", "", "PK\x03\x04"):
-        with pytest.raises(ValueError, match="its first line must begin with '#version'"):
+        with pytest.raises(ValueError, match="its first line should begin with '#version'"):
             Tokenizer(write_merges(tmp_path, "a b", header=header))
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match="is not a file of merges"):
@@ -213,19 +221,26 @@ def test_a_vocabulary_must_fit_the_merges(tmp_path, tokenizer):
     path.write_text(json.dumps(tokenizer.vocab), encoding="utf-8")
     assert Tokenizer(vocab_file=path).encode("cat") == [2368]
     path.write_text(json.dumps(tokenizer.vocab | {"cat</w>": 1, "no symbol": 49408}), encoding="utf-8")
-    with pytest.raises(ValueError, match="'cat</w>' the id 1, they give 2368"):
+    with pytest.raises(ValueError, match="the id of 'cat</w>' should be 2368, not 1\\.$"):
         Tokenizer(vocab_file=path)
     for text in ('{"a": 1', "[1, 2]", "7", "[" * 100_000, "\xff"):
         path.write_bytes(text.encode("latin-1"))
-        with pytest.raises(ValueError, match=r"vocab\.json is not a vocabulary: it must be JSON"):
+        with pytest.raises(ValueError, match=r"vocab\.json is not a vocabulary: it should be a JSON object"):
             Tokenizer(vocab_file=path)
     with pytest.raises(FileNotFoundError, match="There is no vocabulary file at"):
         Tokenizer(vocab_file=tmp_path / "nowhere.json")
 
 
-@pytest.mark.parametrize("wrong", [{"pad_token_id": 49408}, {"pad_token_id": -1}, {"context_length": 1}])
-def test_lengths_and_padding_are_checked(wrong):
-    with pytest.raises(ValueError, match="context_length must be 2 or more and pad_token_id from 0 to 49407, not "):
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"pad_token_id": 49408}, "pad_token_id should be from 0 to 49407, not 49408."),
+        ({"pad_token_id": -1}, "pad_token_id should be from 0 to 49407, not -1."),
+        ({"context_length": 1}, "context_length should be 2 or more, not 1."),
+    ],
+)
+def test_lengths_and_padding_are_checked(wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         Tokenizer(**wrong)
 
 
@@ -247,7 +262,7 @@ def test_the_cache_is_bounded(monkeypatch):
 
 
 def seconds(function, repeats=3):
-    """CPU time of the fastest run, so that a busy machine does not fail a test."""
+    """CPU time of the fastest run: a busy machine should not fail the test."""
     best = float("inf")
     for _ in range(repeats):
         start = time.process_time()
@@ -257,7 +272,7 @@ def seconds(function, repeats=3):
 
 
 def test_speed_of_typical_prompts(tokenizer):
-    """At least 5,000 prompts a second to ids, and 2,500 to rows of 77; one core does some ten times as many."""
+    """At least 5,000 prompts a second to ids, and 2,500 to rows of 77. One core reaches about ten times as many."""
     prompts = [f"{SEA}, number {n}" for n in range(500)]
     assert seconds(lambda: [tokenizer.encode(prompt) for prompt in prompts]) < 0.1
     assert seconds(lambda: tokenizer(prompts)) < 0.2

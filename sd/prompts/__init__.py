@@ -1,1 +1,1 @@
-"""What a prompt can say beyond plain words: weights, alternatives in braces, arithmetic on embeddings."""
+"""Weights and long prompts (`weights`), alternatives in braces (`alternatives`), `embeddings`: see README.md here."""

@@ -1,4 +1,4 @@
-"""One prompt with alternatives -> all the prompts that it stands for.
+"""A prompt with alternatives in braces -> all the prompts that it stands for.
 
 "a {red|blue} house at {noon|night}"  ->  "a red house at noon", "a red house at night", "a blue house at noon", ...
 """
@@ -14,9 +14,9 @@ MAX_PROMPTS = 1000
 
 
 def expand(prompt: str) -> list[str]:
-    """Every combination of the alternatives in braces; the last group changes fastest. An alternative may be empty.
+    """All combinations of the alternatives. The last group changes fastest. An alternative may be empty.
 
-    Raises ValueError for a brace that is not closed, for one within another, and for more than 1000 combinations.
+    Raises ValueError for unbalanced or nested braces, and for more than 1000 combinations.
     """
     parts = GROUP.split(prompt)  # text, group, text, ..., group, text
     if any("{" in text or "}" in text for text in parts[::2]):
@@ -29,5 +29,5 @@ def expand(prompt: str) -> list[str]:
     count = math.prod(map(len, choices))
     if count > MAX_PROMPTS:
         raise ValueError(f"prompt should stand for at most {MAX_PROMPTS} prompts, not {count}.")
-    # An empty alternative leaves two blanks side by side.
+    # split and join: an empty alternative leaves two blanks side by side
     return [" ".join("".join(chosen).split()) for chosen in itertools.product(*choices)]

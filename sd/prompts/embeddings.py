@@ -1,12 +1,12 @@
-"""Arithmetic on what a prompt turns into: replacing, mixing and interpolating token embeddings and contexts.
+"""Arithmetic on token embeddings and contexts: replace, mix and interpolate.
 
-In: embeddings from `clip.embed` or contexts from `encode_prompt`. Out: others of the same shape, for `clip.encode` or
-`denoise`. From a token to a picture, there are three places to step in:
+In: embeddings from `clip.embed`, or contexts from `encode_prompt`. Out: tensors of the same shape, for `clip.encode` or
+`denoise`. There are three places between a token and an image where this works:
 
     token id --token_embedding--> (D,) --+ position--> embeddings (B, 77, D) --clip.encode--> context (B, 77, D)
                       mix                    replace                                            mix, slerp
 
-    tokens = models.tokenizer("a picture of a cat")                                    # (1, 77)
+    tokens = models.tokenizer("a picture of a cat").to(models.device)                  # (1, 77)
     table, positions = models.clip.token_embedding.weight, models.clip.position_embedding.weight
     chimera = mix([table[2368], table[12952]], [0.4, 0.6])                             # (D,), cat and panda
     embeddings = replace(models.clip.embed(tokens), tokens == 2368, chimera, positions)
@@ -21,30 +21,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PARALLEL = 0.9995  # cosine above which the arc between two vectors is taken for a straight line
+PARALLEL = 0.9995  # above this cosine, `slerp` interpolates linearly
 
 
 def replace(embeddings: Tensor, where: Tensor, vector: Tensor, positions: Tensor) -> Tensor:
-    """Another token at some places: embeddings (B, N, D) with `vector` (D,) wherever `where` (B, N) is true.
+    """Replace the token at some places: embeddings (B, N, D) with `vector` (D,) wherever `where` (B, N) is true.
 
-    An embedding is what a token is plus where it stands, and only the first part is replaced:
+    An embedding is the sum of a token's vector and its position's vector. Only the first is replaced:
 
-        e_i = vector + positions_i  where `where`, and as it was elsewhere
+        e_i = vector + positions_i  where `where` is true, unchanged elsewhere
 
-    `positions` are those that `embed` added, (N or more, D). With the row of another token for `vector`, the result is
-    to the bit what `embed` gives for the prompt with that token. Raises ValueError if `where` is true nowhere.
+    `positions` are those that `embed` added, (N or more, D). With another token's row of the table as `vector`, the
+    result equals, to the bit, what `embed` gives for the prompt with that token. Raises ValueError if `where` is true
+    nowhere.
     """
     if not where.any():
-        raise ValueError("where should be true for at least one token: the prompt has none to replace.")
+        raise ValueError("where should be true for at least one token: there is nothing to replace.")
     replaced = vector + positions[: embeddings.shape[1]]  # (N, D)
     return torch.where(where[..., None].to(embeddings.device), replaced.to(embeddings.dtype), embeddings)
 
 
 def mix(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """The weighted sum of embeddings or contexts of one shape: sum_i shares_i tensors_i.
+    """The weighted sum of embeddings or contexts of the same shape: sum_i shares_i tensors_i.
 
-    The shares need not sum to 1: 1, 1 and -1 of king, woman and man is an old experiment (1301.3781, section 1.1).
-    With 1 - t and t it is linear interpolation. Raises ValueError unless the shapes are equal, with a share for each.
+    The shares need not sum to 1: king + woman - man is an old experiment (1301.3781, section 1.1). Shares of 1 - t and
+    t interpolate linearly. Raises ValueError unless all shapes are equal and each tensor has a share.
     """
     if len(tensors) != len(shares) or not tensors:
         raise ValueError(f"shares should be one number for each tensor, not {len(shares)} for {len(tensors)}.")
@@ -58,9 +59,9 @@ def slerp(start: Tensor, end: Tensor, t: float) -> Tensor:
 
         (sin((1 - t) w) start + sin(t w) end) / sin(w),  with w the angle between the two vectors
 
-    Halfway between two vectors of equal length there is one of that length, where the linear mixture is shorter.
-    Vectors that are (anti)parallel, or nearly so, have no one arc between them and are interpolated linearly.
-    Raises ValueError for different shapes.
+    Between two vectors of equal length, the result has that length too; a linear mixture is shorter. Vectors that are
+    parallel or antiparallel, or nearly so, have no unique arc and are interpolated linearly. Raises ValueError for
+    different shapes.
     """
     _check_shapes(start, end)
     a, b = start.float(), end.float()
@@ -73,6 +74,6 @@ def slerp(start: Tensor, end: Tensor, t: float) -> Tensor:
 def _check_shapes(first: Tensor, second: Tensor) -> None:
     if first.shape != second.shape:
         raise ValueError(
-            f"Tensors of shapes {tuple(first.shape)} and {tuple(second.shape)} cannot be mixed; prompts that "
-            "`encode_prompt` gets together, as a list, have contexts of one length."
+            f"Tensors should have the same shape, not {tuple(first.shape)} and {tuple(second.shape)}. Prompts that are "
+            "given to `encode_prompt` together, as a list, get contexts of one length."
         )

@@ -1,18 +1,17 @@
-r"""Prompts with weights, and prompts of any length: text -> ids and weights, chunk by chunk.
+r"""Prompts with weights and of any length: text -> ids and weights, in chunks of 77 tokens.
 
-In: prompts in the notation of the widely used AUTOMATIC1111 web UI. Out: ids and weights of N chunks, both (N, 77), for
-the text encoder to read and for `weigh` to apply to what it makes of them; `join_chunks` makes one context of each
-prompt's chunks again.
+In: B prompts in the notation of the AUTOMATIC1111 web UI. Out: the ids and weights of all their N chunks, both (N, 77).
+After the text encoder, `weigh` applies the weights and `join_chunks` makes one context for each prompt.
 
     (word) counts 1.1 times    ((word)) 1.1 * 1.1 times    (word:1.3) 1.3 times    [word] 1 / 1.1 times
     \( \) \[ \] \\ \:  are the characters themselves       BREAK starts a new chunk
 
-A chunk is what the text encoder reads at once: a start token, up to 75 tokens of the prompt, an end token and padding.
-It was trained on one; that several, encoded apart and set side by side, work too is experience, not theory.
+The text encoder reads one chunk at a time: a start token, up to 75 tokens of the prompt, an end token and padding. It
+was trained on single chunks. Encoding several and putting them side by side works in practice, not by design.
 
-The contexts of a batch must be equally long. A shorter one is repeated, which changes nothing: attention is a mean of
-values, weighted by exp(q k), and that stays the same where every key and value is there r times. ComfyUI does so too.
-The web UI, where it makes lengths equal, appends chunks of the empty prompt, and these get a share of the attention.
+All contexts in a batch must have the same length, so shorter ones are repeated. This does not change the image:
+attention is a mean of values, weighted by exp(q k), and the mean is the same if every key and value occurs r times.
+ComfyUI does so too. The web UI appends chunks of the empty prompt instead, and these take a share of the attention.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from sd.tokenizer import Tokenizer
+from sd.tokenizer import MAX_CHARACTERS, Tokenizer
 
-FACTORS = {"()": 1.1, "[]": 1 / 1.1}  # of brackets without a number
-MAX_WEIGHT = 1e30  # beyond it, products with the context would not be finite in float32
-BACKTRACK = 20  # so many tokens after a comma may move to the next chunk, to stay with the rest of their phrase
+FACTORS = {"()": 1.1, "[]": 1 / 1.1}  # brackets without a number
+MAX_WEIGHT = 1e30  # products of larger weights and the context may not be finite in float32
+BACKTRACK = 20  # up to 20 tokens after a comma move to the next chunk, to stay with the rest of their phrase
 QUOTED = 40  # characters of a prompt that an error quotes
-MAX_CHARACTERS, MAX_CHUNKS = 30_000, 100  # of a prompt: far beyond any use, and still quick to read and to attend to
-MAX_REPEATED = 60  # chunks of a context that is repeated: lcm(1, ..., 6), so prompts of up to six chunks go together
+MAX_CHUNKS = 100  # in a prompt: far beyond any use, and attention is still quick
+MAX_REPEATED = 60  # chunks in a repeated context: lcm(1, ..., 6), so any prompts of up to six chunks can share a batch
 
 BREAK = re.compile(r"\bBREAK\b")
-MARK = re.compile(r"""(?xs)                                    # every character of a prompt belongs to one mark
-      \\ (?P<literal> .? )                                     # what follows a backslash stands for itself
+MARK = re.compile(r"""(?xs)                                    # each character belongs to one mark
+      \\ (?P<literal> .? )                                     # after a backslash: the character itself
     | (?P<open> [(\[] )
     | (?: : \s* (?P<weight> [+-]? [.\d]+ ) \s* )? (?P<close> [)\]] )  # a closing bracket, perhaps with a weight
     | (?P<text> : | [^\\()\[\]:]+ )
@@ -48,21 +47,23 @@ Token = tuple[int, float]  # an id and its weight
 
 
 def parse(text: str, name: str = "prompt") -> list[list[Piece]]:
-    r"""A prompt as texts and their weights, one list for each part between two BREAKs.
+    r"""A prompt -> its texts with their weights, one list for each part between BREAKs.
 
         "a (red:1.5) [cat\]] BREAK a dog"  ->  [[("a ", 1.0), ("red", 1.5), (" ", 1.0), ("cat]", 1 / 1.1)],
                                                 [("a dog", 1.0)]]
 
-    Nested brackets multiply, and a colon before anything but a number is text. Raises ValueError, which calls the
-    prompt `name` and quotes the place, for brackets that are not in pairs, for a number that is none, like 1.2.3, and
-    for a weight in square brackets, by which the web UI means something else, and for more than 30,000 characters.
+    The weights of nested brackets multiply. A colon is text unless a number and a closing bracket follow.
+
+    Raises ValueError for a prompt of more than 10,000 characters, unbalanced brackets, a malformed number like 1.2.3,
+    and a number in square brackets, which has another meaning in the web UI. The error quotes the place and calls the
+    prompt `name`.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{name} should be at most {MAX_CHARACTERS} characters long, not {len(text)}.")
     marks = list(MARK.finditer(text))
     factors = _factors(marks, name)
     parts: list[list[Piece]] = [[]]
-    weights = [1.0]  # the last one counts here
+    weights = [1.0]  # of the open brackets; the last one applies
     for mark in marks:
         if mark["open"]:
             weights.append(weights[-1] * factors[mark.start()])
@@ -78,7 +79,7 @@ def parse(text: str, name: str = "prompt") -> list[list[Piece]]:
 
 
 def _at_breaks(text: str) -> list[str]:
-    """A text, cut at every BREAK, without the blanks around it."""
+    """A text, cut at every BREAK. The blanks around BREAK are dropped."""
     texts = BREAK.split(text)
     texts[1:] = [text.lstrip() for text in texts[1:]]
     texts[:-1] = [text.rstrip() for text in texts[:-1]]
@@ -86,7 +87,7 @@ def _at_breaks(text: str) -> list[str]:
 
 
 def _factors(marks: list[re.Match], name: str) -> dict[int, float]:
-    """The factor of each pair of brackets, under the place of the opening one. Raises ValueError as `parse` does."""
+    """The position of each opening bracket -> the factor of its pair. Raises ValueError as `parse` does."""
     factors, opened = {}, []
     for mark in marks:
         if mark["open"]:
@@ -97,7 +98,7 @@ def _factors(marks: list[re.Match], name: str) -> dict[int, float]:
             start = opened[-1].start()
             pair = opened[-1]["open"] + mark["close"]
             if pair not in FACTORS:
-                break  # another kind of bracket is open still
+                break  # the innermost open bracket is of the other kind
             opened.pop()
             factors[start] = FACTORS[pair] if mark["weight"] is None else _number(mark["weight"])
             if not abs(factors[start]) <= MAX_WEIGHT or (pair == "[]" and mark["weight"] is not None):
@@ -129,15 +130,15 @@ def _bad_weight(name: str, quote: str) -> ValueError:
 
 
 def _merge(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of equal weight as one: the tokenizer should see whole words."""
+    """Join neighbours of equal weight, so that the tokenizer gets whole words."""
     runs = groupby((piece for piece in pieces if piece[0]), key=itemgetter(1))
     return [("".join(text for text, _ in run), weight) for weight, run in runs]
 
 
 def split(tokens: Sequence[Token], room: int, commas: set[int]) -> list[Sequence[Token]]:
-    """Tokens -> chunks of at most `room`, one at least.
+    """Tokens -> one or more chunks of at most `room` tokens.
 
-    If one of the last 20 tokens of a full chunk is a comma, the chunk ends there, unless a comma follows anyway.
+    If there is a comma in the last 20 tokens of a full chunk, the chunk ends there, unless the next token is a comma.
     """
     chunks, start = [], 0
     while len(tokens) - start > room:
@@ -151,7 +152,7 @@ def split(tokens: Sequence[Token], room: int, commas: set[int]) -> list[Sequence
 
 
 def chunks_of(text: str, tokenizer: Tokenizer) -> list[Sequence[Token]]:
-    """A prompt -> its chunks, one at least, each of at most 75 tokens.
+    """A prompt -> one or more chunks of at most 75 tokens.
 
     Raises ValueError for more than 100 chunks, and as `parse` and the tokenizer do.
     """
@@ -168,11 +169,12 @@ def chunks_of(text: str, tokenizer: Tokenizer) -> list[Sequence[Token]]:
 
 
 def layout(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor, list[int]]:
-    """B prompts -> the ids (LongTensor) and weights (float32) of all their N chunks, both (N, 77), the first prompt's
-    first, and how many chunks each prompt has, B numbers for `join_chunks`.
+    """B prompts -> ids (LongTensor) and weights (float32) of all their N chunks, both (N, 77), and B numbers of chunks.
 
-    Raises as `chunks_of` does, and ValueError for prompts that cannot be drawn together: the least common multiple of
-    their numbers of chunks would be above both 60 and the largest of them.
+    The chunks of the first prompt come first. `join_chunks` takes the numbers.
+
+    Raises ValueError as `chunks_of` does, and for prompts that cannot share a batch: the least common multiple of their
+    numbers of chunks would exceed both 60 and the largest of them.
     """
     length, start, end = tokenizer.context_length, (tokenizer.start_token_id, 1.0), (tokenizer.end_token_id, 1.0)
     prompts = [chunks_of(text, tokenizer) for text in texts]
@@ -189,22 +191,22 @@ def layout(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor, 
 
 
 def _check_counts(counts: list[int]) -> None:
-    """Raises ValueError if a common length of contexts of so many chunks would take too much attention."""
+    """Raise ValueError if the contexts would have to be repeated to more than 60 chunks."""
     most, together = max(MAX_REPEATED, *counts, 0), math.lcm(*counts)
     if together > most:
         numbers = ", ".join(map(str, sorted(set(counts))))
         raise ValueError(
-            "Prompts and negative prompts that are drawn together should have numbers of chunks whose least common "
-            f"multiple is at most {most}, not {together} like that of {numbers}: draw those prompts one at a time, or "
-            "shorten one."
+            "The prompts and negative prompts of a batch should have numbers of chunks whose least common multiple is "
+            f"at most {most}, not {together} (for {numbers} chunks): generate their images one at a time, or shorten "
+            "one."
         )
 
 
 def join_chunks(context: Tensor, counts: Sequence[int]) -> Tensor:
-    """The context of N chunks, (N, 77, D), and how many of them each of B prompts has -> that of the prompts,
-    (B, 77 k, D), where k is the least common multiple of the counts.
+    """Join each prompt's chunks: contexts of N chunks, (N, 77, D) -> contexts of B prompts, (B, 77 k, D).
 
-    A prompt of c chunks has its own, side by side, k / c times over: to the U-Net that is the same as once.
+    `counts` are the B numbers of chunks, and k is their least common multiple. A prompt of c chunks is repeated k / c
+    times, which is the same to the U-Net as once.
     """
     k = math.lcm(*counts)
     prompts = context.split(list(counts))  # each (c, 77, D)
@@ -212,13 +214,13 @@ def join_chunks(context: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def weigh(context: Tensor, weights: Tensor) -> Tensor:
-    """The context of N chunks, (N, 77, D), with its vectors multiplied by their weights, (N, 77).
+    """Multiply each vector of the contexts of N chunks, (N, 77, D), by its weight, (N, 77).
 
-    Each chunk z is then scaled so that its mean stays the same: s w z with s = mean(z) / mean(w z), as the web UI does.
-    A chunk whose weights are all 1 is returned as it is, to the bit.
+    Each chunk z is then scaled back to its former mean, as in the web UI: s w z with s = mean(z) / mean(w z). A chunk
+    whose weights are all 1 is returned unchanged, to the bit.
 
-    If all tokens had equal means, s would be 1 / mean(w). Where it is not within a factor of two of 1 / mean(|w|), the
-    means of the tokens cancel out, so that s could be anything, and 1 / mean(|w|) takes its place.
+    If all tokens had equal means, s would be 1 / mean(w). If s is not within a factor of two of 1 / mean(|w|), the
+    means of the tokens cancel out and s is arbitrary. Then 1 / mean(|w|) takes its place.
     """
     weights = weights.to(context.device)[..., None]  # (N, 77, 1)
     z = context.float()

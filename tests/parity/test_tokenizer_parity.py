@@ -1,4 +1,4 @@
-"""The same ids as OpenAI's own tokenizer, which the package clip-anytorch carries unchanged."""
+"""The same ids as OpenAI's own tokenizer, which the package clip-anytorch contains unchanged."""
 
 import gzip
 import importlib.util
@@ -16,7 +16,7 @@ PACKAGE = "clip-anytorch==2.6.0"
 
 @pytest.fixture(scope="module")
 def original_module():
-    """Loaded by its path: the package `clip` itself imports torchvision."""
+    """Loaded by its path, because the package `clip` imports torchvision."""
     package = importlib.util.find_spec("clip")
     folder = Path(next(iter(package.submodule_search_locations))) if package else Path()
     if not (folder / "simple_tokenizer.py").is_file():
@@ -75,7 +75,7 @@ def test_vocabulary(tokenizer, original):
 
 @pytest.mark.parametrize("pattern", ["{0}", "a{0}B'{0} 1{0}{0}", "x&#{1};y", "<&amp;#{1};"])
 def test_every_character_of_the_first_planes(tokenizer, original, pattern):
-    """All of Latin, Greek, Cyrillic, punctuation and symbols, then every 37th character: spaces, case, kinds."""
+    """The first 768 characters and general punctuation, then every 37th character."""
     for code in [*range(0x300), *range(0x2000, 0x2100), *range(0x300, 0xD800, 37), *range(0xE000, 0x20000, 37)]:
         text = pattern.format(chr(code), code)
         assert tokenizer.encode(text) == original.encode(text), ascii(text)
@@ -102,7 +102,7 @@ PIECES += [" ", " ", "the ", "painting ", "12", "!!!"]
 
 
 def random_text(rng):
-    """Up to 24 characters of one to three planes, with pieces between them that the cleaning cares about."""
+    """Up to 24 characters of one to three planes, mixed with pieces that the cleaning repairs."""
     planes = rng.choices(PLANES, k=rng.randint(1, 3))
     length = rng.randint(0, 24)
     return "".join(
@@ -128,7 +128,7 @@ def test_any_text(tokenizer, original, text):
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_words_of_few_letters(alphabet, tokenizer, original, data):
-    """Pairs that repeat and overlap, where only the right order of the merges gives the right ids."""
+    """Pairs repeat and overlap, so only the right order of the merges gives the right ids."""
     word = data.draw(st.text(alphabet, max_size=120))
     assert tokenizer.encode(word) == original.encode(word)
 
@@ -146,7 +146,7 @@ def test_entities_within_entities_and_heaps_of_accents(tokenizer, original):
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_list_of_merges(original_module, tmp_path_factory, data):
-    """Also lists that no training makes: the same pair twice, or two pairs with one result."""
+    """Including lists that training does not produce: the same pair twice, or two pairs with one result."""
     symbols, lines = ["a", "b", "a</w>", "b</w>"], ["#version: 0.2"]
     for _ in range(data.draw(st.integers(1, 12))):
         pair = data.draw(st.tuples(st.sampled_from(symbols), st.sampled_from(symbols)))

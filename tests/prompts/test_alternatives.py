@@ -1,4 +1,4 @@
-"""Prompts with alternatives."""
+"""Alternatives in braces."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_bad_braces(prompt):
     assert repr(prompt) in str(caught.value)
 
 
-def test_more_than_anyone_means():
+def test_at_most_1000_combinations():
     assert len(expand("{0|1|2|3|4|5|6|7|8|9}" * 3)) == 1000
     with pytest.raises(ValueError, match="prompt should stand for at most 1000 prompts, not 1099511627776."):
         expand("{0|1}" * 40)

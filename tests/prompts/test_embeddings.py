@@ -1,4 +1,4 @@
-"""Replacing, mixing and interpolating: hand-worked vectors, and contexts made so through the four steps."""
+"""Replacing, mixing and interpolating: results worked out by hand, and images from such contexts."""
 
 import math
 
@@ -19,7 +19,7 @@ def models():
 
 
 def draw(models, context):
-    """The rest of the four steps."""
+    """Context -> image."""
     generators = pipeline.make_generators(0, 1)
     sampler = pipeline.SAMPLERS["dpm++2m"](generators, schedule=models.config.schedule)
     sampler.set_inference_timesteps(2)
@@ -52,17 +52,17 @@ def test_replace_needs_something_to_replace(models):
         replace(models.clip.embed(tokens), tokens == CAT, torch.zeros(32), models.clip.position_embedding.weight)
 
 
-def test_pictures_from_a_mixture_of_two_tokens(models):
+def test_images_from_a_mixture_of_two_tokens(models):
     tokens = models.tokenizer("a picture of a cat")
     table, positions = models.clip.token_embedding.weight, models.clip.position_embedding.weight
     uncond = pipeline.encode_prompt(models, "", None)
 
-    def picture(shares):
+    def image(shares):
         mixture = mix([table[CAT], table[PANDA]], shares)
         context = models.clip.encode(replace(models.clip.embed(tokens), tokens == CAT, mixture, positions))
         return draw(models, torch.cat([uncond, context]))
 
-    cat, both, panda = (picture(shares) for shares in ([1, 0], [0.4, 0.6], [0, 1]))
+    cat, both, panda = (image(shares) for shares in ([1, 0], [0.4, 0.6], [0, 1]))
     assert both.shape == (32, 32, 3)
     expected = [draw(models, pipeline.encode_prompt(models, f"a picture of a {word}")) for word in ("cat", "panda")]
     for actual, wanted in zip((cat, panda), expected):
@@ -71,13 +71,13 @@ def test_pictures_from_a_mixture_of_two_tokens(models):
 
 
 @pytest.mark.parametrize("between", [lambda a, b: mix([a, b], [0.5, 0.5]), lambda a, b: slerp(a, b, 0.5)])
-def test_pictures_between_two_prompts(models, between):
+def test_images_between_two_prompts(models, between):
     uncond, cat, house = pipeline.encode_prompt(models, ["", "a cat", "a red house, " * 30], None).split(1)
     middle = between(cat, house)
     assert middle.shape == cat.shape == (1, 154, 32)
-    pictures = [draw(models, torch.cat([uncond, context])) for context in (cat, middle, house)]
-    assert (pictures[0] != pictures[1]).any()
-    assert (pictures[1] != pictures[2]).any()
+    images = [draw(models, torch.cat([uncond, context])) for context in (cat, middle, house)]
+    assert (images[0] != images[1]).any()
+    assert (images[1] != images[2]).any()
 
 
 def test_mix():
@@ -124,7 +124,7 @@ def test_slerp_keeps_the_dtype(dtype):
 
 def test_different_shapes_are_refused():
     short, long = torch.zeros(1, 77, 4), torch.zeros(1, 154, 4)
-    sentence = r"shapes \(1, 77, 4\) and \(1, 154, 4\) cannot be mixed; prompts that `encode_prompt` gets together"
+    sentence = r"^Tensors should have the same shape, not \(1, 77, 4\) and \(1, 154, 4\)\. Prompts that are given to"
     with pytest.raises(ValueError, match=sentence):
         mix([short, long], [0.5, 0.5])
     with pytest.raises(ValueError, match=sentence):

@@ -1,4 +1,4 @@
-"""Prompts of any length: how they are laid out in chunks, and what becomes of their weights."""
+"""Prompts of any length: their chunks, how contexts are joined, and how weights are applied."""
 
 from itertools import chain
 
@@ -41,28 +41,28 @@ def test_chunks_without_a_comma(tokenizer, cats, expected):
 @pytest.mark.parametrize(
     "before, after, expected",
     [
-        (60, 14, [75]),  # the comma is token 60 of 75: all fits
-        (60, 15, [61, 15]),  # 76 tokens: what follows the comma moves
+        (60, 14, [75]),  # 75 tokens fit
+        (60, 15, [61, 15]),  # 76 tokens: the tokens after the comma move
         (60, 34, [61, 34]),  # 95 tokens
-        (55, 20, [56, 20]),  # the first of the last 20
-        (54, 21, [75, 1]),  # one too early
-        (74, 10, [75, 10]),  # the last of all: nothing to move
-        (75, 10, [75, 11]),  # the comma itself does not fit any more
+        (55, 20, [56, 20]),  # the comma is the first of the last 20 tokens
+        (54, 21, [75, 1]),  # the comma is one token too early
+        (74, 10, [75, 10]),  # the comma ends the chunk: nothing moves
+        (75, 10, [75, 11]),  # the comma itself no longer fits
         (60, 100, [61, 75, 25]),
     ],
 )
-def test_what_follows_a_late_comma_moves_to_the_next_chunk(tokenizer, before, after, expected):
+def test_tokens_after_a_late_comma_move_to_the_next_chunk(tokenizer, before, after, expected):
     chunks = chunks_of("cat " * before + ", " + "cat " * after, tokenizer)
     assert lengths(chunks) == expected
     assert [token for token, _ in chain(*chunks)] == [CAT] * before + [COMMA] + [CAT] * after
 
 
-def test_it_is_the_last_comma_that_counts():
+def test_the_last_comma_counts():
     tokens = [(COMMA if i in (58, 70, 130) else CAT, float(i)) for i in range(160)]
     assert split(tokens, 75, {COMMA}) == [tokens[:71], tokens[71:131], tokens[131:]]
 
 
-def test_a_comma_right_behind_a_full_chunk_moves_nothing():
+def test_a_comma_right_after_a_full_chunk_moves_nothing():
     tokens = [(COMMA if i in (60, 75) else CAT, 1.0) for i in range(90)]
     assert lengths(split(tokens, 75, {COMMA})) == [75, 15]
 
@@ -121,8 +121,8 @@ def test_layout_of_short_plain_prompts_is_the_tokenizers_own(tokenizer):
 
 
 def test_a_prompt_may_have_100_chunks(tokenizer):
-    assert layout(["cat " * 7500], tokenizer)[2] == [100]
-    for text in ("a " * 7501, "a BREAK " * 101 + "a"):
+    assert layout(["4" * 7500], tokenizer)[2] == [100]
+    for text in ("4" * 7501, "a BREAK " * 101 + "a"):
         with pytest.raises(ValueError, match=r"^prompt should be at most 100 chunks of 75 tokens long, not 10[12]\.$"):
             layout([text], tokenizer)
 
@@ -132,16 +132,16 @@ def of_chunks(count):
 
 
 @pytest.mark.parametrize("counts", [[1, 2, 3, 4, 5, 6], [100, 1, 50], [61, 61], [20, 30, 60], [7, 8]])
-def test_prompts_of_unequal_lengths_go_together(tokenizer, counts):
+def test_prompts_of_different_lengths_share_a_batch(tokenizer, counts):
     assert layout(list(map(of_chunks, counts)), tokenizer)[2] == counts
 
 
 @pytest.mark.parametrize("counts, most, multiple, numbers", [([7, 9], 60, 63, "7, 9"), ([100, 3], 100, 300, "3, 100")])
-def test_lengths_that_would_take_too_many_repetitions_are_refused(models, counts, most, multiple, numbers):
+def test_lengths_that_need_too_many_repetitions_are_refused(models, counts, most, multiple, numbers):
     sentence = (
-        "^Prompts and negative prompts that are drawn together should have numbers of chunks whose least common "
-        f"multiple is at most {most}, not {multiple} like that of {numbers}: draw those prompts one at a time, or "
-        "shorten one.$"
+        "^The prompts and negative prompts of a batch should have numbers of chunks whose least common multiple is "
+        rf"at most {most}, not {multiple} \(for {numbers} chunks\): generate their images one at a time, or shorten "
+        r"one\.$"
     )
     handle = models.clip.register_forward_pre_hook(lambda *_: pytest.fail("encoded before checking"))
     try:
@@ -214,7 +214,7 @@ def test_the_greatest_and_the_least_weights_stay_finite(dtype, weight):
         (["a cat BREAK a dog", "a (house:1.5)"], ["a BREAK b BREAK c", "blurry"]),
     ],
 )
-def test_a_picture_is_the_same_alone_and_beside_a_longer_prompt(models, prompts, unconds):
+def test_an_image_is_the_same_alone_and_in_a_batch_with_a_longer_prompt(models, prompts, unconds):
     options = {"models": models, "n_inference_steps": 3, "height": 32, "width": 32}
     together = generate(prompts, unconds, seed=7, **options)
     for i, (prompt, uncond) in enumerate(zip(prompts, unconds)):
@@ -222,7 +222,7 @@ def test_a_picture_is_the_same_alone_and_beside_a_longer_prompt(models, prompts,
         assert np.abs(together[i].astype(int) - alone).max() <= 1
 
 
-def test_generate_obeys_weights_and_takes_long_prompts(models):
+def test_generate_applies_weights_and_accepts_long_prompts(models):
     options = {"models": models, "seed": 1, "n_inference_steps": 2, "height": 32, "width": 32}
     plain = generate("a cat, a dog", **options)
     assert (generate("a (cat:3), a dog", **options) != plain).any()

@@ -1,4 +1,4 @@
-"""Attention weights: what is parsed, and what is refused."""
+"""The notation for weights: valid prompts, and errors."""
 
 import contextlib
 import math
@@ -101,7 +101,7 @@ def test_brackets_that_are_not_in_pairs_are_refused(prompt, bracket, place):
         ("(cat:.)", "(cat:.)"),
         ("(cat:" + 31 * "9" + ")", "(cat:" + 31 * "9" + ")"),
         ("((cat:" + 20 * "9" + "):" + 20 * "9" + ")", "(cat:" + 20 * "9" + "):" + 13 * "9"),
-        ("(" * 8000 + "cat" + ")" * 8000, "(" * 40),
+        ("(" * 4000 + "cat" + ")" * 4000, "(" * 40),
         ("[cat:0.5]", "[cat:0.5]"),
         ("[cat:dog:0.5]", "[cat:dog:0.5]"),
         ("(two\nlines:1..2)", "(two\nlines:1..2)"),
@@ -131,20 +131,20 @@ def test_an_escaped_text_is_itself(text):
     assert parse(escaped) == [[(text, 1.0)] if text else []]
 
 
-HOSTILE = ["(" * 15_000 + ")" * 15_000, "()" * 15_000, "[(" * 15_000, "(a:" * 10_000, ":" * 30_000, "\\" * 30_000]
-HOSTILE += [" " * 30_000 + "x", " BREAK" * 5_000, ":" + " " * 29_999, "(a:" + "1" * 29_000 + ")", "(a:1 " * 6_000]
+HOSTILE = ["(" * 5_000 + ")" * 5_000, "()" * 5_000, "[(" * 5_000, "(a:" * 3_333, ":" * 10_000, "\\" * 10_000]
+HOSTILE += [" " * 9_999 + "x", " BREAK" * 1_666, ":" + " " * 9_999, "(a:" + "1" * 9_990 + ")", "(a:1 " * 2_000]
 
 
 @pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_prompts_are_parsed_in_linear_time(prompt):
+def test_hostile_prompts_are_parsed_quickly(prompt):
     started = time.process_time()
     with contextlib.suppress(ValueError):
         parse(prompt)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 0.3
 
 
-@pytest.mark.parametrize("prompt", ["x" * 30_001, "(" * 1_000_000, "&amp;" * 200_000])
-def test_a_prompt_may_have_30000_characters(prompt):
-    with pytest.raises(ValueError, match=f"^negative should be at most 30000 characters long, not {len(prompt)}\\.$"):
+@pytest.mark.parametrize("prompt", ["x" * 10_001, "(" * 1_000_000, "&amp;" * 200_000])
+def test_a_prompt_may_have_10000_characters(prompt):
+    with pytest.raises(ValueError, match=f"^negative should be at most 10000 characters long, not {len(prompt)}\\.$"):
         parse(prompt, "negative")
-    assert parse("x" * 30_000) == [[("x" * 30_000, 1.0)]]
+    assert parse("x" * 10_000) == [[("x" * 10_000, 1.0)]]
