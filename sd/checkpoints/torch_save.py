@@ -90,7 +90,7 @@ def _from_notes(root: Any, storage_of: Callable[[StorageNote], UntypedStorage]) 
         elif isinstance(note, Call) and isinstance(note.function, Global) and note.function.name.startswith("_rebuild"):
             raise CheckpointError(f"has tensor {name!r:.80} of a kind that cannot be read: {note.function.name:.80}")
     if "string_to_param" in top:
-        raise CheckpointError("is a textual inversion embedding; what is needed is a Stable Diffusion 1.x checkpoint")
+        raise CheckpointError("is a textual inversion embedding; give a Stable Diffusion 1.x checkpoint")
     if not state:
         raise CheckpointError("has no tensors by name, at its top level or under `state_dict`; save model.state_dict()")
     return Checkpoint(state, plain_config(top.get("config")))

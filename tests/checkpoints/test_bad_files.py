@@ -141,7 +141,7 @@ def test_a_textual_inversion(tmp_path):
     path = tmp_path / "cat.pt"
     for value in (vector, {"*": torch.zeros(1, 768)}):
         torch.save({"string_to_token": {"*": 265}, "string_to_param": value}, path)
-        with pytest.raises(CheckpointError, match="is a textual inversion embedding; what is needed is a"):
+        with pytest.raises(CheckpointError, match="is a textual inversion embedding; give a Stable"):
             read_checkpoint(path)
 
 

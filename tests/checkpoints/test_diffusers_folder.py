@@ -104,7 +104,7 @@ def test_the_schedule(folder):
     schedule = load_models(folder, "cpu").config.schedule
     assert (schedule.prediction_type, schedule.beta_end, schedule.beta_start) == ("v_prediction", 0.02, 0.00085)
     change(path, prediction_type="sample")
-    with pytest.raises(CheckpointError, match="a schedule that is known"):
+    with pytest.raises(CheckpointError, match="a known schedule"):
         load_models(folder, "cpu")
 
 
@@ -155,7 +155,7 @@ def test_incomplete_folders(folder, tmp_path):
     with pytest.raises(CheckpointError, match="is a folder without unet/config.json; give a .ckpt or .safetensors"):
         load_models(tmp_path / "empty", "cpu")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "a-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"vae has no weights: it should hold a \.safetensors or a \.bin file"):
+    with pytest.raises(CheckpointError, match=r"vae has no weights: it should hold .* that is not split"):
         load_models(folder, "cpu")
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(CheckpointError, match="is a folder without text_encoder/config.json"):
