@@ -1,4 +1,4 @@
-"""Folders in the layout of diffusers: written by diffusers and transformers themselves, or by hand to be wrong."""
+"""Folders in the layout of diffusers: right ones, written by diffusers and transformers, and wrong ones."""
 
 import json
 import shutil
@@ -83,7 +83,7 @@ def test_the_file_of_full_precision_comes_first(folder):
 
 
 def test_an_older_vae(folder):
-    """Its attention had other names, and 1x1 convolutions."""
+    """Its attention has other names, and 1x1 convolutions."""
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     older = {}
@@ -162,7 +162,7 @@ def test_incomplete_folders(folder, tmp_path):
         load_models(folder, "cpu")
 
 
-def test_names_that_fit_no_rule_are_named(folder):
+def test_keys_that_match_no_rule_are_listed(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = read_checkpoint(file).state
     odd = [
@@ -177,7 +177,7 @@ def test_names_that_fit_no_rule_are_named(folder):
         load_models(folder, "cpu")
 
 
-def test_its_pages_can_be_given_back(folder):
+def test_its_memory_can_be_released(folder):
     checkpoint = read_folder(folder)
     assert len(checkpoint.mappings) == 3
     checkpoint.release()
