@@ -4,8 +4,8 @@ In: a flat state dict in the CompVis layout of Stable Diffusion 1.x, {"model.dif
 Out: one state dict per network, {"clip": ..., "encoder": ..., "decoder": ..., "diffusion": ...}. And back: the round
 trip is exact to the bit.
 
-Three things differ. Names: the rules below translate them in both directions. Queries, keys and values: three matrices
-there, one here. 1x1 convolutions there: some are linear layers here.
+Three things differ. Names are translated by the rules below, in both directions. Queries, keys and values are three
+matrices there and one here. Some 1x1 convolutions there are linear layers here.
 """
 
 from __future__ import annotations

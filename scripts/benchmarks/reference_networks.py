@@ -1,7 +1,7 @@
 """The networks of diffusers and transformers with our weights, for the parity tests and the benchmark.
 
-In: our configuration and a CompVis state dict. Out: their network with the same weights. These go through diffusers' own
-converter, so that our key rules are tested too. Both libraries are optional: requirements-dev.txt.
+In: our configuration and a CompVis state dict. Out: their network with the same weights. These go through the
+converter of diffusers, so that our key rules are tested too. Both libraries are optional: requirements-dev.txt.
 """
 
 from __future__ import annotations

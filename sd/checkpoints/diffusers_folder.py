@@ -31,8 +31,7 @@ NETWORKS = ("unet", "vae", "text_encoder")
 UNET_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D")  # with attention, and without
 MAX_JSON_BYTES = 1 << 20
 
-# Values in config.json that are the same for every Stable Diffusion 1.x. Other values mean other computations. Each may
-# also be absent.
+# Values in config.json that every Stable Diffusion 1.x has. They may be absent; other values mean other computations.
 FIXED = {
     "unet": {
         "act_fn": "silu",
@@ -154,7 +153,7 @@ def is_vae_folder(path: Path) -> bool:
 
 
 def unet_name(key: str, config: UNetConfig) -> str:
-    """down_blocks.0.resnets.0.norm1.weight -> input_blocks.1.0.in_layers.0.weight. Unknown keys stay unchanged."""
+    """down_blocks.0.resnets.0.norm1.weight -> input_blocks.1.0.in_layers.0.weight. Other keys stay unchanged."""
     key = rename(key, UNET_RULES)
     match = UNET_STAGE.fullmatch(key)
     if match is None:

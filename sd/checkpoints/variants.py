@@ -40,17 +40,17 @@ OTHER_FILES = [
     (r"(^|\.)control_model\.", "is a ControlNet, an addition to a model rather than a model"),
     (
         r"^(encoder\.)?down_blocks\.|^(text_model|unet|vae)\.",
-        "is one network of a folder in the layout of diffusers: give that folder",
+        "is one network of a folder in the layout of diffusers",
     ),
     (r"^string_to_param|^emb_params$|^\*$|^<.*>$", "is a textual inversion embedding"),
 ]
 
 
 def recognise(state: dict[str, Tensor]) -> ModelConfig:
-    """The configuration of a published checkpoint, from its keys and shapes: SD15 or SD15_INPAINTING, perhaps with
-    v-prediction.
+    """The configuration of a published checkpoint, from its keys and shapes.
 
-    Raises CheckpointError for any other file, and says what it is.
+    It is SD15 or SD15_INPAINTING, perhaps with v-prediction. Raises CheckpointError for any other file, and says what
+    the file is.
     """
     identify(state)
     first = state.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
@@ -71,7 +71,9 @@ def identify(keys: Iterable[str]) -> None:
     keys = list(keys)
     for pattern, description in OTHER_FILES:
         if any(re.search(pattern, key) for key in keys):
-            raise CheckpointError(f"This file {description}; give a Stable Diffusion 1.x checkpoint.")
+            raise CheckpointError(
+                f"This file {description}; give a Stable Diffusion 1.x checkpoint, a file or a folder."
+            )
     if not any(key.startswith((UNET_PREFIX, CLIP_PREFIX)) for key in keys):
         if any(key.removeprefix(VAE_PREFIX).startswith(VAE_PARTS) for key in keys):
             raise CheckpointError("This file is a VAE alone: give it as `vae=`, beside a full checkpoint.")

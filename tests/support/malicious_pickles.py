@@ -1,8 +1,8 @@
 """Pickles that attack the program that loads them, assembled from single instructions, and files to put them in.
 
-Every attack tries to create one file, the canary. `attacks(folder)` gives them by name, each as the bytes of a value to put
-anywhere in a pickle. `place_accomplices(folder)` writes the files that some attacks load. `in_zip` and `in_legacy` make a
-checkpoint of a whole pickle.
+Every attack tries to create one file, the canary. `attacks(folder)` gives them by name, each as the bytes of a value to
+put anywhere in a pickle. `place_accomplices(folder)` writes the files that some attacks load. `in_zip` and `in_legacy`
+make a checkpoint of a whole pickle.
 """
 
 import io
