@@ -135,6 +135,9 @@ def test_errors_name_the_file(tmp_path, state):
     path.write_text("<!DOCTYPE html><html>")
     with pytest.raises(CheckpointError, match=r"broken.ckpt.*HTML"):
         load_models(path, "cpu")
+    with pytest.raises(CheckpointError) as error:
+        load_models(f"{tmp_path}/./broken.ckpt", "cpu")
+    assert str(error.value).count("broken.ckpt") == 1
 
 
 def test_a_missing_file_says_where_to_get_it(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A folder in the layout of diffusers -> the same weights in the one layout that `model_converter` knows.
+"""A folder in the layout of diffusers -> the same weights in the one layout that `model_converter` reads.
 
 In: a folder with a folder for each network, which holds its weights and its `config.json`:
 

@@ -1,4 +1,4 @@
-"""The variants of checkpoints that people share -> the one layout that `model_converter` knows.
+"""The variants of checkpoints that people share -> the one layout that `model_converter` reads.
 
 In: whatever state dict a file held. Out: the same tensors under the keys of the CompVis Stable Diffusion 1.5 file,
 without what trainers store beside the weights; or a CheckpointError that says what the file is instead.

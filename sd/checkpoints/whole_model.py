@@ -42,7 +42,7 @@ def read_model(
 @contextmanager
 def name_in_errors(path: str | Path, vae: str | Path | None = None) -> Iterator[None]:
     """Puts the file's name in front of errors in the block; for a missing file, adds where to get one."""
-    name = str(path) if vae is None else f"{path} with the VAE of {vae}"
+    name = str(Path(path)) if vae is None else f"{Path(path)} with the VAE of {Path(vae)}"
     try:
         yield
     except FileNotFoundError:

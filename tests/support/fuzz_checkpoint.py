@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(
     include=[
-        "sd.checkpoints.zip_archive",
+        "sd.checkpoints.checkpoint",
         "sd.checkpoints.files",
         "sd.checkpoints.safetensors",
         "sd.checkpoints.torch_save",
         "sd.checkpoints.unpickler",
+        "sd.checkpoints.zip_archive",
     ]
 ):
     from sd.checkpoints.checkpoint import CheckpointError
