@@ -4,37 +4,35 @@ In: a flat state dict in the CompVis layout of Stable Diffusion 1.x, {"model.dif
 Out: one state dict per network, {"clip": ..., "encoder": ..., "decoder": ..., "diffusion": ...}. And back: the round
 trip is exact to the bit.
 
-Three things differ between the two: names, which the rules below translate in both directions; queries, keys and
-values, which are three matrices there and one here; and 1x1 convolutions there, which are linear layers here.
+Three things differ. Names are translated by the rules below, in both directions. Queries, keys and values are three
+matrices there and one here. Some 1x1 convolutions there are linear layers here.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-from functools import cache
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, inverse, rename
 from sd.checkpoints.variants import recognise, standard_layout
 from sd.config import ModelConfig
 from sd.models import empty_networks
 
-# All rules are pairs: theirs, ours. First, how a network's keys begin.
+# Pairs (theirs, ours), in the notation of `sd.checkpoints.key_rules`. First, how the keys of each network begin.
 PREFIXES = [
-    ("cond_stage_model.transformer.text_model", "clip"),
-    ("first_stage_model.quant_conv", "encoder.quant_conv"),
-    ("first_stage_model.encoder", "encoder"),
-    ("first_stage_model.post_quant_conv", "decoder.post_quant_conv"),
-    ("first_stage_model.decoder", "decoder"),
-    ("model.diffusion_model", "diffusion"),
+    (f"{CLIP_PREFIX}text_model.", "clip."),
+    (f"{VAE_PREFIX}encoder.", "encoder."),
+    (f"{VAE_PREFIX}quant_conv.", "encoder.quant_conv."),
+    (f"{VAE_PREFIX}decoder.", "decoder."),
+    (f"{VAE_PREFIX}post_quant_conv.", "decoder.post_quant_conv."),
+    (UNET_PREFIX, "diffusion."),
 ]
 
-# Then, what the parts of each network are called. A rule replaces whole dotted segments anywhere in a key; `#` stands
-# for any number. The rules apply from first to last towards ours, and from last to first towards theirs.
+# Then, what the parts of each network are called.
 CLIP_RULES = [
     ("embeddings.token_embedding", "token_embedding"),
     ("embeddings.position_embedding", "position_embedding"),
@@ -93,42 +91,21 @@ UNET_RULES = [
 ]
 RULES = {"clip": CLIP_RULES, "encoder": ENCODER_RULES, "decoder": DECODER_RULES, "diffusion": UNET_RULES}
 
-# Theirs: weights of 1x1 convolutions, (out, in, 1, 1), which here belong to linear layers, (out, in).
+# Weights of 1x1 convolutions, (out, in, 1, 1) in their files, that belong to linear layers, (out, in), here.
 CONVOLUTIONS_1X1 = re.compile(r"(proj_in|proj_out|attn_1\.[qkv])\.weight$")
 
-POSITION_IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"  # 0..76: a constant, not a weight
+POSITION_IDS = f"{CLIP_PREFIX}text_model.embeddings.position_ids"  # 0..76: a constant, not a weight
 
 
 def to_our_name(key: str) -> str:
-    """model.diffusion_model.time_embed.0.weight -> diffusion.time_embedding.0.weight."""
-    key = _swap_prefix(key, PREFIXES)
-    for theirs, ours in RULES[key.split(".")[0]]:
-        key = _substitute(theirs, ours, key)
-    return key
+    """model.diffusion_model.time_embed.0.weight -> diffusion.time_embedding.0.weight. KeyError for other prefixes."""
+    key = rename(key, PREFIXES)
+    return rename(key, RULES[key.split(".")[0]])
 
 
 def to_their_name(key: str) -> str:
     """The inverse of `to_our_name`."""
-    for theirs, ours in reversed(RULES[key.split(".")[0]]):
-        key = _substitute(ours, theirs, key)
-    return _swap_prefix(key, [(ours, theirs) for theirs, ours in PREFIXES])
-
-
-def _swap_prefix(key: str, prefixes: list[tuple[str, str]]) -> str:
-    old, new = next(pair for pair in prefixes if key.startswith(pair[0] + "."))
-    return new + key.removeprefix(old)
-
-
-def _substitute(old: str, new: str, key: str) -> str:
-    pattern, replacement = _compile(old, new)
-    return pattern.sub(replacement, key)
-
-
-@cache
-def _compile(old: str, new: str) -> tuple[re.Pattern, str]:
-    numbers = itertools.count(1)
-    pattern = rf"(?<![^.]){re.escape(old)}(?![^.])".replace(r"\#", r"(\d+)")
-    return re.compile(pattern), re.sub("#", lambda _: rf"\g<{next(numbers)}>", new)
+    return rename(key, inverse(PREFIXES + RULES[key.split(".")[0]]))
 
 
 def from_compvis(
@@ -139,20 +116,21 @@ def from_compvis(
 ) -> dict[str, dict[str, Tensor]]:
     """A CompVis state dict -> the state dicts of our four networks, {"clip": {...}, "encoder": ..., ...}.
 
-    `config` is recognised from the tensors' shapes when it is None. `ema` takes the U-Net's averaged weights (the
-    `model_ema.*` copies) instead of the plain ones. `networks` are the empty ones, if there are any yet: building them
-    takes a while. Tensors are passed on, not copied, but for the fused matrices.
-    Raises CheckpointError, which lists every unknown key, missing key and wrong shape there is.
+    Without `config`, it is recognised from the tensors' shapes. `ema` takes the U-Net's averaged weights (the
+    `model_ema.*` copies) instead of the plain ones. `networks` are empty networks of this configuration, if they exist
+    already: building them takes a while. Tensors are passed on, not copied, except for the fused matrices.
+    Raises CheckpointError, which lists every unknown key, missing key, wrong shape and wrong dtype.
     """
     config = config or recognise(state)
     state = standard_layout(state, ema)
+    state.pop(POSITION_IDS, None)
     shapes = compvis_shapes(config, networks)
+    del shapes[POSITION_IDS]
     _check(state, shapes)
     ours = {}
     for key, tensor in state.items():
-        if key != POSITION_IDS:
-            tensor = tensor.reshape(shapes[key])  # with or without the ones of a 1x1 kernel
-            ours[to_our_name(key)] = tensor.flatten(1) if CONVOLUTIONS_1X1.search(key) else tensor
+        tensor = tensor.reshape(shapes[key])  # some files store 1x1 kernels as matrices, others matrices as kernels
+        ours[to_our_name(key)] = tensor.flatten(1) if CONVOLUTIONS_1X1.search(key) else tensor
     states = {name: {} for name in RULES}
     for key, tensor in _fuse(ours).items():
         network, name = key.split(".", 1)
@@ -161,13 +139,13 @@ def from_compvis(
 
 
 def to_compvis(models) -> dict[str, Tensor]:
-    """Networks -> a CompVis state dict with every key of the SD 1.5 file, less the noise schedule.
+    """Networks -> a CompVis state dict with every key of the SD 1.5 file except the noise schedule.
 
     `models` has the attributes `clip`, `encoder`, `decoder` and `diffusion`. Tensors are views of the networks' own.
     """
     ours = {f"{name}.{key}": t for name in RULES for key, t in getattr(models, name).state_dict().items()}
     positions = ours["clip.position_embedding.weight"]
-    ids = torch.arange(len(positions))  # on the CPU first: on the meta device this, too, would load a compiler
+    ids = torch.arange(len(positions))  # on the CPU first: on the meta device, arange would load a compiler
     state = {POSITION_IDS: ids[None].to(positions.device)}
     for name, tensor in _split(ours).items():
         key = to_their_name(name)
@@ -175,15 +153,21 @@ def to_compvis(models) -> dict[str, Tensor]:
     return state
 
 
+def compvis_shapes(config: ModelConfig, networks: dict[str, nn.Module] | None = None) -> dict[str, torch.Size]:
+    """The keys and shapes of a checkpoint of this configuration; `networks` as in `from_compvis`."""
+    networks = networks or empty_networks(config)
+    return {key: tensor.shape for key, tensor in to_compvis(SimpleNamespace(**networks)).items()}
+
+
 def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """qkv.q, qkv.k and qkv.v (each (width, ...)) -> one qkv (3 width, ...)."""
     fused = {}
     for name, tensor in state.items():
-        if ".qkv." not in name:
-            fused[name] = tensor
-        elif ".qkv.q." in name:
+        if ".qkv.q." in name:
             parts = [state[name.replace(".qkv.q.", f".qkv.{part}.")] for part in "qkv"]
             fused[name.replace(".qkv.q.", ".qkv.")] = torch.cat(parts)
+        elif ".qkv." not in name:
+            fused[name] = tensor
     return fused
 
 
@@ -192,27 +176,19 @@ def _split(state: dict[str, Tensor]) -> dict[str, Tensor]:
     split = {}
     for name, tensor in state.items():
         if ".qkv." in name:
-            parts = zip("qkv", tensor.chunk(3))
-            split |= {name.replace(".qkv.", f".qkv.{part}."): piece for part, piece in parts}
+            for part, piece in zip("qkv", tensor.chunk(3)):
+                split[name.replace(".qkv.", f".qkv.{part}.")] = piece
         else:
             split[name] = tensor
     return split
 
 
-def compvis_shapes(config: ModelConfig, networks: dict[str, nn.Module] | None = None) -> dict[str, torch.Size]:
-    """The keys and shapes that a checkpoint of this configuration has; `networks` as in `from_compvis`."""
-    networks = networks or empty_networks(config)
-    return {key: tensor.shape for key, tensor in to_compvis(SimpleNamespace(**networks)).items()}
-
-
 def _check(state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
     """Raises CheckpointError unless `state` has exactly these keys and shapes, in floating point."""
-    problems = [f"missing key {key}" for key in shapes if key not in state and key != POSITION_IDS]
+    problems = [f"missing key {key}" for key in shapes if key not in state]
     for key, tensor in state.items():
         if key not in shapes:
             problems.append(f"unknown key {key}")
-        elif key == POSITION_IDS:
-            continue
         elif _without_ones(tensor.shape) != _without_ones(shapes[key]):
             problems.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(shapes[key])}")
         elif not tensor.is_floating_point():
@@ -224,5 +200,5 @@ def _check(state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
 
 
 def _without_ones(shape: torch.Size) -> tuple[int, ...]:
-    """The shape less a 1x1 kernel: some files store such convolutions as matrices, and others do the reverse."""
+    """The shape without a 1x1 kernel's two ones."""
     return tuple(shape[:2]) if shape[2:] == (1, 1) else tuple(shape)

@@ -1,4 +1,4 @@
-"""The key rules, in both directions, and what they say of a checkpoint that does not fit."""
+"""The key rules in both directions, and the errors for a checkpoint that does not fit."""
 
 import re
 
@@ -71,7 +71,7 @@ def test_round_trip_is_exact():
     assert all(torch.equal(state[key], original[key]) for key in original)
 
 
-def test_tensors_are_not_copied_but_for_fused_ones():
+def test_only_fused_tensors_are_copied():
     state = random_state(MICRO)
     networks = from_compvis(state, MICRO)
     assert networks["diffusion"]["down.0.0.weight"].data_ptr() == state[FIRST].data_ptr()
@@ -80,7 +80,7 @@ def test_tensors_are_not_copied_but_for_fused_ones():
 
 
 def test_matrices_in_the_place_of_1x1_convolutions():
-    """diffusers stores the VAE's attention as matrices, and files that went through it keep them."""
+    """diffusers stores the VAE's attention as matrices, and so do files converted by it."""
     state = random_state(MICRO)
     flat = {k: t.flatten(1) if t.shape[2:] == (1, 1) and "attn_1" in k else t for k, t in state.items()}
     assert any(flat[k].shape != state[k].shape for k in state)
@@ -88,7 +88,7 @@ def test_matrices_in_the_place_of_1x1_convolutions():
         assert all(torch.equal(weights[k], t) for k, t in from_compvis(state, MICRO)[name].items())
 
 
-def test_any_matrix_may_be_a_1x1_convolution_and_the_other_way_round():
+def test_any_matrix_may_be_a_1x1_convolution_and_vice_versa():
     state = random_state(MICRO)
     kernels = {
         k: t[..., None, None] if t.ndim == 2 else t.flatten(1) if t.shape[2:] == (1, 1) else t for k, t in state.items()

@@ -67,7 +67,7 @@ def test_the_file_leaves_memory_as_copies_grow(folder, monkeypatch, name):
     assert len(released) == 1  # nothing was copied
 
 
-def test_a_sampler_that_nobody_knows_is_refused(tmp_path, state):
+def test_an_unknown_sampler_is_refused(tmp_path, state):
     config = MICRO.to_dict() | {"sampling": {"sampler": "magic"}}
     write_checkpoint(tmp_path / "micro.ckpt", state, config)
     with pytest.raises(CheckpointError, match="config.sampling.sampler should be one of ddpm"):
@@ -80,7 +80,7 @@ def test_the_names_of_the_video(folder, state):
 
 
 def test_a_config_that_was_recognised(tmp_path):
-    """Published files carry no configuration: theirs follows from the shapes."""
+    """Published files carry no configuration: it is recognised from the shapes."""
     shapes = compvis_shapes(SD15_INPAINTING)
     zeros = torch.zeros(max(shape.numel() for shape in shapes.values()), dtype=torch.float16)
     state = {key: zeros[: shape.numel()].view(shape) for key, shape in shapes.items()}
@@ -103,7 +103,7 @@ def test_averaged_weights(tmp_path, state):
     assert torch.equal(averaged[key], state[key] + 1)
 
 
-def test_averaged_weights_that_are_not_there(folder):
+def test_missing_averaged_weights(folder):
     with pytest.raises(CheckpointError, match=r"micro.ckpt: .*load it with ema=False"):
         load_models(folder / "micro.ckpt", "cpu", ema=True)
 
@@ -135,6 +135,9 @@ def test_errors_name_the_file(tmp_path, state):
     path.write_text("<!DOCTYPE html><html>")
     with pytest.raises(CheckpointError, match=r"broken.ckpt.*HTML"):
         load_models(path, "cpu")
+    with pytest.raises(CheckpointError) as error:
+        load_models(f"{tmp_path}/./broken.ckpt", "cpu")
+    assert str(error.value).count("broken.ckpt") == 1
 
 
 def test_a_missing_file_says_where_to_get_it(tmp_path, monkeypatch):
@@ -145,7 +148,7 @@ def test_a_missing_file_says_where_to_get_it(tmp_path, monkeypatch):
         load_models()
 
 
-def test_what_the_unet_predicts_can_be_said(folder):
+def test_the_prediction_type_can_be_given(folder):
     models = load_models(folder / "micro.ckpt", "cpu", prediction_type="v_prediction")
     assert models.config == replace(MICRO, schedule=replace(MICRO.schedule, prediction_type="v_prediction"))
     with pytest.raises(ValueError, match="prediction_type should be one of epsilon, v_prediction, not 'sample'"):

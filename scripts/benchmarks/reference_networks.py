@@ -1,7 +1,7 @@
-"""diffusers' and transformers' networks with our weights: what the parity tests and the benchmark compare ours with.
+"""The networks of diffusers and transformers with our weights, for the parity tests and the benchmark.
 
-In: a configuration of ours and a CompVis state dict. Out: their network with those weights, which travel through
-diffusers' own converter, so that the key rules are tested too. Both libraries are optional: requirements-dev.txt.
+In: our configuration and a CompVis state dict. Out: their network with the same weights. These go through the
+converter of diffusers, so that our key rules are tested too. Both libraries are optional: requirements-dev.txt.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
 from sd.checkpoints.files import read_state_dict
+from sd.checkpoints.key_rules import CLIP_PREFIX
 from sd.config import SD15, ModelConfig
 
 
@@ -33,7 +34,7 @@ def unet(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
         attention_head_dim=c.heads,  # diffusers' name for the number of heads
         norm_num_groups=c.groups,
         cross_attention_dim=c.context_width,
-        sample_size=64,  # only a default that we never use, but its pipelines want one
+        sample_size=64,  # a default that we never use, but its pipelines require one
     )
     return _load(model, single_file_utils.convert_ldm_unet_checkpoint(state, dict(model.config)))
 
@@ -68,11 +69,10 @@ def text_encoder(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
             hidden_act="quick_gelu",
         )
     )
-    prefix = "cond_stage_model.transformer.text_model."
+    prefix = f"{CLIP_PREFIX}text_model."
     weights = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    wanted = model.state_dict()
-    # transformers 4 keeps "text_model." in its keys, and 5 does not.
-    return _load(model, {key: weights[key.removeprefix("text_model.")] for key in wanted})
+    # transformers 4 has "text_model." in its keys, 5 does not.
+    return _load(model, {key: weights[key.removeprefix("text_model.")] for key in model.state_dict()})
 
 
 def _load(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:

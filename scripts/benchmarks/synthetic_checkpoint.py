@@ -1,9 +1,9 @@
-"""Writes a full-size Stable Diffusion 1.5 checkpoint of random weights: for speed and memory, not for pictures.
+"""Writes a full-size Stable Diffusion 1.5 checkpoint of random weights, to measure speed and memory.
 
     python scripts/benchmarks/synthetic_checkpoint.py runs/synthetic.safetensors      # 4.3 GB; .ckpt works as well
 
-It has the names, shapes and sizes of the real file, and weights that keep activations at about unit scale, so whatever
-runs on it takes the time and memory that it takes on the real one, with no download.
+It has the names, shapes and sizes of the real file, and weights that keep activations at about unit scale. So programs
+take as much time and memory as with the real file, without a download.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def random_weight(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """One weight, scaled by its role so that a deep network neither dies nor explodes."""
+    """One weight, scaled by its role so that activations neither vanish nor explode."""
     import torch
 
     noise = torch.randn(shape, generator=generator)
@@ -56,10 +56,10 @@ def random_state(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("benchmarks/synthetic_checkpoint.py", __doc__)
     parser.add_argument("out", type=Path, metavar="FILE", help="a .safetensors or .ckpt file")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes other weights (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random weights (0)")
     options: argparse.Namespace = parser.parse_args(arguments)
     if options.out.exists():
-        parser.error(f"{options.out} is there already: choose another name.")
+        parser.error(f"{options.out} exists already: choose another name.")
     return exit_status(
         "benchmarks/synthetic_checkpoint.py", lambda: write(options), "interrupted; nothing was written."
     )

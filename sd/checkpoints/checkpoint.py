@@ -1,6 +1,6 @@
-"""What a weight file holds, the error for one that cannot be read, and the checks that all formats share.
+"""What a weight file holds, the error for an unreadable one, and the checks that all formats share.
 
-Errors speak of the file as "it": `files.read_checkpoint` puts its name in front.
+Error messages start with a verb ("is truncated"): `files.read_checkpoint` puts the file's name in front.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch import Tensor, UntypedStorage
 
 from sd.checkpoints.unpickler import MAX_NUMBER
 
-# Honest files stay far below these limits; without them a file of a few kilobytes can claim terabytes.
-MAX_HEADER_BYTES = 8 << 20  # of a pickle or a safetensors header: Stable Diffusion's are below 1 MB
-MAX_CONFIG_CHARACTERS = 1 << 16  # of JSON: ours has 500
+# Real checkpoints stay far below these limits. Without limits, a file of a few kilobytes could demand terabytes.
+MAX_HEADER_BYTES = 8 << 20  # of a pickle or a safetensors header: those of Stable Diffusion are below 1 MB
+MAX_CONFIG_CHARACTERS = 1 << 16  # of JSON: our configuration has 500
 MAX_TENSORS = 20_000  # Stable Diffusion 1.5 has 1,131, and 1,819 with its averaged weights
 MAX_DIMENSIONS = 16
-MAX_REPEATED_ELEMENTS = 1 << 24  # in a tensor that shows elements of its storage more than once (stride 0)
+MAX_REPEATED_ELEMENTS = 1 << 24  # in a tensor that repeats elements of its storage (stride 0)
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read as a checkpoint, or a state that cannot be written as one."""
+    """A file cannot be read as a checkpoint, or a state dict cannot be written as one."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds: tensors by name, and the configuration if it carries one."""
+    """What a checkpoint file holds: tensors by name, and its configuration, or None."""
 
     state: dict[str, Tensor]
     config: dict | None
-    mappings: tuple[mmap.mmap, ...] = ()  # of the file, or of each file of a folder
+    mappings: tuple[mmap.mmap, ...] = ()  # of the file, or of each file in a folder
 
     def release(self) -> None:
-        """Gives back the memory of all that was read so far: the system fetches a page again when somebody looks at it.
+        """Frees the memory of all pages read so far. A page that is needed again is read from the file again.
 
-        For those who copy tensors and need the originals no more. Changes made to the tensors are lost.
+        For callers that have copied the tensors. Changes made to the tensors are lost.
         """
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             for mapping in self.mappings:
@@ -47,11 +47,12 @@ class Checkpoint:
 
 
 def storage_over(data: mmap.mmap | bytearray) -> UntypedStorage:
+    """A storage that shares its memory with `data`."""
     return torch.frombuffer(data, dtype=torch.uint8).untyped_storage() if data else UntypedStorage(0)
 
 
 def part(mapped: UntypedStorage, start: int, size: int, dtype: torch.dtype) -> UntypedStorage:
-    """Bytes of the mapped file in place, or a copy of them if they do not lie where numbers of this dtype may."""
+    """Some bytes of the mapped file: a view, or a copy if they are not aligned for this dtype."""
     if not 0 <= start <= start + size <= mapped.nbytes():
         raise CheckpointError("is truncated: a tensor lies beyond its end; download it again")
     part = mapped[start : start + size]
@@ -70,7 +71,7 @@ def check_numbers(name: str, numbers: tuple) -> None:
 
 
 def view(name: str, storage: UntypedStorage, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> Tensor:
-    """A tensor in a storage, made only if all of its elements lie inside."""
+    """A tensor in a storage. Raises CheckpointError unless all its elements lie inside."""
     if type(size) is not tuple or type(stride) is not tuple or not len(size) == len(stride) <= MAX_DIMENSIONS:
         raise CheckpointError(f"is damaged: tensor {name!r:.80} has an impossible shape or place")
     check_numbers(name, (offset, *size, *stride))
@@ -82,9 +83,10 @@ def view(name: str, storage: UntypedStorage, dtype: torch.dtype, offset: Any, si
 
 
 def plain_config(config: Any) -> dict | None:
+    """A configuration as JSON gives it back, or None if it is no dict or JSON cannot express it."""
     text = ""
     try:
-        for piece in json.JSONEncoder().iterencode(config):  # in pieces: a few nested lists can spell out gigabytes
+        for piece in json.JSONEncoder().iterencode(config):  # in pieces: a few nested lists can expand to gigabytes
             text += piece
             if len(text) > MAX_CONFIG_CHARACTERS:
                 return None
@@ -94,6 +96,7 @@ def plain_config(config: Any) -> dict | None:
 
 
 def parse_config(text: Any) -> dict | None:
+    """The dict in a JSON text, or None."""
     try:
         config = json.loads(text)
     except (TypeError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A folder in the layout of diffusers -> the same weights in the one layout that `model_converter` knows.
+"""A folder in the layout of diffusers -> the same weights in the one layout that `model_converter` reads.
 
 In: a folder with a folder for each network, which holds its weights and its `config.json`:
 
@@ -7,10 +7,10 @@ In: a folder with a folder for each network, which holds its weights and its `co
     text_encoder/   model.safetensors                    config.json
     scheduler/                                           scheduler_config.json
 
-Out: a `Checkpoint` with the keys of the CompVis file and the configuration that the four descriptions add up to.
+Out: a `Checkpoint` with the keys of the CompVis file, and the configuration that the four JSON files describe.
 
-The two layouts name the same tensors after different trees. CompVis numbers the U-Net's stages in one row,
-input_blocks.0 to 11; diffusers counts levels, and in each of them its blocks, its transformers and what resizes.
+The two layouts name the same tensors after different trees. CompVis numbers all stages of the U-Net in one sequence,
+input_blocks.0 to 11. diffusers counts levels, and in each level its residual blocks, its transformers and its resizers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from torch import Tensor
 
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.files import read_checkpoint
+from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, rename
 from sd.config import ModelConfig, UNetConfig
 
 NETWORKS = ("unet", "vae", "text_encoder")
 UNET_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D")  # with attention, and without
 MAX_JSON_BYTES = 1 << 20
 
-# What a network of Stable Diffusion 1.x has in its config.json, if it says anything of it; others compute otherwise.
+# Values in config.json that every Stable Diffusion 1.x has. They may be absent; other values mean other computations.
 FIXED = {
     "unet": {
         "act_fn": "silu",
@@ -52,18 +53,18 @@ FIXED = {
     "scheduler": {"rescale_betas_zero_snr": False, "trained_betas": None},
 }
 
-# Their names of the numbers that a ModelConfig holds, under ours.
+# The fields of a ModelConfig: our name, their name.
 FIELDS = {
     "unet": {
         "in_channels": "in_channels",
         "out_channels": "out_channels",
         "channels": "block_out_channels",
-        "attention": "down_block_types",  # the kinds of the levels, of which one attends
+        "attention": "down_block_types",  # the kind of each level: with or without attention
         "blocks_per_level": "layers_per_block",
         "heads": "attention_head_dim",  # the number of heads, in spite of its name
         "groups": "norm_num_groups",
         "context_width": "cross_attention_dim",
-        "side": "sample_size",  # of the latents: says how large the pictures are
+        "side": "sample_size",  # of the latents; gives the image size
     },
     "vae": {
         "channels": "block_out_channels",
@@ -88,26 +89,25 @@ FIELDS = {
     },
 }
 
-# Pairs: diffusers' name, CompVis's name. Each replaces whole dotted segments of a key.
-UNET_NAMES = [
+# Pairs (diffusers, CompVis), in the notation of `key_rules`.
+UNET_RULES = [
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
     ("conv_in", "input_blocks.0.0"),
     ("conv_norm_out", "out.0"),
     ("conv_out", "out.2"),
+    ("resnets.#.norm1", "resnets.#.in_layers.0"),
+    ("resnets.#.conv1", "resnets.#.in_layers.2"),
+    ("resnets.#.time_emb_proj", "resnets.#.emb_layers.1"),
+    ("resnets.#.norm2", "resnets.#.out_layers.0"),
+    ("resnets.#.conv2", "resnets.#.out_layers.3"),
+    ("resnets.#.conv_shortcut", "resnets.#.skip_connection"),
+    ("downsamplers.#.conv", "downsamplers.#.op"),
     ("mid_block.resnets.0", "middle_block.0"),
     ("mid_block.attentions.0", "middle_block.1"),
     ("mid_block.resnets.1", "middle_block.2"),
 ]
-UNET_BLOCK_NAMES = [
-    ("norm1", "in_layers.0"),
-    ("conv1", "in_layers.2"),
-    ("time_emb_proj", "emb_layers.1"),
-    ("norm2", "out_layers.0"),
-    ("conv2", "out_layers.3"),
-    ("conv_shortcut", "skip_connection"),
-]
-VAE_NAMES = [
+VAE_RULES = [
     ("conv_norm_out", "norm_out"),
     ("conv_shortcut", "nin_shortcut"),
     ("mid_block.resnets.0", "mid.block_1"),
@@ -116,19 +116,19 @@ VAE_NAMES = [
     ("resnets", "block"),
     ("downsamplers.0", "downsample"),
     ("upsamplers.0", "upsample"),
-    # attention, as older files name it and as newer ones do
+    # attention: the names in older files, then those in newer ones
     *[("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "proj_out")],
     *[("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"), ("group_norm", "norm")],
 ]
-UNET_PLACE = re.compile(r"(down|up)_blocks\.(\d{1,3})\.(resnets|attentions|downsamplers|upsamplers)\.(\d{1,3})\.(.+)")
-VAE_LEVEL = re.compile(r"(down|up)_blocks\.(\d{1,3})\.(.+)")
+UNET_STAGE = re.compile(r"(down|up)_blocks\.(\d{1,3})\.(resnets|attentions|downsamplers|upsamplers)\.(\d{1,3})\.(.+)")
+VAE_LEVEL = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d{1,3})\.(.+)")
 
 
 def read_folder(path: Path) -> Checkpoint:
-    """The weights and the configuration of a folder, mapped into memory as `read_checkpoint` does.
+    """The weights and the configuration of a folder, mapped into memory like `read_checkpoint` does.
 
-    A folder that holds a VAE itself gives a checkpoint of that alone. Raises CheckpointError, which names the file, if
-    a network or its description is missing or damaged, or if it is not one of Stable Diffusion 1.x; and what
+    The folder of a lone VAE gives a checkpoint of the VAE only. Raises CheckpointError, which names the file, if a
+    network or its config.json is missing or damaged, or does not belong to Stable Diffusion 1.x; and whatever
     `read_checkpoint` raises.
     """
     if is_vae_folder(path):
@@ -141,44 +141,43 @@ def read_folder(path: Path) -> Checkpoint:
         )
     config = _read_config(path)
     files = {name: read_checkpoint(_weights(path / name)) for name in NETWORKS}
-    unet = {f"model.diffusion_model.{unet_name(key, config.unet)}": t for key, t in files["unet"].state.items()}
-    text = {f"cond_stage_model.transformer.{key}": t for key, t in files["text_encoder"].state.items()}
+    unet = {UNET_PREFIX + unet_name(key, config.unet): tensor for key, tensor in files["unet"].state.items()}
+    text = {CLIP_PREFIX + key: tensor for key, tensor in files["text_encoder"].state.items()}
     mappings = sum((file.mappings for file in files.values()), ())
     return Checkpoint(unet | _vae_state(files["vae"]) | text, config.to_dict(), mappings)
 
 
 def is_vae_folder(path: Path) -> bool:
-    """Whether it is a VAE's own folder, and not one of a whole model."""
+    """Whether this is the folder of a lone VAE rather than of a whole model."""
     return (path / "config.json").is_file() and not (path / "unet").exists()
 
 
 def unet_name(key: str, config: UNetConfig) -> str:
-    """down_blocks.0.resnets.0.norm1.weight -> input_blocks.1.0.in_layers.0.weight. A key that fits no rule is kept."""
-    match = UNET_PLACE.fullmatch(key)
+    """down_blocks.0.resnets.0.norm1.weight -> input_blocks.1.0.in_layers.0.weight. Other keys stay unchanged."""
+    key = rename(key, UNET_RULES)
+    match = UNET_STAGE.fullmatch(key)
     if match is None:
-        return _renamed(key, UNET_NAMES + UNET_BLOCK_NAMES if ".resnets." in key else UNET_NAMES)
+        return key
     side, level, kind, number, rest = match.groups()
     blocks, attends = config.blocks_per_level, dict(enumerate(reversed(config.attention)))
-    # Down, a level has `blocks` stages and one that halves; up, it has one more, the last of which doubles as well.
+    # Down, a level has `blocks` stages, then one that halves. Up, it has one more stage; its last one also doubles.
     stage = int(level) * (blocks + 1) + (blocks if kind.endswith("samplers") else int(number))
     if side == "down":
-        stage += 1  # conv_in is the first
+        stage += 1  # stage 0 is conv_in
     slot = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2 if attends.get(int(level)) else 1}[kind]
-    names = {"resnets": UNET_BLOCK_NAMES, "downsamplers": [("conv", "op")]}.get(kind, [])
-    return f"{'input' if side == 'down' else 'output'}_blocks.{stage}.{slot}.{_renamed(rest, names)}"
+    return f"{'input' if side == 'down' else 'output'}_blocks.{stage}.{slot}.{rest}"
 
 
 def vae_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a VAE, decoder.up_blocks.0.resnets.0.norm1.weight -> decoder.up.3.block.0.norm1.weight."""
-    # Going up, diffusers counts the levels from the coarsest, CompVis from the finest as on the way down.
+    # On the way up, diffusers counts levels from the coarsest; CompVis counts from the finest on both ways.
     last = max((int(level) for level in re.findall(r"\.up_blocks\.(\d{1,3})\.", "\n".join(state))), default=0)
 
     def renamed(key: str) -> str:
-        network, _, rest = key.partition(".")
-        if match := VAE_LEVEL.fullmatch(rest):
-            side, level, rest = match.groups()
-            rest = f"{side}.{last - int(level) if side == 'up' else level}.{rest}"
-        return f"{network}.{_renamed(rest, VAE_NAMES)}"
+        if match := VAE_LEVEL.fullmatch(key):
+            network, side, level, rest = match.groups()
+            key = f"{network}.{side}.{last - int(level) if side == 'up' else level}.{rest}"
+        return rename(key, VAE_RULES)
 
     return {renamed(key): tensor for key, tensor in state.items()}
 
@@ -189,22 +188,16 @@ def is_diffusers_vae(state: dict[str, Tensor]) -> bool:
 
 
 def _vae_state(file: Checkpoint) -> dict[str, Tensor]:
-    return {f"first_stage_model.{key}": tensor for key, tensor in vae_names(file.state).items()}
-
-
-def _renamed(key: str, names: list[tuple[str, str]]) -> str:
-    for diffusers, compvis in names:
-        key = re.sub(rf"(?<![^.]){re.escape(diffusers)}(?![^.])", compvis, key)
-    return key
+    return {VAE_PREFIX + key: tensor for key, tensor in vae_names(file.state).items()}
 
 
 def _weights(folder: Path) -> Path:
-    """The file with a network's weights: safetensors if there is one, of the widest precision."""
+    """The file with a network's weights: safetensors before .bin, full precision before float16."""
     for suffix in (".safetensors", ".bin"):
         files = [file for file in folder.glob(f"*{suffix}") if not re.search(r"non_ema|-of-\d+", file.name)]
         if files:
             return min(files, key=lambda file: (len(file.name), file.name))  # "model", before "model.fp16"
-    raise CheckpointError(f"{folder} has no weights: it should hold a .safetensors or a .bin file, in one piece.")
+    raise CheckpointError(f"{folder} has no weights: it should hold a .safetensors or .bin file that is not split.")
 
 
 def _read_config(path: Path) -> ModelConfig:
@@ -216,7 +209,7 @@ def _read_config(path: Path) -> ModelConfig:
 
 
 def _fields(folder: Path, name: str) -> dict[str, object]:
-    """What a description says, under the names that the classes of config.py have for it."""
+    """What a JSON file says, under the field names of config.py."""
     path = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
     if name == "scheduler" and not path.is_file():
         return {}
@@ -231,7 +224,7 @@ def _fields(folder: Path, name: str) -> dict[str, object]:
 
 
 def _read_json(path: Path, fixed: dict[str, object]) -> dict:
-    """The values of a description. Raises CheckpointError if it is damaged, or if one of them is not as `fixed`."""
+    """The values in a JSON file. Raises CheckpointError if it is damaged, or if a value differs from `fixed`."""
     try:
         with open(path, "rb") as file:
             values = json.loads(file.read(MAX_JSON_BYTES))

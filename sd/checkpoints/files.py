@@ -1,20 +1,20 @@
-"""A file on disk -> tensors by name, without running what is in it; and back.
+"""A file on disk -> tensors by name, without running code that it contains; and back.
 
-A checkpoint is a dictionary from names to tensors. It lies on disk in one of three formats, told apart by content:
+A checkpoint is a dictionary from names to tensors. On disk it has one of three formats, told apart by their content:
 
 - safetensors: 8 bytes with the length of a header, the header in JSON (name -> dtype, shape, first and last byte), then
-  the numbers of all tensors in a row.
-- torch.save's zip, the usual `.ckpt`: `data.pkl` in it is a pickle of the dictionary, in which each tensor is a note,
-  "the view of storage 7 with this offset, shape and stride"; `data/7` is that storage, plain numbers, not compressed.
-- torch.save before version 1.6: a file that begins with the same pickle, then lists the names of the storages, and then
-  holds each storage behind 8 bytes with its number of elements.
+  the numbers of all tensors.
+- torch.save's zip, the usual `.ckpt`: the record `data.pkl` is a pickle of the dictionary. It describes each tensor as
+  "the view of storage 7 with this offset, shape and stride". The record `data/7` is that storage, uncompressed.
+- torch.save before version 1.6: the same pickle, then a list with the names of the storages, then each storage after
+  8 bytes with its number of elements.
 
-Around the tensors a trainer may have left anything (epochs, callbacks, an optimizer), and a stranger may have left a
-program. Neither is run: see unpickler.py. safetensors.py and torch_save.py read the formats.
+Beside the tensors a trainer may have stored anything (epochs, callbacks, an optimizer), and a stranger may have stored
+a program. Neither is run: see unpickler.py. safetensors.py and torch_save.py read the formats.
 
-The file is mapped into memory, not read: the tensors are views of the mapping, and the operating system fetches a page
-when somebody looks at it. The mapping is private, so changing a tensor never changes the file. Do not overwrite a file
-in place while its tensors are in use; `write_checkpoint` puts a new file in its place, which is harmless.
+The file is mapped into memory, not read. The tensors are views of the mapping, and the operating system reads a page
+when it is first used. The mapping is private, so changing a tensor never changes the file. Do not overwrite a file in
+place while its tensors are in use. `write_checkpoint` is safe: it puts a new file in the old one's place.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from sd.files import whole_file
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
 
-FOREIGN_FILES = [  # how they begin, what they are and what to do
-    (b"version https://git-lfs", "a git-lfs pointer; run `git lfs pull` to fetch the file that it stands for"),
-    (b"\x89PNG", "a PNG picture; give a .ckpt or .safetensors file"),
-    (b"\xff\xd8\xff", "a JPEG picture; give a .ckpt or .safetensors file"),
+FOREIGN_FILES = [  # first bytes, what the file is and what to do
+    (b"version https://git-lfs", "a git-lfs pointer; run `git lfs pull` to fetch the file itself"),
+    (b"\x89PNG", "a PNG image; give a .ckpt or .safetensors file"),
+    (b"\xff\xd8\xff", "a JPEG image; give a .ckpt or .safetensors file"),
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"Rar!", "a rar archive; unpack it first"),
@@ -58,10 +58,11 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Map a safetensors or torch file into memory, whatever its suffix.
 
     `state` holds the tensors under the top-level key `state_dict`, or those of the top level if there is no such dict.
-    `config` is the dict under the top-level key `config` (safetensors: the JSON text `config` of `__metadata__`), as
-    JSON gives it back, so with lists for tuples; None if there is none, or if JSON cannot express it.
+    `config` is the dict under the top-level key `config` (in safetensors, the JSON text `config` of `__metadata__`), as
+    JSON gives it back: tuples become lists. It is None if there is none, or if JSON cannot express it.
 
-    Raises CheckpointError, one sentence, if the file is no checkpoint or damaged; FileNotFoundError; PermissionError.
+    Raises CheckpointError, in one sentence, for a damaged file or one that is not a checkpoint; FileNotFoundError; and
+    PermissionError.
     """
     try:
         mode = os.stat(path).st_mode
@@ -77,9 +78,9 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         raise FileNotFoundError(f"There is no checkpoint at {path}.") from None
     except PermissionError:
         raise PermissionError(f"{path} may not be read by this user.") from None
-    except OSError as error:  # a disk that fails, or a system that has no memory to map the file
+    except OSError as error:  # the disk fails, or the system has no memory to map the file
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # a damaged file can break any step in any way
+    except Exception as error:  # a damaged file can make any step fail in any way
         reason = " ".join(str(error)[:200].split()) or type(error).__name__
         raise CheckpointError(f"{path} is damaged, or not a checkpoint: {reason}.") from error
 
@@ -89,7 +90,7 @@ def _read(file: BinaryIO) -> Checkpoint:
         raise CheckpointError("is empty; download it again")
     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     head = data[:512]
-    if head[8:9] == b"{" and head[5:8] == bytes(3):  # first, as the length before the brace can look like any of them
+    if head[8:9] == b"{" and head[5:8] == bytes(3):  # first, as the length before the brace can look like any format
         checkpoint = read_safetensors(data)
     elif head.startswith(b"PK"):
         checkpoint = read_zip(file, data)
@@ -101,7 +102,7 @@ def _read(file: BinaryIO) -> Checkpoint:
 
 
 def _describe(head: bytes) -> str:
-    """What a file that is not a checkpoint is, from how it begins."""
+    """What kind of file this is, if not a checkpoint, from its first bytes."""
     for signature, description in FOREIGN_FILES:
         if head.startswith(signature):
             return description
@@ -113,14 +114,14 @@ def _describe(head: bytes) -> str:
     if text:
         return f"a {'JSON' if text[0] in '{[' else 'text'} file; give a .ckpt or .safetensors file"
     if head[8:9] == b"{":
-        return f"damaged: its safetensors header claims {int.from_bytes(head[:8], 'little'):,} bytes"
+        return f"damaged: its safetensors header is too long, {int.from_bytes(head[:8], 'little'):,} bytes"
     return "not a checkpoint: neither safetensors nor written by torch.save"
 
 
 def _text(head: bytes) -> str:
-    """What a text file begins with, spaces aside; nothing if these bytes are no text."""
+    """The beginning of a text file without leading spaces, or nothing if these bytes are not text."""
     try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # its last character may be cut
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # the last character may be cut off
     except UnicodeDecodeError:
         return ""
     return text.lstrip() if all(character.isprintable() or character.isspace() for character in text) else ""
@@ -129,9 +130,9 @@ def _text(head: bytes) -> str:
 def write_checkpoint(path: str | os.PathLike, state: dict[str, Tensor], config: dict | None = None) -> None:
     """Write tensors by name, and a config that JSON can express, as `.safetensors` or torch's `.ckpt`, `.pt`, `.pth`.
 
-    The file appears complete or not at all: an older one of that name stays until the new one is safely on disk.
-    Raises CheckpointError for another suffix, or for a state or a config that cannot be written; OSError for a disk
-    that is full or a folder that is missing or may not be written to.
+    The write is atomic: an existing file stays until the new one is safely on disk. Raises CheckpointError for another
+    suffix, or for a state or config that cannot be written; OSError for a full disk or a folder that is missing or not
+    writable.
     """
     path = Path(path)
     if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
@@ -145,9 +146,9 @@ def write_checkpoint(path: str | os.PathLike, state: dict[str, Tensor], config: 
                 write_safetensors(file, tensors, {"format": "pt"} | ({} if config is None else {"config": text}))
             else:
                 torch.save({"state_dict": tensors, "config": json.loads(text)}, file)
-    except (OSError, RuntimeError) as error:  # a RuntimeError is torch's word for a disk that is full
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         reason = getattr(error, "strerror", None) or "is there space left on the disk?"
-        raise OSError(f"{path} cannot be written ({reason}); what was there before is kept.") from error
+        raise OSError(f"{path} cannot be written ({reason}); an existing file is kept.") from error
 
 
 def _check_state(state: dict[str, Tensor]) -> None:

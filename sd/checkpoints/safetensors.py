@@ -1,6 +1,6 @@
 """The safetensors format, read and written: 8 bytes with the length of a header, the header in JSON, then the tensors.
 
-What every number in the file claims is checked here, in exact integers, before a tensor is made of it.
+Every number in the file is checked here, in exact integers, before it describes a tensor.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ SAFETENSORS_DTYPES = {
 
 
 def read_safetensors(data: mmap.mmap) -> Checkpoint:
-    """8 bytes with the length of the header, the header in JSON, then the tensors without a gap."""
+    """The tensors of a mapped file. They must fill it without a gap or an overlap."""
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):
-        raise CheckpointError(f"is truncated: its header alone claims {start - 8:,} bytes; download it again")
+        raise CheckpointError(f"is truncated: its header alone has {start - 8:,} bytes; download it again")
     if start > MAX_HEADER_BYTES:
-        raise CheckpointError(f"is damaged: its safetensors header claims {start - 8:,} bytes")
+        raise CheckpointError(f"is damaged: its safetensors header is too long, {start - 8:,} bytes")
     header = _parse_header(data[8:start])
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
-        raise CheckpointError("is damaged: its __metadata__ is not from text to text")
+        raise CheckpointError("is damaged: its __metadata__ is not a dict from text to text")
     check_count(len(header))
     entries = {name: _safetensors_entry(name, entry) for name, entry in header.items()}
     position = 0
@@ -74,12 +74,12 @@ def read_safetensors(data: mmap.mmap) -> Checkpoint:
 
 
 def _parse_header(content: bytes) -> dict:
-    """JSON as RFC 8259 has it. Python's own parser also takes NaN, numbers of any size and half characters, and of two
-    entries of one name the second: files that other readers refuse, or read otherwise."""
+    """JSON as in RFC 8259. Python's own parser also accepts NaN, numbers of any size, half surrogate pairs and two
+    entries with one name. Other readers refuse such files, or read them differently."""
     hooks = {"parse_int": _whole, "parse_float": _finite, "parse_constant": _finite}
     header = json.loads(text := content.decode(), object_pairs_hook=_unique, **hooks)
     if "\\u" in text:
-        json.dumps(header, ensure_ascii=False).encode()  # fails on half a character
+        json.dumps(header, ensure_ascii=False).encode()  # fails on half a surrogate pair
     return header
 
 
@@ -102,7 +102,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _safetensors_entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """The dtype, shape, first byte and byte behind the last of one tensor, checked against each other."""
+    """One tensor's dtype, shape, first byte and the byte after its last, checked against each other."""
     if len(name) > MAX_NAME:
         raise CheckpointError(f"is damaged: it has a tensor with a name of {len(name):,} characters")
     match entry:
@@ -113,12 +113,12 @@ def _safetensors_entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, .
     if dtype not in SAFETENSORS_DTYPES:
         raise CheckpointError(f"has {name!r:.80} in dtype {dtype!r:.20}; known are {', '.join(SAFETENSORS_DTYPES)}")
     if end - begin != math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
-        raise CheckpointError(f"is damaged: tensor {name!r:.80} has not as many bytes as its dtype and shape need")
+        raise CheckpointError(f"is damaged: tensor {name!r:.80} has more or fewer bytes than its shape needs")
     return SAFETENSORS_DTYPES[dtype], tuple(shape), begin, end
 
 
 def write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The header keeps the order of `tensors`; in the data the widest dtypes come first, so that all are aligned."""
+    """The header keeps the order of `tensors`. The data has the widest dtypes first, so that all are aligned."""
     dtype_names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     offsets, end = {}, 0

@@ -1,4 +1,4 @@
-"""The two formats of torch.save: a mapped file -> its tensors by name."""
+"""The two formats of torch.save: a mapped file -> tensors by name."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 
 
 def read_zip(file: BinaryIO, data: mmap.mmap) -> Checkpoint:
-    """A zip archive: FOLDER/data.pkl holds the notes, FOLDER/data/KEY each storage."""
+    """A zip archive: FOLDER/data.pkl describes the tensors, FOLDER/data/KEY holds each storage."""
     archive = Archive(file, data)
     pickles = [name for name in archive.records if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise CheckpointError("is a zip archive that torch.save did not write; unpack it if a checkpoint is in it")
+        raise CheckpointError("is a zip archive that torch.save did not write; unpack it if it has a checkpoint in it")
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}byteorder" in archive.records:
         _check_byteorder(archive.read(f"{folder}byteorder", 100) == b"little")
@@ -50,20 +50,20 @@ def _check_byteorder(little: bool) -> None:
 
 
 def read_legacy(data: mmap.mmap) -> Checkpoint:
-    """Five pickles (magic number, protocol, system, the notes, the keys of the storages), then the storages."""
+    """Five pickles (magic number, protocol, system, the tensors' notes, the storages' keys), then the storages."""
     unpickler = Unpickler(data, MAX_HEADER_BYTES)
     if unpickler.load() != LEGACY_MAGIC_NUMBER:
-        raise CheckpointError("is a Python pickle that torch.save did not write, so without tensors that can be read")
+        raise CheckpointError("is a Python pickle that torch.save did not write, without readable tensors")
     _protocol, system, root, keys = (unpickler.load() for _ in range(4))
     _check_byteorder(not (isinstance(system, dict) and system.get("little_endian") is False))
     places = {}
     position = unpickler.position
     for key in keys:
         if type(key) is not str or key not in unpickler.storages:
-            raise CheckpointError("is damaged: it lists a storage that its pickle does not know")
+            raise CheckpointError("is damaged: it lists a storage that its pickle does not use")
         note = unpickler.storages[key]
         if int.from_bytes(data[position : position + 8], "little") != note.count:
-            raise CheckpointError("is damaged or truncated: a storage has not the size that the pickle says")
+            raise CheckpointError("is damaged or truncated: a storage does not have the size that the pickle says")
         places[key] = (position + 8, note.count * note.dtype.itemsize)
         position = sum(places[key])
     mapped = storage_over(data)
@@ -71,7 +71,10 @@ def read_legacy(data: mmap.mmap) -> Checkpoint:
 
 
 def _from_notes(root: Any, storage_of: Callable[[StorageNote], UntypedStorage]) -> Checkpoint:
-    """The value of a pickle -> the tensors that its notes describe; `storage_of` raises KeyError for an unknown key."""
+    """The value of a pickle -> the tensors that its notes describe.
+
+    `storage_of` gives the storage of a note, and raises KeyError if the file has none.
+    """
     top = root if isinstance(root, dict) else {}
     entries = top["state_dict"] if isinstance(top.get("state_dict"), dict) else top
     check_count(len(entries))
@@ -88,9 +91,9 @@ def _from_notes(root: Any, storage_of: Callable[[StorageNote], UntypedStorage]) 
                 raise CheckpointError(f"is damaged: the storage of tensor {name!r:.80} is too small")
             state[name] = view(name, storages[key], dtype, note.offset, note.size, note.stride)
         elif isinstance(note, Call) and isinstance(note.function, Global) and note.function.name.startswith("_rebuild"):
-            raise CheckpointError(f"has tensor {name!r:.80} of a kind that cannot be read: {note.function.name:.80}")
+            raise CheckpointError(f"has tensor {name!r:.80} of an unsupported kind: {note.function.name:.80}")
     if "string_to_param" in top:
-        raise CheckpointError("is a textual inversion embedding; what is needed is a Stable Diffusion 1.x checkpoint")
+        raise CheckpointError("is a textual inversion embedding; give a Stable Diffusion 1.x checkpoint")
     if not state:
         raise CheckpointError("has no tensors by name, at its top level or under `state_dict`; save model.state_dict()")
     return Checkpoint(state, plain_config(top.get("config")))

@@ -1,19 +1,19 @@
-"""The bytes of a pickle -> the values it describes, without importing or calling anything that it names.
+"""The bytes of a pickle -> the values that it describes, without importing or calling anything that it names.
 
-A pickle is a program for a small machine: a stack of values, and a memo that keeps values to be used again. Most
+A pickle is a program for a small machine with a stack of values and a memo, which keeps values for later. Most
 instructions push a number, a text or an empty container, or move the top of the stack into the container below it.
-Three make pickles dangerous: GLOBAL imports whatever module the file names and pushes something out of it, REDUCE calls
-whatever it finds on the stack, and BUILD sets the attributes of an object. Whoever reads a stranger's pickle with
+Three instructions make pickles dangerous. GLOBAL imports a module that the file names and pushes something from it.
+REDUCE calls whatever lies on the stack. BUILD sets the attributes of an object. So reading a stranger's pickle with
 Python's own `pickle` runs a stranger's program.
 
-This machine only writes down what the file wants. GLOBAL pushes `Global("os", "system")`, which is two strings; REDUCE
-pushes `Call(that, arguments)`, a note that nobody acts on; BUILD drops its state. The calls and references by which
-torch.save describes tensors become a `TensorNote`, an OrderedDict becomes a dict: torch_save.py goes on from there.
+This machine only takes notes. GLOBAL pushes `Global("os", "system")`, which is two strings. REDUCE pushes
+`Call(that, arguments)`, and nothing is called. BUILD drops its state. The calls and references with which torch.save
+describes tensors become a `TensorNote`, and an OrderedDict becomes a dict. torch_save.py makes tensors of the notes.
 
-It knows the instructions that Python 3 writes in pickle protocols 2 to 5 and refuses the others. Of a dictionary it
-keeps the entries whose keys are text of a sensible length: a state dict has no others, and looking up foreign keys (a
-tuple nested a million deep, a million numbers of equal hash, the same ten million letters again and again) can crash or
-stall the reader.
+It supports the instructions that Python 3 writes in pickle protocols 2 to 5, and refuses all others. In a dictionary it
+keeps only entries whose keys are text of a sensible length, as all keys of a state dict are. Other keys can crash or
+stall the reader when they are looked up: a tuple nested a million deep, a million numbers with equal hashes, the same
+ten million letters again and again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-# Honest files stay far below these limits; without them a small file can keep the reader busy for hours.
-MAX_INSTRUCTIONS = 500_000  # Stable Diffusion 1.5 takes 36,000, and four times as many with its optimizer's state
-MAX_NAME = 1000  # characters of a tensor's name; the longest of Stable Diffusion has 100
-MAX_NUMBER = 1 << 48  # of bytes, elements, or along one dimension
+# Real checkpoints stay far below these limits. Without limits, a small file could keep the reader busy for hours.
+MAX_INSTRUCTIONS = 500_000  # Stable Diffusion 1.5 has 36,000, and four times that with its optimizer's state
+MAX_NAME = 1000  # characters in a tensor's name; the longest in Stable Diffusion has 100
+MAX_NUMBER = 1 << 48  # bytes, elements, or the length of one dimension
 
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -46,12 +46,12 @@ STORAGE_DTYPES = {
 
 
 class UnpicklingError(ValueError):
-    """The bytes are not a pickle, or one that no checkpoint holds."""
+    """The bytes are not a pickle, or not one that a checkpoint would contain."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """The name of a class or a function, not the thing itself."""
+    """The name of a class or function, not the class or function itself."""
 
     module: str
     name: str
@@ -59,7 +59,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Call:
-    """An object that Python's pickle would have made by `function(*arguments)`."""
+    """An object that Python's pickle would have made with `function(*arguments)`."""
 
     function: Any
     arguments: Any
@@ -67,7 +67,7 @@ class Call:
 
 @dataclass(frozen=True)
 class StorageNote:
-    """A reference out of the pickle, to the `count` numbers, 0 to MAX_NUMBER, that the checkpoint keeps under `key`."""
+    """A reference to data outside the pickle: `count` numbers, 0 to MAX_NUMBER, which the file stores under `key`."""
 
     key: str
     dtype: torch.dtype
@@ -76,7 +76,7 @@ class StorageNote:
 
 @dataclass(frozen=True)
 class TensorNote:
-    """A view of a storage; offset and strides count elements. Nothing in here has been checked."""
+    """A view of a storage; offset and strides count elements. None of the values has been checked."""
 
     storage: StorageNote
     offset: Any
@@ -85,10 +85,10 @@ class TensorNote:
 
 
 class Unpickler:
-    """Reads pickles that lie one behind the other in `data`, each at most `max_size` bytes long.
+    """Reads pickles that follow one another in `data`, each at most `max_size` bytes long.
 
     `data` is bytes, or anything that is indexed, sliced and searched like bytes, such as a mapped file. `position` is
-    the first byte behind the last pickle read, `storages` holds every storage that one of them referred to, by key.
+    the first byte after the last pickle read. `storages` holds every storage that the pickles referred to, by key.
     """
 
     def __init__(self, data: Any, max_size: int) -> None:
@@ -99,7 +99,7 @@ class Unpickler:
         self.budget = iter(range(MAX_INSTRUCTIONS))  # for all pickles together
 
     def load(self) -> Any:
-        """The value of the next pickle. Raises UnpicklingError, or another ValueError for text that is no UTF-8."""
+        """The value of the next pickle. Raises UnpicklingError, or another ValueError for text that is not UTF-8."""
         self.end = min(len(self.data), self.position + self.max_size)
         self.stack: list[Any] = []
         self.push, self.pop = self.stack.append, self.stack.pop
@@ -112,10 +112,10 @@ class Unpickler:
                     return self.pop()
                 instruction = INSTRUCTIONS.get(code)
                 if instruction is None:
-                    raise UnpicklingError(f"the pickle has an instruction, {code!r}, that no checkpoint holds")
+                    raise UnpicklingError(f"the pickle has an instruction, {code!r}, that no checkpoint contains")
                 instruction(self)
         except IndexError:
-            raise UnpicklingError("the pickle takes from its stack what it never put there") from None
+            raise UnpicklingError("the pickle takes a value from an empty stack") from None
         raise UnpicklingError(f"the pickle has more than {MAX_INSTRUCTIONS:,} instructions")
 
     def read(self, count: int) -> bytes:
@@ -152,7 +152,7 @@ class Unpickler:
         self.stack[start:] = [tuple(self.stack[start:])]
 
     def extend(self, items: list[Any]) -> None:
-        """Add items to the list on top of the stack; a collection of any other class is a note and stays as it is."""
+        """Add items to the list on top of the stack. A collection of another class is a note and stays unchanged."""
         if type(self.stack[-1]) is list:
             self.stack[-1].extend(items)
 
@@ -167,16 +167,16 @@ class Unpickler:
 
     def recall(self, index: int) -> None:
         if index not in self.memo:
-            raise UnpicklingError("the pickle recalls a value that it never kept")
+            raise UnpicklingError("the pickle recalls a value that it never stored")
         self.push(self.memo[index])
 
     def push_global(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise UnpicklingError("the pickle names a class by something that is not text")
+            raise UnpicklingError("the pickle names a class with something that is not text")
         self.push(Global(module, name))
 
     def push_call(self, arguments: Any) -> None:
-        """REDUCE and its kin: note a call of what is on top of the stack, or what the call would have made."""
+        """REDUCE and similar: pop a function and push a note of its call. For tensors, push a TensorNote."""
         function = self.pop()
         match function, arguments:
             case Global("collections", "OrderedDict"), ():
@@ -195,7 +195,7 @@ class Unpickler:
                 self.push(Call(function, arguments))
 
     def push_reference(self) -> None:
-        """BINPERSID: a reference out of the pickle, by which torch means the storage of a tensor."""
+        """BINPERSID: a reference to data outside the pickle; torch uses it for the storages of tensors."""
         match reference := self.pop():
             case ("storage", Global("torch", name), key, _, count, *_) if (
                 name in STORAGE_DTYPES and _is_name(key) and type(count) is int and 0 <= count < MAX_NUMBER
@@ -222,7 +222,7 @@ def _number(layout: str) -> Instruction:
 
 
 def _sized(width: int, decode: Callable[[bytes], Any]) -> Instruction:
-    """Push a value whose length stands before it, in `width` bytes."""
+    """Push a value that follows its own length, a number of `width` bytes."""
     return lambda machine: machine.push(decode(machine.read(machine.read_number(width))))
 
 
@@ -267,7 +267,7 @@ INSTRUCTIONS: dict[bytes, Instruction] = {
     pickle.EMPTY_SET: lambda machine: machine.push(Call(Global("builtins", "set"), ())),
     pickle.ADDITEMS: lambda machine: machine.extend(machine.pop_mark()),
     pickle.FROZENSET: lambda machine: machine.push(Call(Global("builtins", "frozenset"), machine.pop_mark())),
-    # names, calls, attributes and references: noted or dropped
+    # names, calls, attributes and references: kept as notes, or dropped
     pickle.GLOBAL: lambda machine: machine.push_global(machine.read_line(), machine.read_line()),
     pickle.STACK_GLOBAL: lambda machine: machine.push_global(*[machine.pop(), machine.pop()][::-1]),
     pickle.REDUCE: lambda machine: machine.push_call(machine.pop()),

@@ -1,7 +1,7 @@
-"""The checkpoints found in the wild -> the one layout that `model_converter` knows.
+"""The variants of checkpoints that people share -> the one layout that `model_converter` reads.
 
-In: whatever state dict a file held. Out: the same tensors under the keys of the CompVis Stable Diffusion 1.5 file, less
-the baggage that trainers leave in; or a CheckpointError that says what the file is instead.
+In: whatever state dict a file held. Out: the same tensors under the keys of the CompVis Stable Diffusion 1.5 file,
+without what trainers store beside the weights; or a CheckpointError that says what the file is instead.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ from torch import Tensor
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.diffusers_folder import is_diffusers_vae, vae_names
+from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 from sd.config import SD15, SD15_INPAINTING, ModelConfig
 
-CLIP_PREFIX = "cond_stage_model.transformer."
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-PLACES = (UNET_PREFIX, f"{CLIP_PREFIX}text_model.", *(VAE_PREFIX + part for part in VAE_PARTS))
-NAMED = 5  # of the tensors that are left out
+NETWORK_PREFIXES = (UNET_PREFIX, f"{CLIP_PREFIX}text_model.", *(VAE_PREFIX + part for part in VAE_PARTS))
+MAX_NAMED = 5  # tensors that the warning about unknown ones names
 
-# What trainers store beside the weights: the noise schedule, averaged copies, losses, CLIP's other half.
-BAGGAGE = re.compile(
+# What trainers store beside the weights: the noise schedule, averaged copies, losses, CLIP's image encoder.
+EXTRAS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|(sqrt|log)_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|ddim_sigmas"
     r"|model_ema\..*|(first_stage_model\.)?loss\..*|first_stage_model\.(model_ema\..*|logvar)|embedding_manager\..*"
     r"|cond_stage_model\.(logit_scale|text_projection.*"
     r"|transformer\.(text_model\.)?(logit_scale|text_projection.*|vision_model\..*|visual_projection.*)))$"
 )
-V_PREDICTION = "v_pred"  # the name of an empty tensor by which some trainers say what the U-Net predicts
+V_PREDICTION = "v_pred"  # the name of an empty tensor with which some trainers mark a U-Net that predicts v
 
-# A pattern found among a file's keys, and what such a file is.
-OTHERS = [
+# A pattern in any key of a file, and what such a file is.
+OTHER_FILES = [
     (r"(^|\.)lora_|\.lora_|_lora\.", "is a LoRA, a small change to a model rather than a model"),
     (r"^conditioner\.embedders\.", "is a Stable Diffusion XL checkpoint"),
     (r"\.joint_blocks\.", "is a Stable Diffusion 3 checkpoint"),
@@ -42,38 +40,40 @@ OTHERS = [
     (r"(^|\.)control_model\.", "is a ControlNet, an addition to a model rather than a model"),
     (
         r"^(encoder\.)?down_blocks\.|^(text_model|unet|vae)\.",
-        "is one network of a folder in the layout of diffusers: give that folder",
+        "is one network of a folder in the layout of diffusers",
     ),
     (r"^string_to_param|^emb_params$|^\*$|^<.*>$", "is a textual inversion embedding"),
 ]
 
 
 def recognise(state: dict[str, Tensor]) -> ModelConfig:
-    """The configuration of a published checkpoint, from its keys and shapes: SD15 or SD15_INPAINTING, or either of
-    them for a U-Net that predicts v.
+    """The configuration of a published checkpoint, from its keys and shapes.
 
-    Raises CheckpointError for a file that is something else, and says what.
+    It is SD15 or SD15_INPAINTING, perhaps with v-prediction. Raises CheckpointError for any other file, and says what
+    the file is.
     """
     identify(state)
     first = state.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
     channels = None if first is None else tuple(first.shape[1:2])
     if channels == (8,):
-        raise CheckpointError("This file is an InstructPix2Pix model, whose U-Net sees a second picture.")
+        raise CheckpointError("This file is an InstructPix2Pix model, whose U-Net takes a second image.")
     config = SD15_INPAINTING if channels == (9,) else SD15
     return with_prediction(config, "v_prediction") if V_PREDICTION in state else config
 
 
 def with_prediction(config: ModelConfig, prediction_type: str) -> ModelConfig:
-    """The configuration, but for what its U-Net predicts."""
+    """The configuration with another `prediction_type`."""
     return replace(config, schedule=replace(config.schedule, prediction_type=prediction_type))
 
 
 def identify(keys: Iterable[str]) -> None:
-    """Raises CheckpointError if these are the keys of a file that is not a Stable Diffusion 1.x checkpoint."""
+    """Raises CheckpointError, which says what the file is, unless these are keys of Stable Diffusion 1.x."""
     keys = list(keys)
-    for pattern, description in OTHERS:
+    for pattern, description in OTHER_FILES:
         if any(re.search(pattern, key) for key in keys):
-            raise CheckpointError(f"This file {description}; what is needed is a Stable Diffusion 1.x checkpoint.")
+            raise CheckpointError(
+                f"This file {description}; give a Stable Diffusion 1.x checkpoint, a file or a folder."
+            )
     if not any(key.startswith((UNET_PREFIX, CLIP_PREFIX)) for key in keys):
         if any(key.removeprefix(VAE_PREFIX).startswith(VAE_PARTS) for key in keys):
             raise CheckpointError("This file is a VAE alone: give it as `vae=`, beside a full checkpoint.")
@@ -83,22 +83,23 @@ def identify(keys: Iterable[str]) -> None:
 
 
 def standard_layout(state: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
-    """Standard keys and no baggage; with `ema`, the U-Net's averaged weights in the place of its plain ones.
+    """The tensors of the networks under standard keys. With `ema`, the U-Net's averaged weights replace its plain ones.
 
-    Tensors of which nobody knows what they are stay behind too, with a warning, if they claim no place in a network.
+    Unknown tensors outside the networks are dropped with a warning. Those inside stay: the converter refuses them.
     """
-    standard = {_with_text_model(key): tensor for key, tensor in state.items() if not BAGGAGE.match(key)}
-    if strange := [key for key in standard if not key.startswith(PLACES) and key != V_PREDICTION]:
-        names = ", ".join(strange[:NAMED]) + (", ..." if len(strange) > NAMED else "")
+    standard = {_with_text_model(key): tensor for key, tensor in state.items() if not EXTRAS.match(key)}
+    if unknown := [key for key in standard if not key.startswith(NETWORK_PREFIXES) and key != V_PREDICTION]:
+        names = ", ".join(unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
         warnings.warn(f"Left out, as Stable Diffusion 1.x has no place for it: {names:.300}", stacklevel=2)
-    standard = {key: tensor for key, tensor in standard.items() if key.startswith(PLACES)}
+    standard = {key: tensor for key, tensor in standard.items() if key.startswith(NETWORK_PREFIXES)}
     return standard | averaged(state) if ema else standard
 
 
 def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The U-Net's exponential moving average, under its plain keys.
+    """The exponential moving average of the U-Net's weights, under their plain keys.
 
-    The trainer stored it as "model_ema." + the key less "model." and all dots. Raises CheckpointError if there is none.
+    In the file its keys are "model_ema." and then the plain key without "model." and without dots. Raises
+    CheckpointError if the file has none.
     """
     averages = {}
     for key in state:
@@ -111,7 +112,10 @@ def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE's keys of a VAE-only file, or of a full checkpoint, with their prefix. Raises CheckpointError if none."""
+    """The VAE's tensors from a file of a lone VAE or a full checkpoint, under standard keys.
+
+    Raises CheckpointError if there are none.
+    """
     if is_diffusers_vae(state):
         state = vae_names(state)
     if not any(key.startswith(VAE_PREFIX) for key in state):

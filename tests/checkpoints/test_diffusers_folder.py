@@ -1,4 +1,4 @@
-"""Folders in the layout of diffusers: written by diffusers and transformers themselves, or by hand to be wrong."""
+"""Folders in the layout of diffusers: right ones, written by diffusers and transformers, and wrong ones."""
 
 import json
 import shutil
@@ -83,7 +83,7 @@ def test_the_file_of_full_precision_comes_first(folder):
 
 
 def test_an_older_vae(folder):
-    """Its attention had other names, and 1x1 convolutions."""
+    """Its attention has other names, and 1x1 convolutions."""
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     older = {}
@@ -104,7 +104,7 @@ def test_the_schedule(folder):
     schedule = load_models(folder, "cpu").config.schedule
     assert (schedule.prediction_type, schedule.beta_end, schedule.beta_start) == ("v_prediction", 0.02, 0.00085)
     change(path, prediction_type="sample")
-    with pytest.raises(CheckpointError, match="a schedule that is known"):
+    with pytest.raises(CheckpointError, match="a known schedule"):
         load_models(folder, "cpu")
 
 
@@ -155,14 +155,14 @@ def test_incomplete_folders(folder, tmp_path):
     with pytest.raises(CheckpointError, match="is a folder without unet/config.json; give a .ckpt or .safetensors"):
         load_models(tmp_path / "empty", "cpu")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "a-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"vae has no weights: it should hold a \.safetensors or a \.bin file"):
+    with pytest.raises(CheckpointError, match=r"vae has no weights: it should hold .* that is not split"):
         load_models(folder, "cpu")
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(CheckpointError, match="is a folder without text_encoder/config.json"):
         load_models(folder, "cpu")
 
 
-def test_names_that_fit_no_rule_are_named(folder):
+def test_keys_that_match_no_rule_are_listed(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = read_checkpoint(file).state
     odd = [
@@ -177,7 +177,7 @@ def test_names_that_fit_no_rule_are_named(folder):
         load_models(folder, "cpu")
 
 
-def test_its_pages_can_be_given_back(folder):
+def test_its_memory_can_be_released(folder):
     checkpoint = read_folder(folder)
     assert len(checkpoint.mappings) == 3
     checkpoint.release()

@@ -1,4 +1,4 @@
-"""Files of every kind are read as the reference libraries read them, mapped and not run; writing is all or nothing."""
+"""Files of every format are read as the reference libraries read them, mapped and not run; writing is atomic."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ SAVERS = {
 
 
 def torch_reads(path: Path) -> dict:
-    """weights_only=True is for pickle protocols 2 and 3 alone."""
+    """weights_only=True reads only pickle protocols 2 and 3."""
     try:
         return torch.load(path, weights_only=True)
     except pickle.UnpicklingError:
@@ -101,7 +101,7 @@ def test_modules_parameters_and_metadata(tmp_path, saver):
 
 
 @pytest.mark.parametrize("saver", SAVERS)
-def test_what_a_trainer_leaves_is_ignored(tmp_path, saver, monkeypatch):
+def test_what_trainers_store_beside_the_tensors_is_ignored(tmp_path, saver, monkeypatch):
     package = types.ModuleType("absent_trainer")
     package.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "absent_trainer"})
     callback = package.ModelCheckpoint()

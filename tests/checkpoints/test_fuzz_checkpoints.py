@@ -1,6 +1,6 @@
-"""Thousands of damaged and hostile checkpoints: each loads as the file says, or is refused in one clear sentence.
+"""Thousands of damaged and hostile checkpoints: each loads, or is refused in one clear sentence.
 
-`--slow` reads 20,000 of them and loads 1,000 damaged models; `FUZZ_FIRST=20000` goes on with others.
+`--slow` reads 20,000 of them and loads 1,000 damaged models. `FUZZ_FIRST=20000` continues with new ones.
 """
 
 import os
@@ -23,7 +23,7 @@ FIRST = int(os.environ.get("FUZZ_FIRST", 0))
 @pytest.mark.parametrize("files, models", [(1000, 30), pytest.param(20_000, 1000, marks=pytest.mark.slow)])
 def test_hostile_files_load_or_are_refused(tmp_path, files, models):
     report = fuzz(tmp_path, FIRST, files=files, models=models)
-    slim = {"program"} if FIRST == 0 else {"program", "tensors"}  # what hardly ever loads
+    slim = {"program"} if FIRST == 0 else {"program", "tensors"}  # kinds that hardly ever load
     kinds = {make.__name__ for make in mutations.KINDS} - slim
     assert {f"{kind} {end}" for kind in (*kinds, "model") for end in ("loaded", "refused")} <= set(report["outcomes"])
 
@@ -36,7 +36,7 @@ def ours(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """To the bit: damaged numbers can be NaN."""
+    """Equal to the bit: damaged numbers can be NaN."""
 
     def content(tensor: torch.Tensor) -> bytes:
         return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
@@ -53,7 +53,7 @@ def safetensors_cases(count: int):
 
 
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_nothing_is_read_that_safetensors_refuses_or_reads_otherwise(tmp_path, count):
+def test_what_is_read_safetensors_reads_the_same(tmp_path, count):
     path, agreed = tmp_path / "a.safetensors", 0
     for content in safetensors_cases(count):
         path.write_bytes(content)
@@ -65,8 +65,8 @@ def test_nothing_is_read_that_safetensors_refuses_or_reads_otherwise(tmp_path, c
 
 
 def has_folders(path: Path) -> bool:
-    """Whether a record of an archive is marked as a folder. torch 2.13 skips its content, and its tensor holds whatever
-    was in memory before."""
+    """Whether a record of an archive is marked as a folder. torch 2.13 skips the content of such a record, and the
+    tensor holds whatever was in memory before."""
     with zipfile.ZipFile(path) as archive:
         return any(record.external_attr & 0x10 for record in archive.infolist())
 
@@ -74,7 +74,7 @@ def has_folders(path: Path) -> bool:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch on a mutated one
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
-def test_nothing_is_read_otherwise_than_torch_reads_it(tmp_path, kind, count):
+def test_what_both_read_is_the_same_as_in_torch(tmp_path, kind, count):
     rng, path, agreed = random.Random(FIRST), tmp_path / "a.ckpt", 0
     for _ in range(count):
         path.write_bytes(mutations.mutate(mutations.seeds()[kind], rng))
@@ -83,7 +83,7 @@ def test_nothing_is_read_otherwise_than_torch_reads_it(tmp_path, kind, count):
             continue
         try:
             theirs = torch.load(path, weights_only=True)
-        except Exception:  # of the checksums in an archive, for one, we look at the pickle's alone
+        except Exception:  # for example, of the checksums in an archive we check only the pickle's
             continue
         theirs = theirs["state_dict"] if isinstance(theirs.get("state_dict"), dict) else theirs
         assert same(state, {name: t for name, t in theirs.items() if isinstance(t, torch.Tensor)})

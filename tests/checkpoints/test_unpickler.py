@@ -1,4 +1,4 @@
-"""Nothing in a pickle runs; what Python writes is read as Python reads it; hostile files end in an error, and soon."""
+"""Nothing in a pickle runs, plain values are read as Python reads them, and hostile pickles soon end in an error."""
 
 import contextlib
 import copyreg
@@ -23,7 +23,7 @@ WRAPPERS = {"zip": in_zip, "legacy": in_legacy}
 
 
 def watched(path: Path) -> tuple[torch.Tensor | None, list]:
-    """Read a file; its honest tensor, or None after a CheckpointError, and everything suspicious that happened."""
+    """Read a file -> its honest tensor, or None after a CheckpointError, and everything suspicious that happened."""
     honest = None
     with watching() as seen, contextlib.suppress(CheckpointError):
         honest = read_state_dict(path).get("honest")
@@ -31,8 +31,8 @@ def watched(path: Path) -> tuple[torch.Tensor | None, list]:
 
 
 @pytest.fixture
-def hunting_ground(tmp_path):
-    """A folder with what the attacks bring along, one extension code registered, everything imported that we need."""
+def attack_folder(tmp_path):
+    """A folder with the files that attacks use, one extension code registered, and the reader's imports done."""
     evil.place_accomplices(tmp_path)
     copyreg.add_extension("os", "system", 0xF0)
     for wrap in WRAPPERS.values():
@@ -44,9 +44,9 @@ def hunting_ground(tmp_path):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("attack", evil.attacks(Path("nowhere")))
-def test_attacks_do_nothing(hunting_ground, attack, wrapper):
-    value = evil.attacks(hunting_ground)[attack]
-    path = hunting_ground / "evil.ckpt"
+def test_attacks_do_nothing(attack_folder, attack, wrapper):
+    value = evil.attacks(attack_folder)[attack]
+    path = attack_folder / "evil.ckpt"
     modules, environment = set(sys.modules), len(copyreg._inverted_registry)
     for pickled in (state_dict(evil=value), b"\x80\x02" + value + b"0" + state_dict()[2:], b"\x80\x02" + value + b"."):
         path.write_bytes(WRAPPERS[wrapper](pickled))
@@ -55,28 +55,28 @@ def test_attacks_do_nothing(hunting_ground, attack, wrapper):
         assert seen == []
     assert set(sys.modules) == modules
     assert len(copyreg._inverted_registry) == environment
-    assert not (hunting_ground / "canary").exists()
+    assert not (attack_folder / "canary").exists()
 
 
 @pytest.mark.parametrize("attack", evil.ARMED)
-def test_attacks_are_no_blanks(hunting_ground, attack):
-    """Python's own unpickler carries them out, so the test above can fail."""
-    with contextlib.suppress(Exception):  # some fail after the deed
-        pickle.loads(b"\x80\x04" + evil.attacks(hunting_ground)[attack] + b".")
-    assert (hunting_ground / "canary").exists()
+def test_attacks_work_on_pythons_own_unpickler(attack_folder, attack):
+    """So the test above can fail."""
+    with contextlib.suppress(Exception):  # some fail after the attack
+        pickle.loads(b"\x80\x04" + evil.attacks(attack_folder)[attack] + b".")
+    assert (attack_folder / "canary").exists()
 
 
-def test_watching_sees_what_runs(hunting_ground):
+def test_watching_sees_what_runs(attack_folder):
     with watching() as seen:
-        pickle.loads(b"\x80\x02" + evil.attacks(hunting_ground)["os.system"] + b".")
+        pickle.loads(b"\x80\x02" + evil.attacks(attack_folder)["os.system"] + b".")
     assert {"pickle.find_class", "os.system"} <= {event[0] for event in seen}
 
 
-def test_most_attacks_load_around_the_placeholder(hunting_ground):
+def test_most_attacks_load_around_the_placeholder(attack_folder):
     loaded = 0
-    for value in evil.attacks(hunting_ground).values():
-        (hunting_ground / "evil.ckpt").write_bytes(in_zip(state_dict(evil=value)))
-        loaded += watched(hunting_ground / "evil.ckpt")[0] is not None
+    for value in evil.attacks(attack_folder).values():
+        (attack_folder / "evil.ckpt").write_bytes(in_zip(state_dict(evil=value)))
+        loaded += watched(attack_folder / "evil.ckpt")[0] is not None
     assert loaded >= 30
 
 
@@ -132,10 +132,10 @@ def test_objects_become_notes_and_foreign_keys_are_dropped(protocol):
 
 MALFORMED = {
     "cut off": b"\x80\x02X\xff\xff",
-    "never put there": b"\x80\x02.",
-    "from its stack": b"\x80\x02N\x85\x86.",
-    "its stack what it": b"\x80\x02Nt.",
-    "never kept": b"\x80\x02h\x05.",
+    "from an empty stack": b"\x80\x02.",
+    "a value from an empty": b"\x80\x02N\x85\x86.",
+    "value from an empty stack": b"\x80\x02Nt.",
+    "never stored": b"\x80\x02h\x05.",
     "instruction, b'S'": b"\x80\x02S'text'\n.",
     "instruction, b'\\x82'": b"\x80\x02\x82\xf0.",
     "not text": b"\x80\x04K\1K\2\x93.",
@@ -155,7 +155,7 @@ def test_a_pickle_longer_than_allowed_is_refused():
 
 
 def same_storages(key: bytes, count: bytes) -> bytes:
-    """A pickle that refers to one storage 50,000 times, by two equal keys and counts that are not the same objects."""
+    """A pickle that refers to one storage 50,000 times, with two keys and counts that are equal but not identical."""
     reference = b"(" + text("storage") + b"ctorch\nFloatStorage\n"
     two = [reference + key + b"N" + count + b"t" + b"q%c" % i for i in (0, 1)]
     return b"\x80\2" + b"".join(two) + b"h\0Q0h\1Q0" * 25_000 + b"."
@@ -164,8 +164,8 @@ def same_storages(key: bytes, count: bytes) -> bytes:
 @functools.cache
 def bombs() -> dict[str, bytes]:
     """Pickles that crash, stall or fill the memory of a careless reader."""
-    big = 2**61 - 1  # integers that are equal modulo this have equal hashes
-    levels = [b"]q%c(h%ch%ce0" % (i + 1, i, i) for i in range(60)]  # each a list that holds the one before twice
+    big = 2**61 - 1  # integers that are equal modulo this number have equal hashes
+    levels = [b"]q%c(h%ch%ce0" % (i + 1, i, i) for i in range(60)]  # each a list that holds the previous one twice
     doubled = b"]q\x000" + b"".join(levels) + b"h\x3c"
     deep_and_wide = b"]" * 900 + b"(" + b"K\0" * 100_000 + b"e" + b"a" * 899
     nested_parameter = b"ctorch._utils\n_rebuild_parameter\n(" * 3000 + tensor() + b"\x89NtR" * 3000
@@ -203,7 +203,7 @@ def bombs() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("bomb", bombs())
-def test_bombs_fizzle(tmp_path, bomb, wrapper):
+def test_bombs_do_no_harm(tmp_path, bomb, wrapper):
     path = tmp_path / "bomb.ckpt"
     path.write_bytes(WRAPPERS[wrapper](bombs()[bomb]))
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""Checkpoints as they are found in the wild: read, or named for what they are."""
+"""The variants of checkpoints that people share are read, and errors say what other files are."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def same(state, other):
 
 
 def with_averages(state):
-    """The trainer's copies: other numbers under names without dots."""
+    """Adds averaged copies as trainers do: other numbers, under names without dots."""
     averages = {
         "model_ema." + key.removeprefix("model.").replace(".", ""): tensor + 1
         for key, tensor in state.items()
@@ -32,9 +32,9 @@ def with_averages(state):
     return state | averages | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
 
 
-def test_baggage_is_left_behind():
+def test_what_trainers_store_beside_the_weights_is_dropped():
     state = random_state(MICRO)
-    baggage = dict.fromkeys(
+    extras = dict.fromkeys(
         [
             "betas",
             "alphas_cumprod",
@@ -64,20 +64,20 @@ def test_baggage_is_left_behind():
         ],
         torch.zeros(3),
     )
-    assert same(standard_layout(state | baggage), state)
+    assert same(standard_layout(state | extras), state)
 
 
-def test_what_nobody_knows_is_left_out_with_a_warning():
+def test_unknown_tensors_are_dropped_with_a_warning():
     state = random_state(MICRO)
-    strange = {f"extra.{i}": torch.zeros(1) for i in range(9)} | {"x" * 10_000: torch.zeros(1)}
+    unknown = {f"extra.{i}": torch.zeros(1) for i in range(9)} | {"x" * 10_000: torch.zeros(1)}
     with pytest.warns(UserWarning, match=r"Left out, .*: extra\.0, extra\.1, extra\.2, extra\.3, extra\.4, \.\.\.$"):
-        assert same(standard_layout(state | strange), state)
+        assert same(standard_layout(state | unknown), state)
     with pytest.warns(UserWarning, match="Left out") as caught:
         standard_layout(state | {"x" * 10_000: torch.zeros(1)})
     assert len(str(caught[0].message)) < 400
 
 
-def test_strangers_in_a_network_are_kept_for_the_converter_to_refuse():
+def test_unknown_keys_in_a_network_are_kept_for_the_converter_to_refuse():
     key = UNET + "input_blocks.99.0.weight"
     assert key in standard_layout(random_state(MICRO) | {key: torch.zeros(1)})
 
@@ -98,7 +98,7 @@ def test_averaged_weights_on_request_only():
     assert all(torch.equal(weights[k], t + 1 if k.startswith(UNET) else t) for k, t in state.items())
 
 
-def test_averaged_weights_that_are_not_there():
+def test_missing_averaged_weights():
     with pytest.raises(CheckpointError, match="no averaged weights for .*: load it with ema=False"):
         averaged(random_state(MICRO))
 
@@ -122,15 +122,15 @@ def test_recognises_v_prediction_by_its_mark():
 def test_vae_alone(prefix):
     vae = random_vae()
     file = {key.replace(VAE, prefix): tensor for key, tensor in vae.items()}
-    baggage = {prefix + "loss.logvar": torch.zeros(1), "model_ema.decoderconv_inbias": torch.zeros(1)}
-    assert same(vae_layout(file | baggage), vae)
+    extras = {prefix + "loss.logvar": torch.zeros(1), "model_ema.decoderconv_inbias": torch.zeros(1)}
+    assert same(vae_layout(file | extras), vae)
 
 
 def test_vae_of_a_full_checkpoint():
     assert same(vae_layout(random_state(MICRO)), random_vae())
 
 
-def test_vae_that_is_none():
+def test_a_file_without_a_vae():
     with pytest.raises(CheckpointError, match="no VAE in the layout of Stable Diffusion 1"):
         vae_layout({"encoder.layers.0.weight": torch.zeros(1)})
 
@@ -159,7 +159,7 @@ def test_other_files_are_named(key, what):
         identify([key])
 
 
-def test_sdxl_is_named_even_though_its_unet_looks_alike():
+def test_sdxl_is_named_although_its_unet_looks_similar():
     keys = [UNET + "input_blocks.0.0.weight", VAE + "decoder.conv_in.weight", "conditioner.embedders.1.model.ln.weight"]
     with pytest.raises(CheckpointError, match="Stable Diffusion XL"):
         identify(keys)

@@ -1,4 +1,4 @@
-"""Zip archives are read in place, and not one claim that they make of themselves is believed."""
+"""Zip archives are read in place, and every size and place in them is checked."""
 
 import io
 import mmap
@@ -21,7 +21,7 @@ def zipped(records, method=zipfile.ZIP_STORED):
 
 @pytest.fixture
 def opened(tmp_path):
-    """Bytes -> their Archive, whose file and mapping live as long as the test."""
+    """A function from bytes to their Archive. File and mapping live as long as the test."""
     files = []
 
     def open_bytes(content: bytes) -> Archive:
@@ -44,7 +44,7 @@ def test_every_record_comes_back(opened, method):
     assert {name: archive.read(name) for name in archive.records} == RECORDS
 
 
-def test_a_stored_record_lies_where_it_says(opened):
+def test_place_gives_the_bytes_of_a_stored_record(opened):
     content = zipped(RECORDS)
     start, size = opened(content).place("archive/data/0")
     assert content[start : start + size] == RECORDS["archive/data/0"]
@@ -65,7 +65,7 @@ def test_unknown_names_are_key_errors(opened):
 def test_no_more_is_read_than_allowed(opened):
     archive = opened(zipped(RECORDS))
     assert archive.read("archive/data/0", limit=200) == RECORDS["archive/data/0"]
-    with pytest.raises(CheckpointError, match="'archive/data/0' in its zip archive claims 200 bytes"):
+    with pytest.raises(CheckpointError, match="'archive/data/0' in its zip archive is too long, 200 bytes"):
         archive.read("archive/data/0", limit=199)
 
 
@@ -75,7 +75,7 @@ def test_a_flipped_bit_is_noticed(opened, method, place):
     content = bytearray(zipped({"a": b"some bytes that are checked"}, method))
     content[place] ^= 1
     archive = opened(bytes(content))
-    with pytest.raises(CheckpointError, match="'a' in its zip archive has not the size or checksum"):
+    with pytest.raises(CheckpointError, match="'a' in its zip archive has the wrong size or checksum"):
         archive.read("a")
 
 
@@ -110,15 +110,15 @@ def test_encryption_is_refused(opened):
 def test_a_bomb_is_refused_before_it_is_unpacked(opened):
     content = zipped({"a": bytes(MAX_INFLATED_BYTES + MAX_INFLATION * 100_000)}, zipfile.ZIP_DEFLATED)
     assert len(content) < 100_000
-    with pytest.raises(CheckpointError, match="claims to hold more than fits"):
+    with pytest.raises(CheckpointError, match="lists more than fits"):
         opened(content)
 
 
-def test_a_record_that_claims_little_and_unpacks_to_much_is_cut_short(opened):
+def test_a_record_that_unpacks_to_more_than_its_size_is_cut_short(opened):
     content = bytearray(zipped({"a": bytes(1_000_000)}, zipfile.ZIP_DEFLATED))
     entry = content.find(b"PK\1\2")
     content[entry + 24 : entry + 28] = struct.pack("<I", 10)  # its size when unpacked
-    with pytest.raises(CheckpointError, match="has not the size or checksum"):
+    with pytest.raises(CheckpointError, match="has the wrong size or checksum"):
         opened(bytes(content)).read("a")
 
 

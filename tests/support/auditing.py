@@ -1,4 +1,4 @@
-"""What the interpreter does while a block runs: imports, calls to the system, files opened, programs started."""
+"""Records what the interpreter does during a block: imports, system calls, opened files, started programs."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ AUDITED = (
     *("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.putenv", "subprocess.Popen", "pty.spawn"),
     *("shutil.copyfile", "socket.connect", "urllib.Request", "webbrowser.open", "builtins.input", "ctypes.dlopen"),
 )
-_events: list | None = None  # what has happened since a block began
+_events: list | None = None  # what has happened in the current block
 
 
 def _audit(event: str, arguments: tuple) -> None:
@@ -17,12 +17,12 @@ def _audit(event: str, arguments: tuple) -> None:
         _events.append((event, *arguments[:1]))
 
 
-sys.addaudithook(_audit)  # cannot be removed again: it is idle while `_events` is None
+sys.addaudithook(_audit)  # hooks cannot be removed; this one is idle while `_events` is None
 
 
 @contextmanager
 def watching() -> Iterator[list]:
-    """The list that fills with what happens in the block: (event, its first argument)."""
+    """A list that fills with what happens in the block: (event, its first argument)."""
     global _events
     _events = events = []
     try:

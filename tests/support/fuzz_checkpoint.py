@@ -1,11 +1,11 @@
-"""Looks for checkpoints that the reader cannot bear, guided by which of its lines each try reaches.
+"""Searches for files that break the checkpoint reader, guided by which of its lines each file reaches.
 
     python tests/support/fuzz_checkpoint.py [FOLDER] [options of libFuzzer, such as -max_total_time=600]
 
 It needs the package atheris (pip install atheris), and runs until it finds something or is stopped. FOLDER keeps the
-tries that reached new lines, for the next run. A try is a byte that says what follows, 0 a whole file, 1 a pickle in an
-archive, 2 a pickle in the old format, 3 a safetensors header, and that. Anything but tensors or a CheckpointError ends
-the run, and so does a try that takes over ten seconds or a gigabyte; the file crash-... then holds the try.
+inputs that reached new lines, for the next run. The first byte of an input says what the rest is: 0 a whole file, 1 a
+pickle in an archive, 2 a pickle in the old format, 3 a safetensors header. Any result but tensors or a CheckpointError
+ends the run, and so does an input that takes over ten seconds or 1.5 GB. The file crash-... then holds the input.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(
     include=[
-        "sd.checkpoints.zip_archive",
+        "sd.checkpoints.checkpoint",
         "sd.checkpoints.files",
         "sd.checkpoints.safetensors",
         "sd.checkpoints.torch_save",
         "sd.checkpoints.unpickler",
+        "sd.checkpoints.zip_archive",
     ]
 ):
     from sd.checkpoints.checkpoint import CheckpointError
@@ -49,7 +50,7 @@ WRAPPERS = [bytes, evil.in_zip, evil.in_legacy, in_safetensors]
 
 
 def beginnings() -> list[bytes]:
-    """Tries to begin with: honest files, pickles and headers, and a text."""
+    """The first inputs: honest files, pickles and headers, attacks, and a text."""
     files = [b"\0" + content for content in (*mutations.seeds().values(), b"a text")]
     pickles = [evil.state_dict(), *(evil.state_dict(evil=value) for value in evil.attacks(Path("nowhere")).values())]
     header = mutations.seeds()["safetensors"]
@@ -64,7 +65,7 @@ def main() -> None:
         corpus.mkdir(parents=True, exist_ok=True)
         for number, content in enumerate(beginnings()):
             (corpus / f"beginning-{number}").write_bytes(content)
-        path = Path(temporary) / "try.ckpt"
+        path = Path(temporary) / "input.ckpt"
 
         def attempt(data: bytes) -> None:
             path.write_bytes(WRAPPERS[data[0] % len(WRAPPERS)](data[1:]) if data else b"")
@@ -74,7 +75,7 @@ def main() -> None:
             assert not wrong or not begun, f"it did {wrong}"
 
         begun = False
-        for content in beginnings():  # the reader may import what it needs
+        for content in beginnings():  # here the reader may still import what it needs
             attempt(content)
         begun = True
         options = [argument for argument in sys.argv[1:] if argument.startswith("-")]

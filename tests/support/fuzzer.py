@@ -1,10 +1,10 @@
-"""Gives many hostile files one after the other to the code that reads them, and reports what happened, as JSON.
+"""Runs the code that reads files on many hostile files, and reports what happened, as JSON.
 
     python -m tests.support.fuzzer FOLDER FIRST files=1000 models=30 pictures=200
 
 `files` are those of `mutations.case` for the checkpoint reader, `models` those of `model_mutations.model_case` for
-`load_models`, `pictures` those of `picture_mutations.case`, read as pictures and as masks. A process of its own,
-because a crash, a hang or a gigabyte of memory must not be the end of the tests that look for them.
+`load_models`, `pictures` those of `picture_mutations.case`, read as images and as masks. It runs in a separate process,
+so that a crash, a hang or a gigabyte of memory does not end the tests that look for them.
 """
 
 import collections
@@ -29,13 +29,13 @@ from sd.model_loader import load_models
 from tests.support import model_mutations, mutations, picture_mutations
 from tests.support.auditing import watching
 
-ADDRESS_SPACE = 8 << 30  # bytes: so that a bug found here does not bring down the machine
-HANG = 60  # seconds of a case after which the process ends with a traceback
-EXPECTED = [("open", str(DATA / "merges.txt")), ("ctypes.dlopen", None)]  # of the tokenizer; Python itself
+ADDRESS_SPACE = 8 << 30  # bytes: a bug found here should not take all memory of the machine
+HANG = 60  # seconds for one case, after which the process ends with a traceback
+EXPECTED = [("open", str(DATA / "merges.txt")), ("ctypes.dlopen", None)]  # by the tokenizer; by Python itself
 
 
 def read(path: Path) -> None:
-    """Read a checkpoint, and look at the first and the last number of every tensor."""
+    """Read a checkpoint, and the first and last number of every tensor."""
     for tensor in read_state_dict(path).values():
         size, stride = tensor.size(), tensor.stride()
         end = tensor.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(size, stride))
@@ -68,7 +68,7 @@ def peak_memory() -> int:
 
 
 def attempt(action: Callable[[Path], None], path: Path) -> tuple[str, float]:
-    """ "loaded", "refused" or what went wrong; and the seconds that it took of this processor."""
+    """ "loaded", "refused" or what went wrong; and the seconds of processor time."""
     faulthandler.dump_traceback_later(HANG, exit=True)
     start = time.process_time()
     with watching() as events:
@@ -88,7 +88,7 @@ def attempt(action: Callable[[Path], None], path: Path) -> tuple[str, float]:
 
 
 def warm_up(path: Path) -> None:
-    """Everything is imported that will be."""
+    """Import everything that the cases will need."""
     Image.init()
     assert b"ok".decode("cp437") == b"ok".decode("utf-8-sig")  # names in archives; texts
     honest = [*mutations.seeds().values(), *picture_mutations.seeds().values(), model_mutations.model_case(0)[1]]
@@ -99,7 +99,7 @@ def warm_up(path: Path) -> None:
 
 
 def cases(first: int, counts: dict[str, int]) -> Iterator[tuple[str, bytes, Callable[[Path], None]]]:
-    """The name of every case, its bytes, and what is to be done with them."""
+    """The name of every case, its bytes, and what to do with them."""
     for what, count in counts.items():
         make, action = KINDS[what]
         for number in range(first, first + count):
@@ -109,7 +109,7 @@ def cases(first: int, counts: dict[str, int]) -> Iterator[tuple[str, bytes, Call
 
 def main(folder: Path, first: int, counts: dict[str, int]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    warnings.simplefilter("ignore")  # of Pillow, and of zipfile, which makes hostile archives here
+    warnings.simplefilter("ignore")  # from Pillow, and from zipfile, which makes hostile archives here
     path = folder / "case.ckpt"
     warm_up(path)
     before, outcomes, wrong, slowest = peak_memory(), collections.Counter(), {}, (0.0, "")

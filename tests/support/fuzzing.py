@@ -1,4 +1,4 @@
-"""Runs the fuzzer in a process of its own, and checks its report."""
+"""Runs the fuzzer in a separate process, and checks its report."""
 
 import json
 import subprocess
@@ -9,8 +9,11 @@ from tests import ROOT
 
 
 def fuzz(folder: Path, first: int, **counts: int) -> dict:
-    """The report on so many cases of each kind, once it says that each was read, or refused in one clear sentence, in
-    under two seconds of processor time and a gigabyte of memory, without anything else happening."""
+    """The report on `counts` cases of each kind.
+
+    Asserts that each was read, or refused in one clear sentence, with under two seconds of processor time, under a
+    gigabyte of memory and no other effect.
+    """
     arguments = [str(folder), str(first), *(f"{what}={count}" for what, count in counts.items())]
     command = [sys.executable, "-m", "tests.support.fuzzer", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

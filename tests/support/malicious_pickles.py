@@ -1,8 +1,8 @@
-"""Pickles that attack whoever loads them, assembled from single instructions, and the files to put them in.
+"""Pickles that attack the program that loads them, assembled from single instructions, and files to put them in.
 
-Every attack tries to create one file, the canary. `attacks(folder)` gives them by name: each the bytes of a value to be
-put somewhere in a pickle; `place_accomplices(folder)` writes the files that some of them load. `in_zip` and `in_legacy`
-make checkpoints out of a whole pickle.
+Every attack tries to create one file, the canary. `attacks(folder)` gives them by name, each as the bytes of a value to
+put anywhere in a pickle. `place_accomplices(folder)` writes the files that some attacks load. `in_zip` and `in_legacy`
+make a checkpoint of a whole pickle.
 """
 
 import io
@@ -25,7 +25,7 @@ def number(value: int) -> bytes:
 
 
 def name(module: str, qualified: str) -> bytes:
-    """STACK_GLOBAL, which takes dotted names as well."""
+    """STACK_GLOBAL, which also accepts dotted names."""
     return text(module) + text(qualified) + b"\x93"
 
 
@@ -82,7 +82,7 @@ def place_accomplices(folder: Path) -> None:
 
 
 def attacks(folder: Path) -> dict[str, bytes]:
-    """Values to be put into a pickle, by name; each wants to create `folder / "canary"`."""
+    """Values to put into a pickle, by name; each tries to create `folder / "canary"`."""
     canary = folder / "canary"
     python = canary_code(folder)
     shell = f"touch {canary}"
@@ -167,7 +167,7 @@ def attacks(folder: Path) -> dict[str, bytes]:
     }
 
 
-# Those of the attacks that Python's own unpickler carries out: the proof that the others are not blanks either.
+# The attacks that succeed on Python's own unpickler. They show that the canary works.
 ARMED = [
     "os.system",
     "posix.system",

@@ -1,7 +1,7 @@
 """Checkpoint files with a whole model in which something is wrong: a tensor, a name, the configuration, a few bytes.
 
-`model_case(number)` gives a kind, "model", and the bytes of one, always the same for the same number. Most of them get
-past the reader.
+`model_case(number)` gives a kind, "model", and the bytes of one; equal numbers give equal files. Most of them get past
+the reader, so that they test the loader.
 """
 
 import io
@@ -27,7 +27,7 @@ nano_state = cache(lambda: random_state(NANO))
 
 
 def change_tensor(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Another dtype, shape or stride, some of which a loader should bear."""
+    """Another dtype, shape or stride. The loader should accept some of them."""
     changes = [lambda t: t.double(), lambda t: t.long(), lambda t: t.bool(), lambda t: t.half(), lambda t: t[None]]
     changes += [lambda t: t[..., None, None], lambda t: t.flatten(), lambda t: t.flatten(1) if t.ndim > 1 else t[:0]]
     changes += [lambda t: t.flatten()[:1].expand(t.shape), lambda t: t.mT if t.ndim > 1 else t[::2], lambda t: t[:0]]
@@ -63,5 +63,5 @@ def model_case(number: int) -> tuple[str, bytes]:
     data = buffer.getvalue()
     if change != "bytes":
         return "model", data
-    middle = data.find(b"PK\3\4", 100)  # behind the pickle, in which the notes are
+    middle = data.find(b"PK\3\4", 100)  # after the pickle, which describes the tensors
     return "model", mutate(data[:middle], rng) + data[middle:]

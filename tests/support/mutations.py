@@ -1,6 +1,6 @@
 """Damaged and hostile checkpoint files, made from small honest ones.
 
-`case(number)` gives the kind and the bytes of one file, always the same for the same number.
+`case(number)` gives the kind and the bytes of one file; equal numbers give equal files.
 """
 
 import io
@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from tests.support import malicious_pickles as evil
 
-# Where sizes and places change their meaning: signs, widths of integers, and our own limits.
+# Numbers at which sizes and offsets change their meaning: signs, widths of integers, and our own limits.
 NUMBERS = [-(2**63), -(2**31), -8, -1, 0, 1, 2, 3, 4, 5, 8, 127, 255, 4096, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32]
 NUMBERS += [2**47, 2**48 - 1, 2**48, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, 10**400]
 NAMES = ["archive/data/0", "archive/data.pkl", "archive/data/../data.pkl", "../../../etc/passwd", "/etc/passwd"]
@@ -69,7 +69,7 @@ def seeds() -> dict[str, bytes]:
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Flip, overwrite, insert, repeat, remove or cut off bytes at random places, once or a few times."""
+    """Flip, overwrite, insert, repeat, remove or truncate bytes at random places, once or a few times."""
     for _ in range(rng.choice([1, 1, 2, 8])):
         at, length = rng.randrange(len(data)), rng.choice([1, 1, 2, 4, 8, 64])
         number = (rng.choice(NUMBERS) % 2**64).to_bytes(8, "little")[: rng.choice([2, 4, 8])]
@@ -97,7 +97,7 @@ def damaged(rng: random.Random) -> bytes:
 
 
 def spliced(rng: random.Random) -> bytes:
-    """The beginning of one file and the end of another, cut anywhere or where a part begins."""
+    """The beginning of one file and the end of another, cut at random places or where a part begins."""
 
     def cut(data: bytes) -> int:
         places = [data.find(mark) for mark in (b"PK\1\2", b"PK\5\6", b"\x80\2", b'"a"', b"ctorch", b"}")]
@@ -112,7 +112,7 @@ def wrapped(pickled: bytes, rng: random.Random) -> bytes:
 
 
 def archive(rng: random.Random) -> bytes:
-    """A zip archive with hostile names, doubled, missing or inflating records, and lies in its table of contents."""
+    """A zip archive with hostile names, repeated, missing or inflating records, and wrong numbers in its tables."""
     records = {"archive/data.pkl": evil.state_dict(), "archive/byteorder": b"little", "archive/data/0": evil.ONES}
     records = list(records.items())
     for _ in range(rng.randrange(4)):
@@ -135,7 +135,7 @@ def archive(rng: random.Random) -> bytes:
 
 
 def program(rng: random.Random) -> bytes:
-    """A pickle of random instructions, some of which Python itself no longer writes."""
+    """A pickle of random instructions, including ones that Python no longer writes."""
     pickled = b"\x80\4" + rng.choice([b"", evil.tensor() + b"q\0", b"}q\0", b"]q\0"])
     for _ in range(rng.choice([3, 20, 200])):
         opcode = rng.choice(OPCODES)
@@ -159,7 +159,7 @@ def number(rng: random.Random) -> bytes:
 
 
 def tensors(rng: random.Random) -> bytes:
-    """Honest notes about tensors with dishonest dtypes, sizes, strides, offsets, keys and counts."""
+    """Well-formed tensors with wrong dtypes, sizes, strides, offsets, keys and counts."""
 
     def some(*honest: bytes) -> bytes:
         return (
@@ -179,7 +179,7 @@ def tensors(rng: random.Random) -> bytes:
 
 
 def nested(rng: random.Random) -> bytes:
-    """Containers that are deep, hold themselves, or double at every level, anywhere in a checkpoint."""
+    """Containers that are deep, contain themselves, or double at every level, anywhere in a checkpoint."""
     depth = rng.choice([5, 100, 3000, 60_000])
     value = rng.choice(
         [
@@ -205,7 +205,7 @@ def attack(rng: random.Random) -> bytes:
 
 
 def header(rng: random.Random) -> bytes:
-    """A safetensors file whose header is still JSON, or nearly so."""
+    """A safetensors file with a wrong header that is still JSON, or almost."""
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     tree = {"__metadata__": {"format": "pt"}, "a": dict(entry), "b": entry | {"data_offsets": [8, 16]}}
     for _ in range(rng.randrange(1, 4)):
@@ -228,7 +228,7 @@ def header(rng: random.Random) -> bytes:
 
 
 def legacy(rng: random.Random) -> bytes:
-    """The five pickles of the old format with one or two exchanged, and storages of other sizes than they say."""
+    """The five pickles of the old format, some exchanged, and storages with a wrong size."""
     parts = [pickle.dumps(value, 2) for value in (evil.LEGACY_MAGIC_NUMBER, 1001, evil.SYSTEM)]
     parts += [evil.state_dict(), pickle.dumps(["0"], 2)]
     others = [
