@@ -23,11 +23,9 @@ def classifier_free(noise_uncond: Tensor, noise_cond: Tensor, scale: float, resc
         e = e_uncond + scale (e_cond - e_uncond)
 
     A large scale also makes e larger than anything the U-Net was trained to predict, and images too harsh. `rescale`,
-    from 0 to 1, is how far e is brought back to the standard deviation of e_cond (2305.08891, section 3.4):
+    from 0 to 1, brings e back to the standard deviation of e_cond (2305.08891, section 3.4; deviations are per image):
 
-        e' = rescale e std(e_cond) / std(e) + (1 - rescale) e
-
-    All tensors are (B, 4, h, w); deviations are per image.
+        e' = rescale e std(e_cond) / std(e) + (1 - rescale) e,    all tensors (B, 4, h, w)
     """
     noise = noise_uncond + scale * (noise_cond - noise_uncond)
     if rescale == 0:

@@ -1,8 +1,7 @@
 """The names and shapes of the published checkpoints <-> those of our networks.
 
 In: a flat state dict in the CompVis layout of Stable Diffusion 1.x, {"model.diffusion_model.time_embed.0.weight": ...}.
-Out: one state dict per network, {"clip": ..., "encoder": ..., "decoder": ..., "diffusion": ...}. And back: the round
-trip is exact to the bit.
+Out: one state dict per network, {"clip": ..., "encoder": ..., ...}. And back: the round trip is exact to the bit.
 
 Three things differ. Names are translated by the rules below, in both directions. Queries, keys and values are three
 matrices there and one here. Some 1x1 convolutions there are linear layers here.

@@ -24,10 +24,9 @@ def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
-    """Standard normal noise (B, ...) in float32, drawn on the CPU, so that a seed gives the same image on every device.
+    """Standard normal noise (B, ...) in float32, drawn on the CPU: a seed gives the same image on every device.
 
-    With a list of B generators, image i gets the noise that its own generator would give it alone. Raises ValueError
-    if the list has another length.
+    Of B generators, each draws for its own image. Raises ValueError if the list has another length.
     """
     if isinstance(generator, list):
         if len(generator) != shape[0]:

@@ -70,23 +70,19 @@ def generate(
 ) -> np.ndarray:
     """An image for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
-    prompt             what to draw; words can have weights, as in "a (red:1.3) house" (`sd.prompts`)
-    uncond_prompt      the negative prompt: what the image should not show
-    input_image        the image to start from, cropped to the size asked for
-    mask_image         where to repaint `input_image`: white is repainted, black stays the same to the byte
-    strength           how much of `input_image` may change, in (0, 1]
-    do_cfg, cfg_scale  classifier-free guidance, and how closely to follow the prompt
-    sampler_name, n_inference_steps   a key of `SAMPLERS`, and its number of steps
-    models, tokenizer  what `load_models` returns (default: the tiny model), and a tokenizer to use instead of its own
-    seed               makes the image repeatable; image i of a list is the one that `seed + i` gives alone
-    device, idle_device   where to compute, and where networks wait until they are needed
-    height, width      multiples of 8 (default: the size the model was trained on)
-    feather            softens the edges of `mask_image`, in pixels
-    cfg_rescale        softens what a large cfg_scale overdoes, from 0 to 1 (`guidance.classifier_free`)
-    deep_cache         2 or 3: much faster, and a slightly different image (`sd.runtime.deep_cache`)
+    prompt, uncond_prompt   what to draw, and what not; words can have weights, "a (red:1.3) house" (`sd.prompts`)
+    input_image, strength   the image to start from, cropped to the size; how much of it may change, in (0, 1]
+    mask_image, feather     where to repaint it: white is repainted, black stays to the byte; pixels of soft edge
+    do_cfg, cfg_scale, cfg_rescale   guidance: how closely to follow the prompt (`guidance.classifier_free`)
+    sampler_name, n_inference_steps  a key of `SAMPLERS`, and its number of steps
+    models, tokenizer       what `load_models` returns (default: the tiny model); a tokenizer instead of its own
+    seed                    makes the image repeatable; image i of a list is the one that `seed + i` gives alone
+    device, idle_device     where to compute, and where networks wait until they are needed
+    height, width           multiples of 8 (default: the size the model was trained on)
+    deep_cache              2 or 3: much faster, and a slightly different image (`sd.runtime.deep_cache`)
 
-    The bytes are repeatable on one machine with one number of threads and one version of torch; elsewhere they differ
-    by a level or two. (A decoder with little free memory works in strips, which may change an image by a level.)
+    A seed gives the same bytes on one machine with one number of threads and one version of torch, while memory does
+    not run short (`decode_latents`); elsewhere they differ by a level or two.
 
     Raises ValueError, before any work, for an argument that is not allowed, and what `read_image` and `load_models`
     raise; OutOfMemory, with advice; NotFiniteError if a network's output has NaN or infinity.
@@ -149,14 +145,11 @@ def draw(
 
 
 def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, InpaintingInputs | None]:
-    """The sampler of a request, its first latents (B, 4, H/8, W/8), and what inpainting keeps.
-
-    The request is not checked again.
-    """
+    """The sampler of a checked request, its first latents (B, 4, H/8, W/8), and what inpainting keeps."""
     defaults = models.config.sampling
     generators = make_generators(request.seed, len(request.prompts))
     sampler = SAMPLERS[request.sampler_name or defaults.sampler](generators, schedule=models.config.schedule)
-    # A sampler that is named has its own default number of steps.
+    # A sampler that is asked for by name keeps its own default number of steps.
     if request.n_inference_steps is not None or request.sampler_name is None:
         sampler.set_inference_timesteps(int(request.n_inference_steps or defaults.steps))
     strength = 1 if request.input_image is None else request.strength

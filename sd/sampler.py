@@ -1,17 +1,14 @@
 """What all samplers share: which timesteps a run visits, and how a prediction turns into an image without noise.
 
-A sampler walks from noise to latents. At each timestep it takes the noisy latents x_t and the U-Net's output for them,
-and returns the latents at the next, less noisy timestep. All samplers work in the space the U-Net was trained in,
-
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,    e ~ N(0, I)                          (2006.11239, eq. 4; `sd.noise`)
-
-so that callers need not know which algorithm is running. In the code a_t is `alpha_bar`. Many papers divide this by
-sqrt(a_t) and use the noise level sigma instead:
+A sampler walks from noise to latents: at each timestep it takes the noisy latents x_t and the U-Net's output for them,
+and returns the latents at the next, less noisy timestep. All samplers work in the space the U-Net was trained in, where
+x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e (`sd.noise`; a_t is `alpha_bar`), so callers need not know which one is running.
+Many papers divide this by sqrt(a_t) and use the noise level sigma instead; `SigmaSampler` converts for them:
 
     x = x_t / sqrt(a_t) = x_0 + sigma_t e,    sigma_t = sqrt((1 - a_t) / a_t)
 
-`SigmaSampler` converts for algorithms that are written that way. A run starts from N(0, I), which in their space is
-noise of scale sqrt(sigma_max^2 + 1); other implementations may start at sigma_max, which is 0.2 % less.
+A run starts from N(0, I), which there is noise of scale sqrt(sigma_max^2 + 1). Other implementations may start at
+sigma_max, which is 0.2 % less.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ class Sampler(ABC):
         beta_end: float = 0.0120,
         schedule: ScheduleConfig | None = None,
     ):
-        """`generator` draws the noise: one for all images or a list of one per image. `schedule` replaces the numbers.
+        """`generator`: one for all images or a list of one per image. `schedule` replaces the numbers.
 
         Raises ValueError for an unknown prediction type or beta schedule.
         """
@@ -84,11 +81,8 @@ class Sampler(ABC):
         _warn_of_a_late_start(timesteps, total)
 
     def set_strength(self, strength: float) -> None:
-        """Skips the first, noisiest steps, so that image-to-image keeps part of its image.
-
-        strength is in (0, 1]: 1 visits all timesteps, 0.6 the last 60 % of them, and never fewer than one. Raises
-        ValueError for another strength.
-        """
+        """Skips the first, noisiest steps, so that image-to-image keeps part of its image: strength 1 visits all
+        timesteps, 0.6 the last 60 % of them, at least one. Raises ValueError unless 0 < strength <= 1."""
         if not 0 < strength <= 1:
             raise ValueError(f"strength should be above 0 and at most 1, not {strength!r}.")
         n = len(self._all_timesteps)
@@ -145,15 +139,16 @@ class Sampler(ABC):
     def predict(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """What the U-Net's output implies: the denoised latents x_0 and the noise e in x_t, each (B, C, h, w).
 
-        epsilon:      e = output,  x_0 = (x_t - sqrt(1 - a_t) e) / sqrt(a_t)                (2006.11239, eq. 15)
-        v_prediction: x_0 = sqrt(a_t) x_t - sqrt(1 - a_t) v,  e = sqrt(a_t) v + sqrt(1 - a_t) x_t  (2202.00512, app. D)
-
         `timestep` and its errors are those of `add_noise`.
         """
         return self.x0_and_noise(self.alpha_bar_at(timestep).to(latents.device), latents, output)
 
     def x0_and_noise(self, alpha_bar: Tensor, latents: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """`predict` for a known a_t."""
+        """`predict` for a known a_t:
+
+        epsilon:      e = output,  x_0 = (x_t - sqrt(1 - a_t) e) / sqrt(a_t)                (2006.11239, eq. 15)
+        v_prediction: x_0 = sqrt(a_t) x_t - sqrt(1 - a_t) v,  e = sqrt(a_t) v + sqrt(1 - a_t) x_t  (2202.00512, app. D)
+        """
         signal, noise_level = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         if self.schedule.prediction_type == "v_prediction":
             return signal * latents - noise_level * output, signal * output + noise_level * latents
@@ -189,11 +184,8 @@ class Sampler(ABC):
 class SigmaSampler(Sampler):
     """The base of samplers that are written for x = x_0 + sigma e: an algorithm adds `sigma_step`.
 
-    They solve the ODE along which x loses its noise (2206.00364, eq. 1 and 3, for sigma(t) = t):
-
-        dx / dsigma = (x - x_0) / sigma
-
-    whose right-hand side, the slope, is the predicted noise e.
+    They solve dx / dsigma = (x - x_0) / sigma (2206.00364, eq. 1 and 3, for sigma(t) = t). The right-hand side, the
+    slope, is the predicted noise e.
     """
 
     default_steps = 30
@@ -217,11 +209,9 @@ def at_karras_levels(sampler: type[Sampler]) -> type[Sampler]:
 
 
 def _warn_of_a_late_start(timesteps: np.ndarray, total: int) -> None:
-    """Warns if a run of these timesteps, noisiest first, begins below two thirds of `total`.
+    """Warns if a run of these timesteps, noisiest first, begins (one spacing above the first) below 2/3 of `total`.
 
-    One spacing above the first timestep counts as the beginning. Leading timesteps are total // n apart and cover
-    n (total // n): at least two thirds for n up to total / 2, but 501 of 1000 for n = 501. A single timestep is 0 with
-    most samplers. diffusers visits the same timesteps, so we keep them, and warn.
+    Leading timesteps are total // n apart: they cover 501 of 1000 for n = 501. diffusers visits the same ones.
     """
     n, first = len(timesteps), timesteps[0]
     if first + (first - timesteps[1] if n > 1 else 1) < 2 / 3 * total:

@@ -5,12 +5,10 @@ In: a prompt, or a list of B prompts. Out: ids of shape (B, 77), the input of th
     "A  Café"  --clean-->  "a café"  --split-->  ["a", "café"]  --spell-->  ["a</w>"], ["c", "a", "f", "Ã", "©</w>"]
                --merge-->  ["a</w>"], ["cafÃ©</w>"]  --look up-->  [320, 15304]
 
-BPE writes any text with a fixed set of symbols. It starts from the bytes of a word and joins pairs of neighbours. A
-list of merges says which pair comes first. The list was learned once, by joining the most frequent pair of a large
-corpus again and again. A common word ends as one symbol, a rare word as several. No text is unknown.
-
-Sources: BPE, arXiv 1508.07909, algorithm 1; on bytes, GPT-2 (Radford et al. 2019), section 2.2; CLIP, arXiv 2103.00020,
-section 2.4. The ids are those of OpenAI's own tokenizer.
+BPE (1508.07909, algorithm 1) starts from the bytes of a word and joins pairs of neighbours, in the order of a list of
+merges. The list was learned once, by joining the most frequent pair of a large corpus again and again. A common word
+ends as one symbol, a rare one as several; no text is unknown. On bytes it is GPT-2's (Radford et al. 2019, section
+2.2); CLIP's list is that of 2103.00020, section 2.4. The ids are those of OpenAI's own tokenizer.
 """
 
 from __future__ import annotations
@@ -46,10 +44,8 @@ WORD = regex.compile(r"""(?ix)                  # ignoring case, and the blanks 
 
 
 def byte_symbols() -> dict[int, str]:
-    """A visible character for each of the 256 bytes, in the order of their ids.
-
-    A byte that is a visible character in Latin-1 stands for itself. The others (blanks, control codes) get the
-    characters from U+0100 on. So no symbol contains white space, and a list of merges is a readable text file.
+    """A visible character for each of the 256 bytes, in the order of their ids: itself where Latin-1 shows it, and a
+    character from U+0100 on for blanks and control codes. So a list of merges is a readable text file.
     """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -135,17 +131,11 @@ class Tokenizer:
     """CLIP's tokenizer. `tokenizer(prompts)` gives the ids for the text encoder.
 
     The merges alone make the vocabulary: 256 bytes, the same 256 at the end of a word, one symbol a merge, start, end.
-    Raises FileNotFoundError or ValueError as `read_merges` and `check_vocab` do, and ValueError if `context_length` is
-    below 2 or `pad_token_id` is not an id.
+    `merges_file` defaults to CLIP's 48,894 merges, and so 49,408 symbols; a `vocab_file` is only checked against them.
+    `pad_token_id` fills up short prompts: by default the end token, as in SD 1.x (SD 2.x pads with 0).
 
-    Args:
-        merges_file: the list of merges; None is CLIP's, with 48,894 merges and so 49,408 symbols.
-        vocab_file: a vocab.json to check against the vocabulary that the merges make.
-        context_length: ids per prompt, start and end included.
-        pad_token_id: the id that fills up a short prompt; None is the end token, as in SD 1.x. SD 2.x pads with 0.
-
-    Attributes: `symbols`, the list id -> symbol; `vocab`, the dict symbol -> id; `merges`, the list of pairs, best
-    first; `ranks`, the dict pair -> place in `merges`; start_token_id, end_token_id, pad_token_id, context_length.
+    Attributes: `symbols` (id -> symbol), `vocab` (symbol -> id), `merges` (pairs, best first), `ranks` (pair -> place
+    in `merges`). Raises FileNotFoundError or ValueError for bad files, and ValueError for a bad length or pad id.
     """
 
     def __init__(

@@ -83,7 +83,9 @@ def record(request: Request, models: Models | None = None) -> Recording:
         sampler, latents, inpainting = pipeline.prepare(models, request)
     with _measured(costs, "denoise", models):
         rescale, deep_cache = request.cfg_rescale, request.deep_cache
-        steps = pipeline.denoise(models, latents, context, sampler, cfg_scale, inpainting, rescale, deep_cache=deep_cache)
+        steps = pipeline.denoise(
+            models, latents, context, sampler, cfg_scale, inpainting, rescale, deep_cache=deep_cache
+        )
         moments, latents = _watch(steps, latents, len(sampler.timesteps))
     with _measured(costs, "decode_latents", models):
         images = pipeline.decode_latents(models, latents)  # (1, H, W, 3)
