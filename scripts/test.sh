@@ -24,5 +24,6 @@ cd "$root"
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 "$python" -m ruff check
 "$python" -m ruff format --check
+"${python%/*}/lint-imports" --no-cache --no-logo
 # Two at a time, each on one thread; each file's tests stay together and share what they set up. "-n 0" for a debugger.
 exec "$python" -m pytest -n 2 --dist loadfile "$@"
