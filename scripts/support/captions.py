@@ -1,7 +1,4 @@
-"""What is written into pictures and beside them: settings, labels of a sheet, and the command that makes one again.
-
-In: the options of demo.py, and what came of them. Out: texts, and a labelled sheet.
-"""
+"""The texts that demo.py writes into images and reports: settings, labels, and the command that repeats an image."""
 
 from __future__ import annotations
 
@@ -11,15 +8,17 @@ import shlex
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from scripts.support.command_line import demo_command
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
     from sd.models import Models
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # what --dtype calls them
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # the names of --dtype -> torch's
 
-# What the AUTOMATIC1111 web UI calls them; "Karras" comes last there, too.
+# The AUTOMATIC1111 web UI's names. For our `_karras` samplers, " Karras" is appended.
 SAMPLER_NAMES = {
     "ddpm": "DDPM",
     "ddim": "DDIM",
@@ -34,7 +33,7 @@ SAMPLER_NAMES = {
 
 
 def parameters(options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
-    """The prompt and settings, in the form in which Stable Diffusion tools write and read them."""
+    """The prompt and settings as one text, in the format that other Stable Diffusion tools read and write."""
     lines = [prompt]
     if options.negative:
         lines.append(f"Negative prompt: {options.negative}")
@@ -45,7 +44,7 @@ def parameters(options: argparse.Namespace, prompt: str, settings: dict, seed: i
 def details(
     options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]
 ) -> dict[str, str]:
-    """The prompt, all settings, and what they met: the machine, and the versions of what computed."""
+    """The prompt, all settings, the machine, and the versions of the libraries; none of the values is empty."""
     import torch
 
     device, dtype = _place(settings["models"])
@@ -58,10 +57,10 @@ def details(
 
 
 def command(options: argparse.Namespace, prompt: str, settings: dict, seed: int, shape: tuple[int, ...]) -> str:
-    """What to type to get this one picture again, quoted for a POSIX shell."""
+    """The command line that makes this image again, quoted for a POSIX shell."""
     device, dtype = _place(settings["models"])
-    # A prompt must not look like a flag; an empty pair of braces stands for nothing.
-    arguments = ["python", "scripts/demo.py", "{}" + prompt if prompt.startswith("-") else prompt]
+    # A prompt must not look like a flag. An empty pair of braces adds nothing to it.
+    arguments = [*demo_command(), "{}" + prompt if prompt.startswith("-") else prompt]
     flags = {
         "--negative": options.negative or None,
         "--image": options.image,
@@ -88,7 +87,7 @@ def command(options: argparse.Namespace, prompt: str, settings: dict, seed: int,
 
 
 def grid(prompts: list[str], seeds: range, pictures: list[np.ndarray]) -> Image.Image:
-    """All pictures on one sheet, each under what sets it apart: a row a prompt, a column a seed, if there are both."""
+    """All images on one labelled sheet. With several prompts and seeds, a row is a prompt and a column is a seed."""
     from sd.inside.contact_sheet import contact_sheet, square_sheet
 
     labels = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
@@ -104,7 +103,7 @@ def grid(prompts: list[str], seeds: range, pictures: list[np.ndarray]) -> Image.
 
 
 def _settings(options: argparse.Namespace, settings: dict, seed: int, shape: tuple[int, ...]) -> dict[str, object]:
-    """What made the picture, under the names that Stable Diffusion tools have for it."""
+    """The settings of an image, under the names that other Stable Diffusion tools use."""
     base, karras, _ = settings["sampler_name"].partition("_karras")
     pairs = {
         "Steps": settings["n_inference_steps"],
@@ -124,7 +123,7 @@ def _settings(options: argparse.Namespace, settings: dict, seed: int, shape: tup
 
 
 def _place(models: Models) -> tuple[str, str]:
-    """Where the models compute, and in what, as --device and --dtype call them."""
+    """The device and precision of the models, in the notation of --device and --dtype."""
     from sd.runtime.devices import device_and_dtype
 
     device, dtype = device_and_dtype(models.diffusion)

@@ -1,4 +1,4 @@
-"""What the scripts share: errors in one sentence, the exit status, and a word where the environment is missing."""
+"""What all scripts share: errors of one line, the exit status, and a message where packages are missing."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 PACKAGES = ("torch", "numpy", "PIL", "tqdm", "regex", "ftfy")
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the whole usage before it; keeps the layout of the description."""
+def demo_command() -> list[str]:
+    """How the demo was started: as a script, or as the command `sd` that `pip install .` makes."""
+    return ["sd"] if Path(sys.argv[0]).stem == "sd" else ["python", "scripts/demo.py"]
 
-    def __init__(self, prog: str, description: str | None, packages: Iterable[str] = PACKAGES):
-        """`packages` are those that the script imports later."""
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that prints an error as one line, without the usage, and keeps the description's layout."""
+
+    def __init__(self, prog: str, description: str, packages: Iterable[str] = PACKAGES):
+        """`packages`: what the script imports later."""
+        if demo_command() == ["sd"]:
+            prog, description = "sd", description.replace("python scripts/demo.py", "sd")
         super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.packages = packages
 
@@ -27,11 +35,11 @@ class Parser(argparse.ArgumentParser):
         return self._with_packages(super().parse_intermixed_args(*arguments, **more))
 
     def _with_packages(self, options: argparse.Namespace) -> argparse.Namespace:
-        """The options, if this Python has what the script imports later; looked for here, before any of it."""
+        """The options, or an error of one line if this Python lacks a package that the script needs."""
         if missing := [name for name in self.packages if find_spec(name) is None]:
             self.error(
-                f"this Python lacks {', '.join(missing)}: `sh scripts/demo.sh` makes an environment with all that is "
-                f"needed, and `.venv/bin/python scripts/{self.prog}` uses it."
+                f"this Python lacks {', '.join(missing)}: run `sh scripts/demo.sh` once to install them into .venv, "
+                f"then `.venv/bin/python scripts/{self.prog}`."
             )
         return options
 
@@ -40,20 +48,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def import_torch() -> None:
-    """Imports torch. Ctrl-C counts when that is done: it swallows what happens while it imports numpy by itself, and
-    goes on with half of numpy."""
+    """Imports torch, and delays Ctrl-C until that is done.
+
+    torch imports numpy from C and ignores errors there, so Ctrl-C at that moment would leave numpy half imported.
+    """
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
         import torch  # noqa: F401
     finally:
         signal.signal(signal.SIGINT, before)
-    if pressed and callable(before):  # not where it was to be ignored, as in the background
+    if pressed and callable(before):  # it is not where Ctrl-C is ignored, as in the background
         before(signal.SIGINT, None)
 
 
 def exit_status(prog: str, work: Callable[[], object], interrupted: str) -> int:
-    """Does the work, which needs torch -> 0, or 2 after an error and 130 after Ctrl-C, with one line about it."""
+    """Imports torch and runs `work`. Returns the exit status: 0, or after one line on standard error 2 for an error
+    and 130 for Ctrl-C."""
     try:
         import_torch()
         work()
@@ -62,5 +73,5 @@ def exit_status(prog: str, work: Callable[[], object], interrupted: str) -> int:
         status, line = 130, interrupted
     except (ValueError, OSError, MemoryError) as error:
         status, line = 2, str(error)
-    print(f"{prog}: {line}", file=sys.stderr)  # not before: the progress bars of the work end with their error
+    print(f"{prog}: {line}", file=sys.stderr)  # only here, after the progress bars have closed
     return status

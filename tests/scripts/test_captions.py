@@ -1,4 +1,4 @@
-"""The command that makes a picture again says just what the options were, whatever the prompt is."""
+"""Captions: the command that repeats an image gives the same options again, for any prompt."""
 
 import re
 import shlex
@@ -33,18 +33,33 @@ def again(prompt: str, arguments: list[str]):
     return parse(rest)
 
 
-@settings(max_examples=200)
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}\0")))
-@pytest.mark.parametrize("first", ["", "-", "--seed", "#", "'", "$(x)`y`\\"])
-def test_any_prompt(first, text):
-    prompt = first + text
+def check_prompt(prompt):
     (typed,) = again(prompt, []).prompts
     (meant,) = expand(typed)
     assert meant == (" ".join(prompt.split()) if prompt.startswith("-") else prompt)
 
 
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}\0"))
+beginnings = pytest.mark.parametrize("first", ["", "-", "--seed", "#", "'", "$(x)`y`\\"])
+
+
+@settings(max_examples=20)
+@given(texts)
+@beginnings
+def test_any_prompt(first, text):
+    check_prompt(first + text)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(texts)
+@beginnings
+def test_hundreds_of_prompts(first, text):
+    check_prompt(first + text)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_has_the_name_that_other_tools_know(name):
+def test_every_sampler_has_the_name_that_other_tools_use(name):
     options, more = made_with(["x"])
     text = parameters(options, "x", more | {"sampler_name": name}, 7, (8, 8, 3))
     assert re.search("Sampler: (DDPM|DDIM|PLMS|LMS|Euler|Euler a|Heun|DPM[+][+] 2M( SDE)?)( Karras)?,", text)
@@ -66,6 +81,12 @@ def test_every_setting_that_matters_is_there():
     assert (found.feather, found.strength, found.negative, found.cfg_scale) == (3, 0.65, "--n 'quoted'", -1.5)
     assert (found.seed, found.width, found.height, found.steps) == (7, 768, 512, 20)
     assert (found.device, found.dtype, found.sampler, found.n) == ("cpu", "bf16", "dpm++2m", 1)
+
+
+def test_the_command_sd_repeats_its_own_images(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/sd", "x"])
+    options, more = made_with(["a cat"])
+    assert command(options, "a cat", more, 7, (512, 768, 3)).startswith("sd 'a cat' --steps 20 ")
 
 
 def test_details_are_texts_and_none_is_empty():

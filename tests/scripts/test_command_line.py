@@ -111,8 +111,8 @@ def test_a_python_without_packages_says_where_there_is_one(name, tmp_path):
     assert result.returncode == 2
     lacks = "tqdm" if name == "download" else "torch, numpy, PIL, tqdm, regex, ftfy"
     assert result.stderr == (
-        f"{name}.py: this Python lacks {lacks}: `sh scripts/demo.sh` makes an environment with all that is needed, and "
-        f"`.venv/bin/python scripts/{name}.py` uses it.\n"
+        f"{name}.py: this Python lacks {lacks}: run `sh scripts/demo.sh` once to install them into .venv, then "
+        f"`.venv/bin/python scripts/{name}.py`.\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -151,9 +151,13 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
         (evaluate_tiny, ["--samplers", "ddpm", "magic"], "--samplers should be one of ddpm, "),
         (evaluate_tiny, ["--device", "abacus"], "--device should be one that torch can use here, such as 'cpu', not"),
         (evaluate_tiny, ["--checkpoint", "no.ckpt"], "There is no checkpoint no.ckpt: "),
-        (evaluate_tiny, ["--out", "exists.png"], "--out should be a folder: exists.png cannot be one, a file is in"),
-        (evaluate_tiny, ["--out", "exists.png/in"], "--out should be a folder: exists.png/in cannot be one, a file is"),
-        (make_gallery, ["--out", "exists.png"], "--out should be a folder: exists.png cannot be one, a file is in the"),
+        (evaluate_tiny, ["--out", "exists.png"], "--out should be a folder, but exists.png is a file, or is inside"),
+        (evaluate_tiny, ["--out", "exists.png/in"], "--out should be a folder, but exists.png/in is a file, or is"),
+        (
+            make_gallery,
+            ["--out", "exists.png"],
+            "--out should be a folder, but exists.png is a file, or is inside one.",
+        ),
         (train_tiny, ["--scenes", "4"], "4 pictures are too few to train on: 8 are the least."),
         (train_tiny, ["--seed", "-1"], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
         (synthetic_checkpoint, ["new/a.png"], "The name of new/a.png should end in .safetensors, .ckpt, .pt, .pth."),
