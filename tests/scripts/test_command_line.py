@@ -1,4 +1,4 @@
-"""What the scripts share: one line and no traceback, for Ctrl-C, bad input and a Python without the packages."""
+"""All scripts print one line and no traceback after Ctrl-C, after bad input, and if packages are missing."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ ENTRIES += ["benchmarks/synthetic_checkpoint"]
 
 
 def name_of(script):
-    """demo.py, benchmarks/synthetic_checkpoint.py: how a script's errors begin."""
+    """How a script's errors begin: demo.py, benchmarks/synthetic_checkpoint.py."""
     return Path(script.__file__).relative_to(ROOT / "scripts").as_posix()
 
 
@@ -48,13 +48,13 @@ def test_errors_are_one_line(capsys, error, status, line):
     assert capsys.readouterr().err == line
 
 
-def test_work_that_is_done_says_nothing(capsys):
+def test_success_prints_nothing(capsys):
     assert exit_status("x.py", lambda: "a result", "interrupted.") == 0
     assert capsys.readouterr() == ("", "")
 
 
 def test_an_interruption_while_torch_is_imported_counts_afterwards(tmp_path, monkeypatch, capsys):
-    """Torch imports numpy from C, which forgets the error."""
+    """torch imports numpy from C and ignores errors there."""
     code = """
         import contextlib, signal
         with contextlib.suppress(KeyboardInterrupt):
@@ -125,7 +125,7 @@ def test_help_needs_no_packages(name):
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
 def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
-    """As a terminal does it: to the script, and to the processes that draw scenes for it."""
+    """A terminal sends Ctrl-C to the script and to the processes that draw scenes for it."""
     command = [sys.executable, ROOT / "scripts/train_tiny.py", "vae", "--out", tmp_path / "out"]
     log = tmp_path / "log"
     with open(log, "w") as opened:

@@ -108,9 +108,8 @@ class States:
 
     def check(self, folder: Path) -> None:
         """Compares all losses that were logged before the last kill with those of the uninterrupted run."""
-        lines = [
-            line.split() for line in (folder / "losses.txt").read_text().splitlines()[:-1]
-        ]  # the last line may be incomplete
+        complete = (folder / "losses.txt").read_text().splitlines()[:-1]  # the last line may be incomplete
+        lines = [line.split() for line in complete]
         if lines and (last := max(int(step) for step, _ in lines)) > self.whole.step:
             self.go_on_to(last)
         wrong = [(step, loss) for step, loss in lines if float(loss) != self.losses[int(step)]]
