@@ -1,12 +1,12 @@
-"""Measures this project and, where it is installed, diffusers: equal weights, alternating runs -> a table, and JSON.
+"""Measures the speed and memory of this project and, if installed, of diffusers. Prints a table; --json writes a file.
 
-    python scripts/benchmark.py --quick                 # what matters most, in the default precision
+    python scripts/benchmark.py --quick                 # the main figures, in the default precision
     python scripts/benchmark.py                         # everything; or --only step decode
     python scripts/benchmark.py --device cuda --compiled --steps 50 --only step decode picture throughput memory
 
-Weights are random, of the real size, and made once in --cache (8.5 GB), unless --checkpoint names a file. Each library
-runs in a process of its own; they take turns, so that a machine that slows down slows down all of them. A figure is the
-median of its runs, and a ratio compares medians of the same run.
+Both libraries use the same weights: those of --checkpoint, or random ones of the real size, which are made once in
+--cache (8.5 GB). Each library runs in a separate process. They take turns, so that a machine that slows down affects
+both. A figure is the median of its runs. A ratio compares two medians from the same benchmark.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEASURES = {
     "import": "import, beyond torch, s",
     "tokenizer": "tokenizer, prompts a second",
     "tiny": "tiny model, cold process to picture, s",
-    "load": "load, once all is imported, s",  # with it goes "imports", what came before
+    "load": "load, after all imports, s",  # also prints the time of the imports
     "first": "cold process to the first step, s",
     "step": "U-Net step, batch of 2 at 64x64, s",
     "decode": "VAE decode, 512x512, s",
@@ -48,49 +48,49 @@ MEASURES = {
 }
 QUICK = ["import", "tokenizer", "tiny", "load", "step", "decode", "memory"]
 USUAL = [name for name in MEASURES if name != "throughput"]
-LARGE = {"step", "decode", "encode", "picture", "memory"}  # what needs all contestants at once
-SLOW = 5  # seconds: what takes longer is done once with --quick
+LARGE = {"step", "decode", "encode", "picture", "memory"}  # measured in turns, with all contestants loaded
+SLOW = 5  # seconds: with --quick, a run that takes longer is not repeated
 BATCHES = (1, 2, 4, 8, 16)
-TERAFLOPS = {"step": 1.607, "decode": 2.515, "encode": 1.117}  # operations, a multiplication and an addition being two
+TERAFLOPS = {"step": 1.607, "decode": 2.515, "encode": 1.117}  # 1e12 operations; a multiply-add counts as two
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("benchmark.py", __doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help=f"only {', '.join(QUICK)}, in the default precision, fewer runs")
-    what = f"some of {', '.join(MEASURES)} (default: all but throughput, which is for GPUs)"
+    add("--quick", action="store_true", help=f"only {', '.join(QUICK)}; default precision, fewer runs")
+    what = f"any of {', '.join(MEASURES)} (default: all but throughput, which is for GPUs)"
     add("--only", nargs="+", choices=MEASURES, metavar="WHAT", help=what)
     add("--dtypes", nargs="+", choices=["fp32", "fp16", "bf16"], help="precisions (default: fp32 and the 16-bit one)")
-    add("--alone", action="store_true", help="this project only, even where diffusers is installed")
-    add("--compiled", action="store_true", help="also both under torch.compile, whose first step takes minutes")
-    add("--steps", type=int, default=20, metavar="N", help="of a picture (20)")
-    add("--runs", type=int, metavar="N", help="of everything but pictures (5; with --quick 2, and 1 of what is slow)")
-    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first there is)")
+    add("--alone", action="store_true", help="only this project, even if diffusers is installed")
+    add("--compiled", action="store_true", help="also both with torch.compile, whose first step takes minutes")
+    add("--steps", type=int, default=20, metavar="N", help="sampling steps of an image (20)")
+    add("--runs", type=int, metavar="N", help="repetitions, except of images (5; with --quick 2, or 1 if slow)")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)")
     add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.5 weights (default: random ones)")
-    add("--cache", type=Path, default=ROOT / "runs/benchmark", metavar="DIR", help="for weights (runs/benchmark)")
-    add("--json", type=Path, metavar="FILE", help="every single figure")
+    add("--cache", type=Path, default=ROOT / "runs/benchmark", metavar="DIR", help="for the weights (runs/benchmark)")
+    add("--json", type=Path, metavar="FILE", help="write every single figure to this file")
     options = parser.parse_args(arguments)
     for name in ("runs", "steps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} should be at least 1, not {getattr(options, name)}.")
     if options.checkpoint and not options.checkpoint.is_file():
-        parser.error(f"--checkpoint should be a file: there is none at {options.checkpoint}.")
+        parser.error(f"--checkpoint should be a file, but {options.checkpoint} is not.")
     if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json should be in a folder that is there: there is no {options.json.parent}.")
+        parser.error(f"--json should be in an existing folder, but {options.json.parent} is not.")
     options.runs = options.runs or (2 if options.quick else 5)
     options.only = options.only or (QUICK if options.quick else USUAL)
     return options
 
 
 class Worker:
-    """A contestant in its process: `ask` sends a command and waits for the answer."""
+    """A process that runs one library. `ask` sends it a command and waits for the answer."""
 
     def __init__(self, library: str, dtype: str, device: str, path: Path, compiled: bool = False):
         how = ["compiled"] if compiled else []
         self.name = " ".join([library, dtype, *how])
         command = [sys.executable, ROOT / "scripts/benchmarks/worker.py", library, dtype, device, path, *how]
         self.started, pipe = time.perf_counter(), subprocess.PIPE
-        # In a session of its own: Ctrl-C is for this process alone, which then ends the workers.
+        # A new session, so that Ctrl-C reaches only this process, which then ends the workers.
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
 
     def ask(self, *command: object) -> dict[str, float]:
@@ -98,10 +98,10 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise ChildProcessError(f"{self.name} ended while it was to {command[0]}: see above.")
+            raise ChildProcessError(f"{self.name} ended during {command[0]}: see above.")
         answer = json.loads(answer)
         if command[0] == "load" and answer["seconds"] == math.inf:
-            raise ChildProcessError(f"{self.name} does not fit into memory beside the others: ask for fewer --dtypes.")
+            raise ChildProcessError(f"{self.name} does not fit into memory with the others: choose fewer --dtypes.")
         return answer
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class Worker:
 
 @contextmanager
 def workers(contestants: list[tuple]) -> Iterator[list[Worker]]:
-    """All of them at once: who waits for its turn costs memory only."""
+    """Starts all workers at once. Idle workers cost only memory."""
     started = [Worker(*contestant) for contestant in contestants]
     try:
         yield started
@@ -121,7 +121,7 @@ def workers(contestants: list[tuple]) -> Iterator[list[Worker]]:
 
 
 class Results:
-    """measure -> contestant -> figures."""
+    """All figures, by measure and contestant."""
 
     def __init__(self):
         self.figures: dict[str, dict[str, list[float]]] = {}
@@ -131,7 +131,7 @@ class Results:
         print(f"{measure:10} {contestant:24} {figure:10.3f}", file=sys.stderr)
 
     def table(self) -> str:
-        """A row a measure; each figure with its ratio to the reference in the same precision, and to its fp32."""
+        """A Markdown table: each median with its ratio to diffusers in the same precision, and to diffusers in fp32."""
         lines = ["| what | who | median | / diffusers, same | / diffusers fp32 |", "|---|---|---:|---:|---:|"]
         for measure, row in self.figures.items():
             for who, figures in row.items():
@@ -144,7 +144,7 @@ class Results:
 
 
 def small_things(options: argparse.Namespace, results: Results) -> None:
-    """What needs no full-size weights."""
+    """Measures what does not need full-size weights."""
     for _ in range(options.runs):
         if "import" in options.only:
             code = "import torch, time; t = time.perf_counter(); import sd; print(time.perf_counter() - t)"
@@ -172,8 +172,10 @@ def run(*command: str | Path) -> str:
 
 
 def cold_starts(options: argparse.Namespace, contestants: list[tuple], results: Results) -> None:
-    """Importing, loading, and the way to the first step and through it, each in a fresh process. The files are in the
-    system's cache, and weights that are mapped come from there during that step."""
+    """Measures imports, loading and the first step, each time in a new process.
+
+    The weight files are in the system's file cache. Memory-mapped weights are read from it during the first step.
+    """
     for _ in range(min(3, options.runs)):
         for contestant in contestants:
             with workers([contestant]) as (worker,):
@@ -189,7 +191,7 @@ def cold_starts(options: argparse.Namespace, contestants: list[tuple], results: 
 
 
 def large_things(options: argparse.Namespace, contestants: list[tuple], results: Results) -> None:
-    """The networks of full size, turn by turn."""
+    """Measures the full-size networks; the contestants take turns."""
     with workers(contestants) as started:
         rates = {worker.name: worker.ask("gemm")["rate"] for worker in started}
         for worker in started:
@@ -206,7 +208,7 @@ def large_things(options: argparse.Namespace, contestants: list[tuple], results:
 
 
 def take_turns(options: argparse.Namespace, measure: str, started: list[Worker], results: Results) -> None:
-    """One measure of all contestants, run by run, and how much memory each of them has needed by then."""
+    """Repeats one measure, each time for every contestant, then adds the peak memory of each so far."""
     steps = [options.steps] if measure == "picture" else []
     for worker in started:
         worker.ask("prepare", measure)
@@ -223,7 +225,7 @@ def take_turns(options: argparse.Namespace, measure: str, started: list[Worker],
 
 
 def throughput(options: argparse.Namespace, started: list[Worker], results: Results) -> None:
-    """Whole pictures a second, several at once: up to the batch that the device has memory for."""
+    """Measures images per second for each batch size that fits into memory."""
     for worker in started:
         for count in BATCHES:
             worker.ask("prepare", "picture", 1, count)
@@ -234,15 +236,15 @@ def throughput(options: argparse.Namespace, started: list[Worker], results: Resu
 
 
 def make_weights(options: argparse.Namespace, reference: bool) -> tuple[Path, Path]:
-    """The checkpoint, and a folder with the same weights as diffusers keeps them; made if they are not there."""
+    """The checkpoint, and a folder with the same weights in diffusers' format. Makes them if they are missing."""
     checkpoint = options.checkpoint or options.cache / "sd15.safetensors"
     if not checkpoint.exists():
         run(sys.executable, "scripts/benchmarks/synthetic_checkpoint.py", checkpoint)
-    folder = options.cache / f"diffusers-{checkpoint.stem}-{checkpoint.stat().st_mtime_ns}"  # of these very weights
+    folder = options.cache / f"diffusers-{checkpoint.stem}-{checkpoint.stat().st_mtime_ns}"
     if reference and not folder.exists():
         run(sys.executable, "scripts/benchmarks/reference_networks.py", checkpoint, folder)
     for file in (checkpoint, *folder.rglob("*.safetensors")):
-        with open(file, "rb") as opened:  # into the system's cache
+        with open(file, "rb") as opened:  # read it into the system's file cache
             while opened.read(1 << 24):
                 pass
     return checkpoint, folder
@@ -254,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def benchmark(options: argparse.Namespace) -> None:
-    """Measures what the options ask for, prints the table, and writes the file."""
+    """Measures what the options select, prints the table, and writes the JSON file."""
     from sd.runtime.devices import best_device, best_dtype
 
     results = Results()
@@ -274,7 +276,7 @@ def benchmark(options: argparse.Namespace) -> None:
         if LARGE & set(options.only):
             large_things(options, contestants, results)
         for contestant in contestants if "throughput" in options.only else ():
-            with workers([contestant]) as started:  # alone, for each keeps all the memory that it has ever had
+            with workers([contestant]) as started:  # one at a time, because each keeps the memory of its peak
                 started[0].ask("load")
                 throughput(options, started, results)
     machine = describe_machine(options.device)
@@ -284,7 +286,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def describe_machine(device: str) -> str:
-    """What it ran on, and when."""
+    """The date, processor, GPU and version of torch, as one line."""
     import torch
 
     known = Path("/proc/cpuinfo")  # on Linux

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes a picture: sh scripts/demo.sh ["a prompt"] [options of demo.py]
-# The first run makes a Python environment in .venv and installs requirements.txt into it.
+# Makes an image: sh scripts/demo.sh ["a prompt"] [options of demo.py]
+# The first run makes a Python environment in .venv and installs requirements.txt there.
 set -eu
 
 script=$0

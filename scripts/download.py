@@ -1,11 +1,11 @@
-"""Downloads the real weights of Stable Diffusion 1.5 into data/ (4.3 GB), and checks them.
+"""Downloads the weights of Stable Diffusion 1.5 into data/ (4.3 GB) and checks their SHA-256.
 
     python scripts/download.py
     python scripts/download.py inpainting --out FOLDER
     python scripts/download.py ckpt --url ADDRESS
 
-The file gets its name once its SHA-256 is that of the published one; until then the name ends in .part, and a run that
-was stopped is taken up where it ended. Exit status: 0 if the file is there, 2 if not, 130 after Ctrl-C.
+Until its SHA-256 has been checked, the file's name ends in .part. An interrupted download is resumed by the next run.
+Exit status: 0 if the file is complete, 2 after an error, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: two downloads at once go unnoticed there
+except ImportError:  # Windows, where two downloads of one file at the same time are not detected
     fcntl = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -65,59 +65,59 @@ WEIGHTS = {
 
 
 def download(weights: Weights, folder: Path, url: str, sleep: Callable[[float], object] = time.sleep) -> str:
-    """Have `weights` in `folder`, from `url` unless they are there already; return a sentence that says which.
+    """Downloads `weights` from `url` into `folder`, unless they are there. Returns a sentence that says what was done.
 
-    Raises DownloadError, and OSError where the disk fails.
+    Raises DownloadError, or OSError if the disk fails.
     """
     target, partial = folder / weights.name, folder / f"{weights.name}.part"
     if target.exists():
         with open(target, "rb") as file:
             if wrong := difference(HashedFile(file), weights):
                 raise DownloadError(f"{wrong}: move it away and run this again.")
-        return f"{target} is there already, and its SHA-256 is right."
+        return f"{target} already exists, and its SHA-256 is right."
     if not url.startswith(("http://", "https://")):
-        raise DownloadError(f"{url} is no address to download from: it must start with https:// or http://.")
+        raise DownloadError(f"{url} is not an address to download from: it should start with https:// or http://.")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(partial) as file:
         complete(file, weights, url, sleep)
-        if fcntl:  # under the lock, so that no other download begins in between
+        if fcntl:  # while it is locked, so that no other download starts in between
             os.replace(partial, target)
-    if not fcntl:  # Windows renames no file that is open
+    if not fcntl:  # Windows cannot rename an open file
         os.replace(partial, target)
     return f"{target} is complete, and its SHA-256 is right."
 
 
 def complete(file: BinaryIO, weights: Weights, url: str, sleep: Callable[[float], object]) -> None:
-    """Receive what is missing of an open file, all of it if what is there is not its beginning."""
+    """Downloads the missing part of an open file, or the whole file if what is there is not its beginning."""
     part = HashedFile(file)
     resumed = part.size
     if resumed:
-        print(f"{resumed:,} bytes are there from an earlier run: going on from there.")
+        print(f"Resuming after the {resumed:,} bytes of an earlier run.")
     fetch(url, part, weights.size, sleep)
     wrong = difference(part, weights)
     if wrong and resumed:
-        print("What was there from an earlier run is not the beginning of the file: starting again.")
+        print("The bytes of the earlier run are not the beginning of this file: starting again.")
         part.clear()
         fetch(url, part, weights.size, sleep)
         wrong = difference(part, weights)
     if wrong:
         part.clear()
-        raise DownloadError(f"{wrong}: it was removed, so the next run starts from nothing.")
+        raise DownloadError(f"{wrong}: it was deleted, so the next run starts from the beginning.")
     file.flush()
     os.fsync(file.fileno())
 
 
 def difference(file: HashedFile, weights: Weights) -> str:
-    """What is wrong with the content of a file; nothing if it is what was published."""
+    """Describes how a file's SHA-256 differs from the published one. Empty if it does not."""
     found = file.digest.hexdigest()
     if found == weights.sha256:
         return ""
-    return f"{file.name} ({file.size:,} bytes) has the SHA-256 {found}, the published file {weights.sha256}"
+    return f"{file.name} ({file.size:,} bytes) has SHA-256 {found}, but the published file has {weights.sha256}"
 
 
 @contextmanager
 def locked(partial: Path) -> Iterator[BinaryIO]:
-    """Open the partial file for appending, for one process at a time. If the process dies, the system unlocks it."""
+    """Opens and locks the partial file for appending. If the process dies, the system unlocks the file."""
     empty = False
     try:
         with open(partial, "a+b") as file:
@@ -128,10 +128,10 @@ def locked(partial: Path) -> Iterator[BinaryIO]:
             finally:
                 file.flush()
                 empty = os.fstat(file.fileno()).st_size == 0
-                if fcntl and empty:  # under the lock
+                if fcntl and empty:  # while it is locked
                     partial.unlink(missing_ok=True)
     finally:
-        if empty and not fcntl:  # Windows removes no file that is open
+        if empty and not fcntl:  # Windows cannot delete an open file
             partial.unlink(missing_ok=True)
 
 
@@ -139,10 +139,10 @@ def _lock(file: BinaryIO, partial: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DownloadError(f"Another download into {partial} is under way: wait for its end.") from None
+        raise DownloadError(f"Another download into {partial} is running: wait until it ends.") from None
     except OSError:
-        pass  # a network drive without locks
-    # Between opening and locking it, another download may have ended, and given it its final name.
+        pass  # a network drive that does not support locks
+    # Between open and lock, another download may have finished and given the file its final name.
     if not partial.exists() or not os.path.samestat(os.stat(partial), os.fstat(file.fileno())):
         raise DownloadError(f"Another download into {partial} has just ended: run this again.")
 
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser("download.py", __doc__, packages=["tqdm"])
     parser.add_argument("which", nargs="?", choices=WEIGHTS, default="safetensors", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=DATA, metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--url", metavar="ADDRESS", help="another place where the same file is")
+    parser.add_argument("--url", metavar="ADDRESS", help="download the file from this address instead")
     options = parser.parse_args(arguments)
     weights = WEIGHTS[options.which]
     try:
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"download.py: {options.out} cannot be written to ({error.strerror or error}).", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        message = "\ndownload.py: stopped; what has come is kept, and the next run goes on from there."
+        message = "\ndownload.py: interrupted; the next run resumes the download."
         print(message, file=sys.stderr)
         return 130
     return 0

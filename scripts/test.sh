@@ -1,6 +1,6 @@
 #!/bin/sh
-# Checks everything: sh scripts/test.sh [--slow] [options of pytest]
-# The linter, then the tests; stops at the first that fails, with its exit status.
+# Runs ruff, import-linter and the tests: sh scripts/test.sh [--slow] [paths and options of pytest]
+# Stops at the first that fails, with its exit status.
 set -eu
 
 script=$0
@@ -20,9 +20,10 @@ install_from requirements-dev.txt
 install_from requirements-reference.txt --no-deps
 
 cd "$root"
-# The reference libraries must not look for newer files on the network.
+# Keeps the reference libraries off the network.
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 "$python" -m ruff check
 "$python" -m ruff format --check
-# Two at a time, each on one thread; each file's tests stay together and share what they set up. "-n 0" for a debugger.
+"${python%/*}/lint-imports" --no-cache --no-logo
+# Two processes with one thread each. The tests of a file run in one process and share fixtures. For a debugger: -n 0
 exec "$python" -m pytest -n 2 --dist loadfile "$@"

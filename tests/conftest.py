@@ -1,7 +1,4 @@
-"""What every test needs: the `--slow` option, no network for the reference libraries, Hypothesis without a clock.
-
-And the fixtures that several files share.
-"""
+"""The `--slow` option, settings for the libraries that the tests use, and fixtures that several files share."""
 
 import os
 import sys
@@ -9,14 +6,14 @@ import sys
 import pytest
 from hypothesis import settings
 
-# Before anything imports a library that reads them.
+# Keep the reference libraries off the network. Set before they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-# Tests are small: on a busy machine, threads that wait for one another cost far more time than they save.
+# Tests are small. On a busy machine, threads that wait for each other cost more time than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A busy machine is not a failing test.
+# No time limit per example: a test should not fail because the machine is busy.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
@@ -26,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow tests, unless `--slow`, `-m` or a node id asks for them."""
+    """Deselects slow tests, unless `--slow`, `-m` or a node id selects them."""
     named = any("::" in argument for argument in config.invocation_params.args)
     if config.getoption("--slow") or config.getoption("-m") or named:
         return
@@ -37,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server on this machine that misbehaves on demand; downloads come in small pieces."""
+    """A local web server that misbehaves on demand. Downloads read small chunks from it."""
     from scripts.support import transfer
     from tests.support.misbehaving_server import running
 
@@ -49,6 +46,7 @@ def server(monkeypatch):
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory):
+    """A checkpoint of a very small model with random weights."""
     from sd.checkpoints.files import write_checkpoint
     from tests.support.synthetic import MICRO, random_state
 
@@ -59,7 +57,7 @@ def demo_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def run_demo(monkeypatch, tmp_path, capsys, demo_checkpoint):
-    """Runs the demo in an empty folder -> exit code, standard output, standard error."""
+    """Runs the demo in an empty folder. Returns the exit code, standard output and standard error."""
     from scripts import demo
 
     quick = ["--steps", "2", "--width", "32", "--height", "40", "--device", "cpu", "--dtype", "fp32"]

@@ -1,7 +1,7 @@
-"""One contestant of the benchmark, in a process of its own, so that its memory is its own too.
+"""Runs one library for the benchmark, in a separate process so that its memory can be measured.
 
-In: commands, one JSON list a line, such as ["step"] or ["picture", 20]. Out: a line of JSON for each, with the seconds
-that it took, infinitely many where memory ran out, and the memory that the process needed at most so far.
+It reads commands from standard input, one JSON list per line, such as ["step"] or ["picture", 20]. For each it prints a
+line of JSON: the seconds that it took (Infinity if memory ran out), and the peak memory of the process so far.
 
     python scripts/benchmarks/worker.py sd bf16 cpu runs/benchmark/sd15.safetensors
     python scripts/benchmarks/worker.py diffusers fp32 cuda runs/benchmark/diffusers
@@ -27,11 +27,11 @@ if sys.platform != "win32":
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROMPT = "a photograph of an astronaut riding a horse"
-SIDE = 64  # of latents; pictures have eight times as many pixels a side
+SIDE = 64  # width and height of the latents; images are eight times as wide and high
 
 
 class Contestant:
-    """What both libraries are asked to do, on equal inputs."""
+    """What both libraries have in common: the same inputs, and a warm-up."""
 
     def __init__(self, path: str, device: str, dtype: torch.dtype, compiled: bool):
         self.path, self.device, self.dtype, self.compiled = path, torch.device(device), dtype, compiled
@@ -41,12 +41,13 @@ class Contestant:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
 
     def prepare(self, measure: str, *arguments: int) -> None:
-        """What only the first run of a measure pays for: weights come in from the file, and kernels are chosen.
+        """Warms up a measure: its first run reads weights from the file and chooses kernels.
 
-        Compiled kernels, and those of a GPU, are for one size alone; a CPU gets ready on a small picture just as well.
+        Compiled kernels and GPU kernels depend on the size, so there the warm-up has full size. On a CPU a small image
+        is enough.
         """
         self.side = SIDE if self.compiled or self.device.type != "cpu" else 8
-        for _ in range(3 if self.compiled and self.device.type == "cuda" else 1):  # CUDA graphs are recorded second
+        for _ in range(3 if self.compiled and self.device.type == "cuda" else 1):  # the second run records CUDA graphs
             getattr(self, measure)(*arguments)
         self.side = SIDE
 
@@ -68,7 +69,7 @@ class Ours(Contestant):
         encode_prompt(self.models, PROMPT)
 
     def step(self) -> None:
-        timesteps = torch.tensor(500, device=self.device).expand(2)  # as in a picture: compiled code looks at strides
+        timesteps = torch.tensor(500, device=self.device).expand(2)  # strided as in `generate`, for compiled code
         self.models.diffusion(self.random(2, 4, self.side, self.side), self.random(2, 77, 768), timesteps)
 
     def encode(self) -> None:
@@ -77,7 +78,7 @@ class Ours(Contestant):
     def decode(self) -> None:
         from sd.pipeline import decode_latents
 
-        decode_latents(self.models, self.random(1, 4, self.side, self.side))  # in strips, where pictures are
+        decode_latents(self.models, self.random(1, 4, self.side, self.side))  # as `generate` does, perhaps in strips
 
     def picture(self, steps: int = 1, count: int = 1) -> None:
         from sd import generate
@@ -88,7 +89,7 @@ class Ours(Contestant):
 
 
 class Diffusers(Contestant):
-    """diffusers, as its documentation recommends it: in 16 bits with the networks in channels-last order."""
+    """diffusers, set up as its documentation recommends: in 16 bits, the networks in channels-last order."""
 
     def imports(self) -> None:
         from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
@@ -100,11 +101,11 @@ class Diffusers(Contestant):
 
         from sd.tokenizer import Tokenizer
 
-        self.tokenizer = Tokenizer()  # each library has its own; ours is as quick as any
+        self.tokenizer = Tokenizer()  # ours for both libraries
         parts = {"text": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}
         for name, kind in parts.items():
             network = kind.from_pretrained(f"{self.path}/{name}", torch_dtype=self.dtype).to(self.device).eval()
-            if self.dtype != torch.float32 and name != "text" and self.device.type != "mps":  # as ours
+            if self.dtype != torch.float32 and name != "text" and self.device.type != "mps":  # as in ours
                 network = network.to(memory_format=torch.channels_last)
             setattr(self, name, network.requires_grad_(False))
         if self.compiled:
@@ -114,7 +115,7 @@ class Diffusers(Contestant):
             self.vae.decode = torch.compile(self.vae.decode, mode=mode, dynamic=False)
 
     def read(self) -> torch.Tensor:
-        """The negative prompt, and the prompt."""
+        """The context of the negative prompt and of the prompt."""
         return self.text(self.tokenizer(["", PROMPT]).to(self.device))[0]
 
     def step(self) -> None:
@@ -148,14 +149,14 @@ class Diffusers(Contestant):
 
 
 def gemm(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
-    """How many operations a second this machine reaches in a product of large matrices: the limit of any network."""
+    """Operations per second in a product of large matrices: an upper limit for every network on this machine."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = min(timed(device, lambda: a @ b) for _ in range(4))
     return 2 * side**3 / best
 
 
 def timed(device: torch.device, function) -> float:
-    """Seconds until the work is truly done."""
+    """Seconds that the function takes, including work that it queued on the device."""
     started = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -166,7 +167,7 @@ def timed(device: torch.device, function) -> float:
 
 
 def until_memory_ends(job, contestant: Contestant) -> float:
-    """Seconds that a job takes; infinitely many if memory does not suffice."""
+    """Seconds that a job takes, or infinity if memory runs out."""
     from sd.runtime.out_of_memory import OutOfMemory, explain_out_of_memory
 
     try:
@@ -177,7 +178,7 @@ def until_memory_ends(job, contestant: Contestant) -> float:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """The most memory that this process has had so far, in GB: resident, and on the device."""
+    """The peak memory of this process so far, in GB: resident, and on a CUDA device."""
     peak = {}
     if sys.platform != "win32":
         unit = 1 if sys.platform == "darwin" else 1024
@@ -191,13 +192,13 @@ def main() -> None:
     library, dtype, device, path = sys.argv[1:5]
     contestant = {"sd": Ours, "diffusers": Diffusers}[library](path, device, DTYPES[dtype], "compiled" in sys.argv)
     answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever a library prints is not an answer
+    sys.stdout = sys.stderr  # keeps what the libraries print out of the answers
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         with torch.no_grad():
             if command == "gemm":
                 answer = {"rate": gemm(contestant.device, contestant.dtype)}
-            elif command == "imports":  # before anything here imports the one or the other
+            elif command == "imports":  # the first command, so that nothing is imported yet
                 answer = {"seconds": timed(contestant.device, contestant.imports)}
             else:
                 answer = {"seconds": until_memory_ends(partial(getattr(contestant, command), *arguments), contestant)}

@@ -1,7 +1,4 @@
-"""Where the scripts write what they make: names that are free, and no existing file lost.
-
-In: what the user asked for. Out: paths, or a ValueError of one sentence.
-"""
+"""Chooses the files that the scripts write to, and never replaces a file that the user did not name."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from pathlib import Path
 
 
 def first_path(out: Path | None, overwrite: bool) -> Path:
-    """The file that --out means. Raises ValueError for one that may not be written."""
+    """The file that --out names, picture.png if it names a folder. Raises ValueError if it cannot be written."""
     if out is None or out.is_dir() or not out.suffix:
         path = (out or Path()) / "picture.png"
         check_folder("--out", path)
@@ -27,28 +24,28 @@ def first_path(out: Path | None, overwrite: bool) -> Path:
 
 
 def check_free(flag: str, path: Path, overwrite: bool) -> None:
-    """Raises ValueError if there is a file that may not be replaced, or if no file can be made there."""
+    """Raises ValueError if the file exists and may not be replaced, or if its folder cannot be written to."""
     if path.exists() and not overwrite:
-        raise ValueError(f"{flag} {path} is there already: choose another name, or add --overwrite to replace it.")
+        raise ValueError(f"{flag} {path} already exists: choose another name, or add --overwrite to replace it.")
     check_folder(flag, path)
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """Raises ValueError unless the folder of `path` may be written to, or made: before the work, not after it."""
+    """Raises ValueError unless the folder of `path` can be written to, or made. Call it before the work begins."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        reason = "may not be written to" if folder.is_dir() else "is a file"
-        raise ValueError(f"{flag} should be in a folder of yours: {folder} {reason}.")
+        reason = "is write-protected" if folder.is_dir() else "is a file"
+        raise ValueError(f"{flag} should be in a folder that you can write to: {folder} {reason}.")
 
 
 def make_folder(flag: str, folder: Path) -> None:
-    """Makes a folder, if it is missing. Raises ValueError or OSError for one that nothing can be written into."""
+    """Makes a folder if it is missing. Raises ValueError or OSError if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{flag} should be a folder: {folder} cannot be one, a file is in the way.") from None
+        raise ValueError(f"{flag} should be a folder, but {folder} is a file, or is inside one.") from None
     except OSError as error:
         raise OSError(f"{flag} {folder} cannot be written to ({error.strerror or error}).") from None
 
@@ -61,7 +58,8 @@ def candidates(first: Path) -> Iterator[Path]:
 
 
 def save(write: Callable[..., None], names: Iterator[Path], replaced: Path | None, *contents: object) -> Path:
-    """Writes a file under the first of the names that is free, and returns it. Only `replaced` need not be free."""
+    """Writes a file under the first free name, and returns that name. An existing file is replaced only if it is
+    `replaced`."""
     while True:
         path = next(names)
         with contextlib.suppress(FileExistsError):
@@ -70,8 +68,8 @@ def save(write: Callable[..., None], names: Iterator[Path], replaced: Path | Non
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file whole or not at all, in place of one that is there. Raises OSError."""
-    from sd.files import write_whole  # not before: sd imports torch
+    """Writes a JSON file atomically, replacing an existing one. Raises OSError."""
+    from sd.files import write_whole  # imported late, because sd imports torch
 
     text = json.dumps(content, indent=2) + "\n"
     write_whole(path, lambda file: file.write(text.encode()), overwrite=True)

@@ -1,7 +1,7 @@
-# Sourced by demo.sh, notebooks.sh and test.sh, with $root set to the repository. Keeps a Python environment in $root/.venv:
-#   make_environment                   makes .venv if there is none that runs, and sets $python
-#   install_from FILE [PIP OPTION...]  installs a requirement file, unless exactly that was installed before
-# What they say goes to standard error: standard output belongs to the caller.
+# Functions for demo.sh, notebooks.sh and test.sh, which source this file and set $root to the repository.
+#   make_environment                   makes a Python environment in $root/.venv if needed, and sets $python
+#   install_from FILE [PIP OPTION...]  installs a requirements file, unless it is installed and has not changed
+# Messages go to standard error. Standard output is for the caller.
 
 environment=$root/.venv
 case $(uname -s) in
@@ -18,12 +18,12 @@ fail() {
     exit 1
 }
 
-# Prints 3.11 for Python 3.11, and nothing for what does not run: a name on the PATH may be a stub.
+# Prints the version of a Python, such as 3.11. Prints nothing if it does not run: a name on the PATH may be a stub.
 version_of() {
     "$1" -I -S -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
 
-# torch 2.13 has builds for these.
+# torch 2.13 has builds for these versions.
 suits() {
     case $1 in
         3.1[0-4]) return 0 ;;
@@ -63,26 +63,26 @@ install_from() {
     file=$1
     shift
     stamp=$environment/.installed-$file
-    # With the version: an upgraded Python does not see the packages of the one before it.
+    # Includes the version, because an upgraded Python does not see the packages of the old one.
     wanted="Python $version, cksum $(cksum <"$root/$file")"
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
-    rm -f "$stamp" # an interrupted installation must not pass for a finished one
+    rm -f "$stamp" # so that an interrupted installation does not count as finished
     say "Installing $file into $environment"
     run_installer -r "$root/$file" "$@" >&2 ||
-        fail "$file could not be installed (see above): mend that and run this again, it goes on from here."
+        fail "$file could not be installed (see above). Fix that and run this again to continue."
     printf '%s\n' "$wanted" >"$stamp"
 }
 
 run_installer() {
     if command -v uv >/dev/null 2>&1; then
-        # uv reads none of pip's settings; this one says where packages that were built here lie.
+        # uv ignores pip's settings. This one names folders with more packages.
         if [ -n "${PIP_FIND_LINKS:-}" ] && [ -z "${UV_FIND_LINKS:-}" ]; then
             UV_FIND_LINKS=$(printf '%s' "$PIP_FIND_LINKS" | tr ' ' ',')
             export UV_FIND_LINKS
         fi
         uv pip install --python "$python" "$@"
     else
-        # uv makes environments without pip, and so does an interrupted venv.
+        # pip is missing if uv made the environment, or if venv was interrupted.
         "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null || return
         "$python" -m pip install --disable-pip-version-check "$@"
     fi

@@ -1,4 +1,4 @@
-"""The reference networks that ours must agree with; tests are skipped where their libraries are not installed."""
+"""The reference networks. Tests that import this module are skipped if diffusers or transformers is not installed."""
 
 import pytest
 

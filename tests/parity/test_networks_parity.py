@@ -1,4 +1,7 @@
-"""Our networks against diffusers' and transformers' on equal random weights, in float32."""
+"""Our networks against diffusers' and transformers' with equal random weights, in float32.
+
+Larger sizes and the full width of SD 1.5's U-Net are slow tests.
+"""
 
 from functools import cache
 
@@ -8,6 +11,7 @@ import torch
 from sd.config import TINY
 from sd.model_converter import to_compvis
 from tests.parity import reference
+from tests.support.marks import slow
 from tests.support.synthetic import FULL_TEXT, FULL_UNET, FULL_VAE, HALF_UNET, INPAINTING_MICRO, MICRO, random_networks
 
 TOLERANCE = 2e-5  # maximum absolute difference, on outputs of unit scale
@@ -33,7 +37,7 @@ def state(name):
 
 
 def assert_equal(actual, expected):
-    """Equal to TOLERANCE, after both are brought to unit scale by the same factor."""
+    """Checks that both are equal within TOLERANCE, after both are divided by the same factor to unit scale."""
     assert actual.shape == expected.shape
     scale = expected.std()
     assert 0.01 < scale < 100, "random weights should give outputs of a sane scale"
@@ -42,8 +46,17 @@ def assert_equal(actual, expected):
     assert difference <= TOLERANCE
 
 
-@pytest.mark.parametrize("batch, length", [(1, 77), (3, 77), (2, 5)])
-@pytest.mark.parametrize("name", ["tiny", "full text"])
+@pytest.mark.parametrize(
+    "name, batch, length",
+    [
+        ("tiny", 1, 77),
+        ("tiny", 3, 77),
+        ("tiny", 2, 5),
+        slow("full text", 1, 77),
+        ("full text", 3, 77),
+        slow("full text", 2, 5),
+    ],
+)
 @torch.no_grad()
 def test_text_encoder(name, batch, length):
     tokens = torch.randint(0, 49408, (batch, length), generator=torch.Generator().manual_seed(0))
@@ -51,8 +64,10 @@ def test_text_encoder(name, batch, length):
     assert_equal(ours(name).clip(tokens), expected)
 
 
-@pytest.mark.parametrize("batch, height, width", [(1, 128, 64), (3, 40, 24)])
-@pytest.mark.parametrize("name", ["tiny", "full vae"])
+@pytest.mark.parametrize(
+    "name, batch, height, width",
+    [("tiny", 1, 128, 64), ("tiny", 3, 40, 24), slow("full vae", 1, 128, 64), ("full vae", 3, 40, 24)],
+)
 @torch.no_grad()
 def test_vae(name, batch, height, width):
     generator = torch.Generator().manual_seed(0)
@@ -79,15 +94,15 @@ def check_unet(name, batch, height, width):
     assert_equal(ours(name).diffusion(latents, context, timesteps), expected)
 
 
-# 9 and 5 are odd at every level: diffusers then repeats pixels up to the size of the kept map, and so must we.
-@pytest.mark.parametrize("batch, height, width", [(1, 16, 16), (3, 40, 24), (2, 64, 96), (1, 9, 5), (1, 1, 1)])
+# 9 and 5 are odd at every level. diffusers then enlarges a feature map to the size of the skip connection, like ours.
+@pytest.mark.parametrize("batch, height, width", [(1, 16, 16), (3, 40, 24), slow(2, 64, 96), (1, 9, 5), (1, 1, 1)])
 @pytest.mark.parametrize("name", ["micro", "inpainting", "tiny"])
 @torch.no_grad()
 def test_unet_small(name, batch, height, width):
     check_unet(name, batch, height, width)
 
 
-@pytest.mark.parametrize("batch, height, width", [(1, 64, 96), (3, 40, 24)])
+@pytest.mark.parametrize("batch, height, width", [slow(1, 64, 96), (3, 40, 24)])
 @torch.no_grad()
 def test_unet_half_width(batch, height, width):
     check_unet("half unet", batch, height, width)

@@ -1,4 +1,4 @@
-"""Prompt to pixels against diffusers' pipelines, with equal weights and equal noise."""
+"""Whole runs from prompt to pixels against diffusers' pipelines, with equal weights and equal noise."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from PIL import Image
 from sd import generate
 from sd.model_converter import to_compvis
 from tests.parity import reference
+from tests.support.marks import slow
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
 diffusers = pytest.importorskip("diffusers")
@@ -35,7 +36,7 @@ def make_pipeline(cls, models):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    # Set afterwards: the constructor would change the scheduler's first timestep from 0 to 1.
+    # Set here, because the constructor would change the scheduler's first timestep from 0 to 1.
     pipe.scheduler = diffusers.DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )
@@ -56,8 +57,9 @@ def assert_same_pictures(actual, expected):
     assert actual.std() > 10, "a flat picture proves nothing"
 
 
-@pytest.mark.parametrize("cfg_scale", [7.5, 1.5])
-@pytest.mark.parametrize("height, width", [(64, 64), (72, 40)])
+@pytest.mark.parametrize(
+    "height, width, cfg_scale", [slow(64, 64, 7.5), slow(64, 64, 1.5), (72, 40, 7.5), slow(72, 40, 1.5)]
+)
 def test_text_to_image(models, height, width, cfg_scale):
     pipe = make_pipeline(diffusers.StableDiffusionPipeline, models)
     options = {"guidance_scale": cfg_scale, "num_inference_steps": 10, "output_type": "np"}
@@ -91,7 +93,7 @@ def make_picture():
     return Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("strength", [slow(0.3), 0.8, slow(1.0)])
 def test_image_to_image(models, strength):
     picture = make_picture()
     pipe = make_pipeline(diffusers.StableDiffusionImg2ImgPipeline, models)
@@ -118,7 +120,7 @@ def test_image_to_image(models, strength):
     assert_same_pictures(actual, expected)
 
 
-@pytest.mark.parametrize("strength", [0.5, 0.8])
+@pytest.mark.parametrize("strength", [0.5, slow(0.8)])
 def test_the_inpainting_checkpoint(strength):
     models = random_models(INPAINTING_MICRO, seed=3)
     picture, mask = make_picture(), Image.new("L", (64, 64))
@@ -139,6 +141,6 @@ def test_the_inpainting_checkpoint(strength):
     ).images[0]
     options = {"models": models, "seed": 31, "sampler_name": "ddpm", "n_inference_steps": 10}
     actual = generate(PROMPT, NEGATIVE, picture, mask, strength, **options)
-    painted = np.asarray(mask) == 255  # elsewhere ours puts the picture's own pixels back
+    painted = np.asarray(mask) == 255  # elsewhere ours restores the original pixels
     assert_same_pictures(actual[painted], expected[painted])
     assert np.array_equal(actual[~painted], np.asarray(picture)[~painted])

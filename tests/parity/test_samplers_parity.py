@@ -1,4 +1,4 @@
-"""Whole trajectories of our samplers against diffusers' schedulers, with the same denoiser and the same noise."""
+"""Our samplers against diffusers' schedulers: whole trajectories, with the same denoiser and the same noise."""
 
 import inspect
 
@@ -11,6 +11,7 @@ from sd.samplers import SAMPLERS
 from sd.samplers.ddim import DDIMSampler
 from sd.samplers.euler import EulerSampler
 from sd.samplers.lms import LMSSampler
+from tests.support.marks import slow
 from tests.support.synthetic import MICRO, random_networks
 
 diffusers = pytest.importorskip("diffusers")
@@ -30,9 +31,9 @@ SCHEDULERS = {
     "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}),
     "dpm++2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
 }
-IN_SIGMAS = tuple(SCHEDULERS[name][0] for name in ("lms", "euler", "euler_a", "heun"))  # those on x / sqrt(a_t)
+IN_SIGMAS = tuple(SCHEDULERS[name][0] for name in ("lms", "euler", "euler_a", "heun"))  # these work on x / sqrt(a_t)
 
-# numpy's complaint about how diffusers makes its arrays
+# The first warning is about arrays that diffusers makes.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:With 1 step this sampler starts"),
@@ -40,12 +41,12 @@ pytestmark = [
 
 
 def denoiser(latents, timestep):
-    """Stands in for the U-Net: any smooth function of unit scale that depends on both its inputs."""
+    """Replaces the U-Net: a smooth function of unit scale that depends on both inputs."""
     return torch.tanh(0.8 * latents + timestep / 500 - 1)
 
 
 def make_scheduler(name, steps, strength=1.0, prediction_type="epsilon", **options):
-    """diffusers' scheduler of this algorithm, and the timesteps that it visits at this strength."""
+    """diffusers' scheduler for this algorithm, and the timesteps that it visits at this strength."""
     algorithm, karras, _ = name.partition("_karras")
     scheduler_class, defaults = SCHEDULERS[algorithm]
     options = {"beta_schedule": "scaled_linear", **BETAS, **defaults, **options}
@@ -55,11 +56,11 @@ def make_scheduler(name, steps, strength=1.0, prediction_type="epsilon", **optio
     scheduler.set_timesteps(steps)
     start = (steps - max(1, int(steps * strength))) * scheduler.order
     if algorithm == "plms" and start:
-        # diffusers cuts its list of timesteps here, and then treats the second as repeated, which it is no longer.
+        # diffusers cuts its list of timesteps here, but still treats the second one as repeated. Repeat it again.
         timesteps = scheduler.timesteps[start + 1 :]
         return scheduler, torch.cat([timesteps[:2], timesteps[1:]])
     if algorithm == "lms":
-        # Told where to begin, diffusers gives weights to slopes before that, which it has not got.
+        # With set_begin_index, diffusers would use slopes from before the first step, which do not exist.
         scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[start:], scheduler.sigmas[start:]
         return scheduler, scheduler.timesteps
     if hasattr(scheduler, "set_begin_index"):
@@ -75,7 +76,7 @@ def make_sampler(name, steps, strength=1.0, prediction_type="epsilon"):
 
 
 def diffusers_trajectory(scheduler, latents, timesteps, seed, denoiser=denoiser, **options):
-    """diffusers' latents after every step, all of them in our space, as `latents` are."""
+    """diffusers' latents after every step. These and `latents` are in our space, sqrt(a_t) x_0 + sqrt(1 - a_t) e."""
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = torch.Generator().manual_seed(seed)
     in_sigmas = isinstance(scheduler, IN_SIGMAS)
@@ -108,7 +109,7 @@ def assert_same(actual, expected, tolerance):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+@pytest.mark.parametrize("steps", [1, 7, 50, slow(1000)])
 def test_ddpm(steps, strength, beta_schedule, prediction_type):
     schedule = ScheduleConfig(beta_schedule=beta_schedule, prediction_type=prediction_type)
     sampler = DDPMSampler(torch.Generator().manual_seed(3), schedule=schedule)
@@ -128,7 +129,7 @@ def test_ddpm(steps, strength, beta_schedule, prediction_type):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("steps", [1, 2, 5, 20, 50])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, slow(50)])
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ddpm"])
 def test_trajectory(name, steps, strength, prediction_type):
     sampler = make_sampler(name, steps, strength, prediction_type)
@@ -140,10 +141,10 @@ def test_trajectory(name, steps, strength, prediction_type):
 
 
 @pytest.mark.parametrize("beta_start", [1e-4, 1e-6])
-@pytest.mark.parametrize("steps", [5, 50, 333])
+@pytest.mark.parametrize("steps", [5, 50, slow(333)])
 @pytest.mark.parametrize("name", ["dpm++2m_karras", "dpm++2m_sde_karras"])
 def test_a_schedule_that_begins_with_little_noise(name, steps, beta_start):
-    """Karras' levels go down to where float32 has few digits of 1 - a left."""
+    """The lowest Karras noise levels, where 1 - a_t has few digits left in float32."""
     options = {"beta_schedule": "linear", "beta_start": beta_start, "beta_end": 0.02}
     sampler = SAMPLERS[name](torch.Generator().manual_seed(3), schedule=ScheduleConfig(**options))
     sampler.set_inference_timesteps(steps)
@@ -158,7 +159,7 @@ def unet():
     return random_networks(MICRO).diffusion
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name if name in ("heun", "dpm++2m") else slow(name) for name in SAMPLERS])
 def test_trajectory_with_the_unet(name, unet):
     context = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(4))
 

@@ -1,4 +1,4 @@
-"""The shipped tiny checkpoint, read by diffusers: the same latents for the same prompt, seed and settings."""
+"""The tiny checkpoint in data/, run by diffusers: the same latents for the same prompt, seed and settings."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The benchmark: its table, its workers, and its bad input. What it measures is for a quiet machine to say."""
+"""The benchmark: its table, its workers and its error messages. The figures themselves are not tested."""
 
 import io
 import math
@@ -22,7 +22,7 @@ from sd.checkpoints.files import write_checkpoint
 from tests.support.synthetic import MICRO, random_state
 
 
-def test_quick_is_a_part():
+def test_quick_measures_less():
     assert set(QUICK) < set(MEASURES)
     assert parse(["--quick"]).only == QUICK
     assert set(parse([]).only) == set(MEASURES) - {"throughput"}
@@ -35,8 +35,8 @@ def test_quick_is_a_part():
         (["--runs", "0"], "--runs should be at least 1, not 0."),
         (["--steps", "0"], "--steps should be at least 1, not 0."),
         (["--only", "speed"], "argument --only: invalid choice"),
-        (["--checkpoint", "no.ckpt"], "--checkpoint should be a file: there is none at no.ckpt."),
-        (["--json", "nowhere/x.json"], "--json should be in a folder that is there: there is no nowhere."),
+        (["--checkpoint", "no.ckpt"], "--checkpoint should be a file, but no.ckpt is not."),
+        (["--json", "nowhere/x.json"], "--json should be in an existing folder, but nowhere is not."),
     ],
 )
 def test_bad_input(arguments, message, capsys):
@@ -46,7 +46,7 @@ def test_bad_input(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_device_that_is_not_there(capsys):
+def test_an_unknown_device(capsys):
     assert main(["--device", "abacus", "--quick"]) == 2
     assert "device should be one that torch can use here" in capsys.readouterr().err
 
@@ -67,24 +67,24 @@ def test_a_worker_answers(tmp_path):
     with workers([("sd", "fp32", "cpu", tmp_path / "micro.safetensors")]) as (worker,):
         imports, answer = worker.ask("imports"), worker.ask("load")
     assert worker.name == "sd fp32"
-    assert imports["seconds"] > 0.02  # nothing of it was there before
+    assert imports["seconds"] > 0.02  # it was not imported before
     assert 0 < answer["seconds"] < 60
     assert 0.05 < answer["resident"] < 10  # GB
     assert worker.process.poll() is not None
 
 
-def test_weights_that_do_not_fit_are_an_error(tmp_path):
+def test_weights_that_do_not_fit_into_memory_are_an_error(tmp_path):
     with workers([("sd", "fp32", "cpu", tmp_path)]) as (worker,):
         worker.process.kill()
         worker.process.wait()
         pipes = {"stdin": io.StringIO(), "stdout": io.StringIO('{"seconds": Infinity}')}
         worker.process = SimpleNamespace(**pipes, kill=lambda: None, wait=lambda: None)
-        with pytest.raises(ChildProcessError, match="^sd fp32 does not fit into memory beside the others"):
+        with pytest.raises(ChildProcessError, match="^sd fp32 does not fit into memory with the others"):
             worker.ask("load")
 
 
 class Clock:
-    """Stands in for a worker: answers with what it was told, and remembers what it was asked."""
+    """Replaces a worker: answers with the given seconds, and keeps the commands."""
 
     def __init__(self, *seconds):
         self.name, self.seconds, self.asked = "sd fp32", list(seconds), []
@@ -98,7 +98,7 @@ class Clock:
     "arguments, seconds, counted",
     [(["--runs", "3"], [9.0, 8.0, 7.0], 3), (["--quick"], [9.0, 8.0], 1), (["--quick"], [1.0, 2.0], 2)],
 )
-def test_what_is_slow_is_done_once_with_quick(arguments, seconds, counted):
+def test_slow_measures_are_not_repeated_with_quick(arguments, seconds, counted):
     results, clock = Results(), Clock(*seconds)
     take_turns(parse(arguments), "step", [clock], results)
     assert clock.asked == [("prepare", "step"), *[("step",)] * counted]
@@ -106,14 +106,14 @@ def test_what_is_slow_is_done_once_with_quick(arguments, seconds, counted):
     assert results.figures["peak resident memory after a step, GB"] == {"sd fp32": [3.0]}
 
 
-def test_throughput_stops_where_memory_does():
+def test_throughput_stops_when_memory_runs_out():
     results, clock = Results(), Clock(2.0, 2.0, math.inf)
     throughput(parse(["--steps", "50"]), [clock], results)
     assert clock.asked[:2] == [("prepare", "picture", 1, 1), ("picture", 50, 1)]
     assert [row["sd fp32"] for row in results.figures.values()] == [[0.5], [1.0]]
 
 
-def test_a_worker_makes_ready_and_runs(tmp_path):
+def test_a_worker_warms_up_and_runs(tmp_path):
     write_checkpoint(tmp_path / "micro.safetensors", random_state(MICRO), MICRO.to_dict())
     with workers([("sd", "fp32", "cpu", tmp_path / "micro.safetensors")]) as (worker,):
         worker.ask("load")
@@ -124,7 +124,7 @@ def test_a_worker_makes_ready_and_runs(tmp_path):
 def test_a_worker_that_fails_is_an_error_here(tmp_path, capfd):
     with workers([("sd", "fp32", "cpu", tmp_path / "nothing.ckpt")]) as (worker,):
         assert isinstance(worker, Worker)
-        with pytest.raises(ChildProcessError, match="sd fp32 ended while it was to load"):
+        with pytest.raises(ChildProcessError, match="sd fp32 ended during load"):
             worker.ask("load")
     assert "There is no checkpoint" in capfd.readouterr().err
 

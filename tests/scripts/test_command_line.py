@@ -1,4 +1,4 @@
-"""What the scripts share: one line and no traceback, for Ctrl-C, bad input and a Python without the packages."""
+"""All scripts print one line and no traceback after Ctrl-C, after bad input, and if packages are missing."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ ENTRIES += ["benchmarks/synthetic_checkpoint"]
 
 
 def name_of(script):
-    """demo.py, benchmarks/synthetic_checkpoint.py: how a script's errors begin."""
+    """How a script's errors begin: demo.py, benchmarks/synthetic_checkpoint.py."""
     return Path(script.__file__).relative_to(ROOT / "scripts").as_posix()
 
 
@@ -48,13 +48,13 @@ def test_errors_are_one_line(capsys, error, status, line):
     assert capsys.readouterr().err == line
 
 
-def test_work_that_is_done_says_nothing(capsys):
+def test_success_prints_nothing(capsys):
     assert exit_status("x.py", lambda: "a result", "interrupted.") == 0
     assert capsys.readouterr() == ("", "")
 
 
 def test_an_interruption_while_torch_is_imported_counts_afterwards(tmp_path, monkeypatch, capsys):
-    """Torch imports numpy from C, which forgets the error."""
+    """torch imports numpy from C and ignores errors there."""
     code = """
         import contextlib, signal
         with contextlib.suppress(KeyboardInterrupt):
@@ -111,8 +111,8 @@ def test_a_python_without_packages_says_where_there_is_one(name, tmp_path):
     assert result.returncode == 2
     lacks = "tqdm" if name == "download" else "torch, numpy, PIL, tqdm, regex, ftfy"
     assert result.stderr == (
-        f"{name}.py: this Python lacks {lacks}: `sh scripts/demo.sh` makes an environment with all that is needed, and "
-        f"`.venv/bin/python scripts/{name}.py` uses it.\n"
+        f"{name}.py: this Python lacks {lacks}: run `sh scripts/demo.sh` once to install them into .venv, then "
+        f"`.venv/bin/python scripts/{name}.py`.\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -125,7 +125,7 @@ def test_help_needs_no_packages(name):
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
 def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
-    """As a terminal does it: to the script, and to the processes that draw scenes for it."""
+    """A terminal sends Ctrl-C to the script and to the processes that draw scenes for it."""
     command = [sys.executable, ROOT / "scripts/train_tiny.py", "vae", "--out", tmp_path / "out"]
     log = tmp_path / "log"
 
@@ -162,9 +162,13 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
         (evaluate_tiny, ["--samplers", "ddpm", "magic"], "--samplers should be one of ddpm, "),
         (evaluate_tiny, ["--device", "abacus"], "--device should be one that torch can use here, such as 'cpu', not"),
         (evaluate_tiny, ["--checkpoint", "no.ckpt"], "There is no checkpoint no.ckpt: "),
-        (evaluate_tiny, ["--out", "exists.png"], "--out should be a folder: exists.png cannot be one, a file is in"),
-        (evaluate_tiny, ["--out", "exists.png/in"], "--out should be a folder: exists.png/in cannot be one, a file is"),
-        (make_gallery, ["--out", "exists.png"], "--out should be a folder: exists.png cannot be one, a file is in the"),
+        (evaluate_tiny, ["--out", "exists.png"], "--out should be a folder, but exists.png is a file, or is inside"),
+        (evaluate_tiny, ["--out", "exists.png/in"], "--out should be a folder, but exists.png/in is a file, or is"),
+        (
+            make_gallery,
+            ["--out", "exists.png"],
+            "--out should be a folder, but exists.png is a file, or is inside one.",
+        ),
         (train_tiny, ["--scenes", "4"], "The number of training images should be at least 8, not 4."),
         (train_tiny, ["--seed", "-1"], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
         (synthetic_checkpoint, ["new/a.png"], "The name of new/a.png should end in .safetensors, .ckpt, .pt, .pth."),

@@ -1,4 +1,4 @@
-"""The download script, against a server on this machine that misbehaves on demand."""
+"""The download script, with a local server that misbehaves on demand."""
 
 import errno
 import os
@@ -31,13 +31,15 @@ def test_resumes_what_an_earlier_run_left(server, tmp_path, have, size, capsys):
     run(server, tmp_path, size)
     assert files(tmp_path) == {"model.ckpt": BODY}
     assert server.ranges == ([] if have == size else [f"bytes={have}-"])
-    assert f"{have:,} bytes are there from an earlier run" in capsys.readouterr().out
+    assert f"{have:,} bytes of an earlier run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [len(BODY), None])
 def test_wrong_bytes_are_removed(server, tmp_path, size):
     server.script = ["wrong"]
-    with pytest.raises(DownloadError, match=r"has the SHA-256 .* it was removed, so the next run starts from nothing"):
+    with pytest.raises(
+        DownloadError, match=r"has SHA-256 .* it was deleted, so the next run starts from the beginning"
+    ):
         run(server, tmp_path, size)
     assert files(tmp_path) == {}
     run(server, tmp_path, size)
@@ -46,31 +48,31 @@ def test_wrong_bytes_are_removed(server, tmp_path, size):
 
 @pytest.mark.parametrize("size", [len(BODY), None])
 @pytest.mark.parametrize("part", [WRONG[:70_000], WRONG, BODY + b"x"], ids=["other beginning", "all wrong", "too long"])
-def test_a_part_of_something_else_is_dropped(server, tmp_path, part, size):
+def test_a_part_of_another_file_is_dropped(server, tmp_path, part, size):
     (tmp_path / "model.ckpt.part").write_bytes(part)
     run(server, tmp_path, size)
     assert files(tmp_path) == {"model.ckpt": BODY}
 
 
-def test_wrong_bytes_are_asked_for_twice_at_most(server, tmp_path, capsys):
+def test_wrong_bytes_are_downloaded_twice_at_most(server, tmp_path, capsys):
     (tmp_path / "model.ckpt.part").write_bytes(WRONG[:70_000])
     server.script = ["wrong"] * 5
-    with pytest.raises(DownloadError, match="it was removed, so the next run starts from nothing"):
+    with pytest.raises(DownloadError, match="it was deleted, so the next run starts from the beginning"):
         run(server, tmp_path)
     assert len(server.script) == 3
-    assert "is not the beginning of the file: starting again" in capsys.readouterr().out
+    assert "are not the beginning of this file: starting again" in capsys.readouterr().out
     assert files(tmp_path) == {}
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "model.ckpt", "ftp://example.org/model.ckpt"])
 def test_other_addresses(tmp_path, url):
-    with pytest.raises(DownloadError, match="it must start with https:// or http://"):
+    with pytest.raises(DownloadError, match="it should start with https:// or http://"):
         download(weights(), tmp_path, url)
 
 
-def test_file_that_is_there_is_checked(server, tmp_path):
+def test_an_existing_file_is_checked(server, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(BODY)
-    assert run(server, tmp_path)[0].endswith("model.ckpt is there already, and its SHA-256 is right.")
+    assert run(server, tmp_path)[0].endswith("model.ckpt already exists, and its SHA-256 is right.")
     (tmp_path / "model.ckpt").write_bytes(WRONG)
     with pytest.raises(DownloadError, match="move it away and run this again"):
         run(server, tmp_path)
@@ -80,15 +82,15 @@ def test_file_that_is_there_is_checked(server, tmp_path):
 
 @pytest.mark.skipif(script.fcntl is None, reason="no locks on Windows")
 def test_one_download_at_a_time(server, tmp_path):
-    message = r"Another download into .*model\.ckpt\.part is under way: wait"
+    message = r"Another download into .*model\.ckpt\.part is running: wait"
     with script.locked(tmp_path / "model.ckpt.part"), pytest.raises(DownloadError, match=message):
         run(server, tmp_path)
     run(server, tmp_path)
     assert files(tmp_path) == {"model.ckpt": BODY}
 
 
-def test_without_locks_a_file_is_renamed_and_removed_only_once_it_is_closed(server, tmp_path, monkeypatch):
-    """As Windows wants it."""
+def test_without_locks_a_file_is_closed_before_it_is_renamed_or_removed(server, tmp_path, monkeypatch):
+    """As Windows requires."""
     opened = []
     monkeypatch.setattr(script, "fcntl", None)
 
@@ -110,7 +112,7 @@ def test_without_locks_a_file_is_renamed_and_removed_only_once_it_is_closed(serv
 @pytest.mark.skipif(script.fcntl is None, reason="no locks on Windows")
 @pytest.mark.parametrize("ended", ["renamed", "removed"])
 def test_another_download_that_ends_while_this_one_begins(server, tmp_path, monkeypatch, ended):
-    """It gives the file its final name between our opening and our locking it: the file is no longer ours to change."""
+    """It gives the file its final name after we have opened it and before we lock it. We must not change it then."""
     part, lock = tmp_path / "model.ckpt.part", script.fcntl.flock
     part.write_bytes(BODY)
 
@@ -130,7 +132,7 @@ def test_another_download_that_ends_while_this_one_begins(server, tmp_path, monk
 
 @pytest.fixture
 def command(server, tmp_path, monkeypatch):
-    """Run the script in this process; return its exit status."""
+    """Runs the script in this process and returns its exit status."""
     monkeypatch.setattr(script, "WEIGHTS", {"safetensors": weights()})
     url = f"http://127.0.0.1:{server.server_port}/model.ckpt"
     return lambda *arguments: script.main(["--out", str(tmp_path), "--url", url, *arguments])
@@ -140,7 +142,7 @@ def test_command(command, server, tmp_path, capsys):
     assert command() == 0
     assert "model.ckpt is complete, and its SHA-256 is right." in capsys.readouterr().out
     assert command() == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     (tmp_path / "model.ckpt").unlink()
     server.script = [(404, {})]
     assert command() == 2
@@ -149,7 +151,7 @@ def test_command(command, server, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_ctrl_c_keeps_what_has_come(command, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_what_has_arrived(command, tmp_path, monkeypatch, capsys):
     def interrupt(self, chunk):
         self.file.write(chunk)
         raise KeyboardInterrupt
@@ -157,7 +159,7 @@ def test_ctrl_c_keeps_what_has_come(command, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(transfer.HashedFile, "append", interrupt)
         assert command() == 130
-    assert "the next run goes on from there" in capsys.readouterr().err
+    assert "the next run resumes the download" in capsys.readouterr().err
     assert files(tmp_path) == {"model.ckpt.part": BODY[:10_000]}
     assert command() == 0
     assert files(tmp_path) == {"model.ckpt": BODY}
@@ -185,7 +187,7 @@ def test_published_files_are_named_after_their_address():
     assert all(re.fullmatch("[0-9a-f]{64}", entry.sha256) for entry in script.WEIGHTS.values())
 
 
-def test_starts_from_any_folder(tmp_path):
+def test_runs_from_any_folder(tmp_path):
     result = subprocess.run([sys.executable, script.__file__, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0
     assert "safetensors,ckpt,inpainting" in result.stdout

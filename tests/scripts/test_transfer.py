@@ -1,4 +1,4 @@
-"""Transfers from a server on this machine that misbehaves on demand: what passes is waited for, the rest is said."""
+"""Downloads from a local server that misbehaves on demand: temporary failures are retried, others are reported."""
 
 import errno
 import shutil
@@ -12,16 +12,16 @@ from scripts.support import transfer
 from tests.support.misbehaving_server import BODY, files, run, weights
 
 
-def test_goes_on_after_dropped_connections(server, tmp_path, capsys):
+def test_resumes_after_dropped_connections(server, tmp_path, capsys):
     server.script = ["drop", "hang up", "drop", "drop"]
     _, slept = run(server, tmp_path)
     assert files(tmp_path) == {"model.ckpt": BODY}
     assert server.ranges == [f"bytes={start}-" for start in (0, 102_400, 102_400, 153_600, 179_200)]
-    assert slept == [1, 2, 1, 1]  # a connection that brought something starts the count anew
+    assert slept == [1, 2, 1, 1]  # new bytes start the count again
     assert "the connection was dropped; trying again in 1 s." in capsys.readouterr().out
 
 
-def test_goes_on_after_a_reset_connection(server, tmp_path):
+def test_resumes_after_a_reset_connection(server, tmp_path):
     server.script = ["reset"]
     _, slept = run(server, tmp_path)
     assert files(tmp_path) == {"model.ckpt": BODY}
@@ -44,18 +44,18 @@ def test_waits_for_a_busy_server(server, tmp_path, answer, wait):
     assert files(tmp_path) == {"model.ckpt": BODY}
 
 
-def test_gives_up_in_the_end(server, tmp_path):
+def test_gives_up_after_six_attempts(server, tmp_path):
     server.script = ["drop"] + [(503, {})] * 6
     slept = []
     with pytest.raises(
-        DownloadError, match="the server answered 503 Service Unavailable; run this again later, it goes"
+        DownloadError, match="the server answered 503 Service Unavailable; run this again later to resume."
     ):
         download(weights(), tmp_path, f"http://127.0.0.1:{server.server_port}/", slept.append)
     assert slept == [1, 2, 4, 8, 16]
     assert files(tmp_path) == {"model.ckpt.part": BODY[:102_400]}
 
 
-def test_server_that_asks_for_too_long(server, tmp_path):
+def test_a_server_that_asks_for_a_long_wait(server, tmp_path):
     server.script = [(429, {"Retry-After": "3600"})]
     with pytest.raises(DownloadError, match="429 Too Many Requests; run this again in 3600 s"):
         run(server, tmp_path)
@@ -71,7 +71,7 @@ def test_starts_over_if_the_server_cannot_resume(server, tmp_path, behaviour, si
     assert files(tmp_path) == {"model.ckpt": BODY}
 
 
-def test_server_that_always_starts_over_and_drops(server, tmp_path):
+def test_a_server_that_always_starts_over_and_drops(server, tmp_path):
     server.script = ["without length"] * 20
     with pytest.raises(DownloadError, match="the connection was dropped; run this again later"):
         run(server, tmp_path)
@@ -83,18 +83,18 @@ def test_server_that_always_starts_over_and_drops(server, tmp_path):
     [
         ("short", "offers 204,700 bytes, but the published file has 204,800"),
         ((200, {"Content-Type": "text/html"}), "is a web page, not the file: give the file's own address"),
-        ((404, {}), "the server answered 404 Not Found; give the file's present address with --url"),
-        ((401, {}), "the server answered 401 Unauthorized; get the file with a browser, logged in"),
-        ((403, {}), "the server answered 403 Forbidden; get the file with a browser, logged in"),
+        ((404, {}), "the server answered 404 Not Found; give the file's current address with --url"),
+        ((401, {}), "the server answered 401 Unauthorized; log in and get it with a browser"),
+        ((403, {}), "the server answered 403 Forbidden; log in and get it with a browser"),
         ((400, {}), "the server answered 400 Bad Request"),
         (
             (302, {"Location": "ftp://127.0.0.1/model.ckpt"}),
             "redirects to ftp://127.0.0.1/model.ckpt, which is neither",
         ),
-        ((302, {"Location": "file:///etc/passwd"}), "redirects without end: give the file's own address"),
+        ((302, {"Location": "file:///etc/passwd"}), "redirects in a loop: give the file's own address"),
     ],
 )
-def test_what_no_second_attempt_can_mend(server, tmp_path, behaviour, message):
+def test_errors_that_are_not_retried(server, tmp_path, behaviour, message):
     (tmp_path / "model.ckpt.part").write_bytes(BODY[:1000])
     server.script = [behaviour]
     with pytest.raises(DownloadError, match=message) as caught:
@@ -114,7 +114,7 @@ def test_redirections(server, tmp_path):
 
 def test_redirection_in_circles(server, tmp_path):
     server.script = [(302, {"Location": f"http://127.0.0.1:{server.server_port}/"})] * 100
-    with pytest.raises(DownloadError, match="redirects without end"):
+    with pytest.raises(DownloadError, match="redirects in a loop"):
         run(server, tmp_path)
     assert files(tmp_path) == {}
 
@@ -142,14 +142,14 @@ def test_no_route(tmp_path, monkeypatch, error, reason):
     monkeypatch.setattr(socket, "create_connection", fail)
     monkeypatch.setenv("no_proxy", "*")
     slept = []
-    with pytest.raises(DownloadError, match=rf"no connection \(.*{reason}\); run this again later, it goes on"):
+    with pytest.raises(DownloadError, match=rf"no connection \(.*{reason}\); run this again later to resume"):
         download(weights(), tmp_path, "https://example.invalid/model.ckpt", slept.append)
     assert slept == [1, 2, 4, 8, 16]
     assert files(tmp_path) == {}
 
 
 def test_a_certificate_that_cannot_be_trusted(tmp_path, monkeypatch):
-    """Waiting does not mend it."""
+    """Is not retried."""
 
     def fail(*_, **__):
         error = ssl.SSLCertVerificationError(1, "certificate verify failed")
@@ -175,7 +175,7 @@ def test_a_server_that_stops_in_the_middle(server, tmp_path, monkeypatch, capsys
     assert "the connection was dropped (timed out); trying again in 1 s." in capsys.readouterr().out
 
 
-def test_a_server_of_another_kind(server, tmp_path):
+def test_a_server_that_does_not_speak_http(server, tmp_path):
     server.script = ["no HTTP"] * 9
     with pytest.raises(DownloadError, match=r"no connection \(SSH-2.0-OpenSSH_9.6.*\); run this again later"):
         run(server, tmp_path)
@@ -187,18 +187,18 @@ def test_a_file_without_end(server, tmp_path, monkeypatch, size):
     monkeypatch.setattr(transfer, "LARGEST", 10 * len(BODY))
     server.script = ["endless"]
     if size is None:
-        with pytest.raises(DownloadError, match="bytes, and does not say when it will end"):
+        with pytest.raises(DownloadError, match="bytes without stating the file's size"):
             run(server, tmp_path, size)
         (tmp_path / "model.ckpt.part").unlink()
     else:
-        with pytest.raises(DownloadError, match="it was removed"):  # more came than there should be
+        with pytest.raises(DownloadError, match="it was deleted"):  # more bytes than there should be
             run(server, tmp_path, size)
     assert files(tmp_path) == {}
 
 
-def test_no_room_is_noticed_before(server, tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_the_download(server, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
-    with pytest.raises(DownloadError, match="has room for 5,000 bytes, but 204,800 are missing: make room"):
+    with pytest.raises(DownloadError, match="has 5,000 bytes free, but 204,800 are needed: free some space"):
         run(server, tmp_path)
     (tmp_path / "model.ckpt.part").write_bytes(BODY[:-5000])
     run(server, tmp_path)

@@ -1,4 +1,4 @@
-"""Data for which denoising has a known solution, to measure samplers by: every value is N(0, SCALE^2)."""
+"""Data for which denoising has a known solution, to measure the error of samplers: every value is N(0, SCALE^2)."""
 
 import math
 
@@ -13,9 +13,10 @@ def best_output(x, a_t):
 
 
 def error(sampler, steps):
-    """By how much a run misses the ODE's solution, which keeps x_t / sqrt(a_t SCALE^2 + 1 - a_t) as it was.
+    """The relative error of a run. The exact solution of the ODE keeps x_t / sqrt(a_t SCALE^2 + 1 - a_t) constant.
 
-    It is judged at the last timestep. What remains is one step to no noise at all, whose length hardly depends on n.
+    The error is measured at the last timestep. The step after it, to zero noise, has about the same length for every
+    number of steps.
     """
     sampler.set_inference_timesteps(steps)
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -27,5 +28,5 @@ def error(sampler, steps):
 
 
 def order_of_convergence(sampler, steps):
-    """p, where halving the steps' length divides the error by 2^p."""
+    """p, if steps of half the length divide the error by 2^p."""
     return math.log2(error(sampler, steps) / error(sampler, 2 * steps))

@@ -1,10 +1,10 @@
-"""Starts a writer, kills it at a random moment, looks at what is there; again and again. Reports as JSON.
+"""Starts a writer, kills it at a random moment, and checks its files; repeats that, and prints a report as JSON.
 
     python -m tests.support.killer FOLDER KILLS SEED URL
 
-A writer is a copy of this process (a fork, which starts in a millisecond) that writes as fast as it can until it is
-killed: pictures, checkpoints, training states, and a download from URL, so many KILLS of each. After each, no file
-under a final name may be cut short, damaged, older than before, or gone; and what is left behind must not pile up.
+A writer is a fork of this process, so it starts in a millisecond. It writes as fast as it can until it is killed:
+images, checkpoints, training states, or a download from URL. Each is killed KILLS times. After every kill, no file with
+a final name may be truncated, damaged, older than before, or missing. Temporary files must not accumulate.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def frame(number: int) -> np.ndarray:
 
 
 class Pictures:
-    """picture-0.png, picture-1.png, ... and two files that are overwritten again and again."""
+    """Writes picture-0.png, picture-1.png, ..., and two files that are overwritten every time."""
 
     def write(self, folder: Path) -> None:
         number = len(list(folder.glob("picture-*.png")))
@@ -59,7 +59,7 @@ class Pictures:
 
 
 class Checkpoints:
-    """One file of each format, all of whose numbers are those of the round in which it was written."""
+    """Overwrites a file of each format. All numbers in a file are the number of the round that wrote it."""
 
     def __init__(self) -> None:
         self.newest = {"model.ckpt": 0, "model.safetensors": 0}
@@ -79,20 +79,20 @@ class Checkpoints:
 
 
 class States:
-    """A training run, resumed after every kill: its losses are those of a run that nobody kills."""
+    """A training run that is resumed after every kill. Its losses must be those of an uninterrupted run."""
 
     STEPS = 100_000
 
     def __init__(self, folder: Path) -> None:
         self.losses: dict[int, float] = {}
         self.whole = self.training(folder / "whole")
-        self.go_on_to(2)  # so that all is imported that optimizers need, before the first fork
+        self.go_on_to(2)  # imports everything that the optimizer needs, before the first fork
 
     def training(self, folder: Path) -> Training:
         return Training(Line(), folder, torch.device("cpu"), 1.0, self.STEPS, seed=3)
 
     def go_on_to(self, step: int) -> None:
-        """The run that nobody kills."""
+        """Continues the uninterrupted run."""
 
         def pause() -> None:
             if self.whole.step >= step:
@@ -107,8 +107,9 @@ class States:
             training.run(lambda progress: log.write(f"{progress.step} {progress.loss!r}\n"), 0.0, lambda: None)
 
     def check(self, folder: Path) -> None:
-        """All that was logged up to the last kill, against the same steps of the run that nobody kills."""
-        lines = [line.split() for line in (folder / "losses.txt").read_text().splitlines()[:-1]]  # the last may be cut
+        """Compares all losses that were logged before the last kill with those of the uninterrupted run."""
+        complete = (folder / "losses.txt").read_text().splitlines()[:-1]  # the last line may be incomplete
+        lines = [line.split() for line in complete]
         if lines and (last := max(int(step) for step, _ in lines)) > self.whole.step:
             self.go_on_to(last)
         wrong = [(step, loss) for step, loss in lines if float(loss) != self.losses[int(step)]]
@@ -117,7 +118,7 @@ class States:
 
 
 class Downloads:
-    """One file from a server that is in no hurry, resumed after every kill."""
+    """A download from a slow server, resumed after every kill."""
 
     def __init__(self, url: str) -> None:
         self.url, self.longest = url, 0
@@ -134,12 +135,12 @@ class Downloads:
     def check(self, folder: Path) -> None:
         if (folder / "model.ckpt").exists():
             assert (folder / "model.ckpt").read_bytes() == BODY
-            (folder / "model.ckpt").unlink()  # once more, from the start
+            (folder / "model.ckpt").unlink()  # start again
             self.longest = 0
         elif (folder / "model.ckpt.part").exists():
             part = (folder / "model.ckpt.part").read_bytes()
             assert BODY.startswith(part), "the part is not the beginning of the file"
-            assert len(part) >= self.longest, "what had come was lost"
+            assert len(part) >= self.longest, "bytes of an earlier run were lost"
             self.longest = len(part)
 
     def finish(self, folder: Path) -> None:
@@ -149,7 +150,7 @@ class Downloads:
 
 
 def kill_at(moment: float, write: Callable[[Path], None], folder: Path) -> None:
-    """A writer that lives for so many seconds."""
+    """Starts a writer and kills it after `moment` seconds."""
     child = os.fork()
     if child == 0:
         try:
@@ -173,7 +174,7 @@ def main(folder: Path, kills: int, seed: int, url: str) -> None:
             kill_at(rng.choice([0.02, 0.2, 0.5]) * rng.random(), writer.write, place)
             left = list(place.glob(".sd-*.tmp"))
             left_behind[name] += len(left)
-            assert len(left) <= 1, "what killed writers leave behind piles up"
+            assert len(left) <= 1, "temporary files of killed writers accumulate"
             writer.check(place)
         if hasattr(writer, "finish"):
             writer.finish(place)

@@ -1,4 +1,4 @@
-"""A web server on this machine that serves one file, and misbehaves on demand."""
+"""A local web server that serves one file, and misbehaves on demand."""
 
 import hashlib
 import re
@@ -18,12 +18,12 @@ WRONG = BODY[::-1]
 
 
 def weights(size: int | None = len(BODY)) -> Weights:
-    """What the server should serve."""
+    """The file that the server has."""
     return Weights("https://example.invalid/model.ckpt", hashlib.sha256(BODY).hexdigest(), size)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Behaves as the next entry of `server.script` says, and serves ranges of BODY when there is none."""
+    """Behaves as the next entry of `server.script` says. Without an entry, it serves ranges of BODY."""
 
     def do_GET(self):
         server, wanted = self.server, self.headers.get("Range", "")
@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(206, headers, BODY[start:end], len(BODY) - start)
         elif behaviour == "reset":
             self.answer(200, {}, BODY[:50_000], len(BODY))
-            # No waiting for what was not sent yet: the client sees a reset, not an end.
+            # Unsent bytes are discarded, so the client sees a reset instead of an orderly end.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         elif behaviour == "hang up":
@@ -82,11 +82,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running() -> Iterator[ThreadingHTTPServer]:
-    """Serve on a free port; `script` is what to do with the next requests, `ranges` what they asked for, `pause` how
-    many seconds pass between every 2,000 bytes."""
+    """Serves on a free port. `script`: what to do with the next requests. `ranges`: the ranges that were requested.
+    `pause`: seconds between every 2,000 bytes."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.script, server.ranges, server.pause, server.stopped = [], [], 0, threading.Event()
-    server.handle_error = lambda *_: None  # a client that hangs up is no news
+    server.handle_error = lambda *_: None  # do not print when a client hangs up
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -99,7 +99,7 @@ def running() -> Iterator[ThreadingHTTPServer]:
 
 
 def run(server: ThreadingHTTPServer, folder: Path, size: int | None = len(BODY)) -> tuple[str, list[float]]:
-    """Download; what it says, and how long it slept before each new attempt."""
+    """Downloads. Returns the script's sentence, and the seconds that it slept before each new attempt."""
     slept: list[float] = []
     said = download(weights(size), folder, f"http://127.0.0.1:{server.server_port}/model.ckpt", slept.append)
     return said, slept

@@ -1,4 +1,4 @@
-"""Random weights that keep activations at unit scale, and small configurations, for tests that need a whole model."""
+"""Small configurations and random weights for tests that need a whole model. Activations stay at unit scale."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from sd.model_converter import from_compvis
 from sd.models import Models, empty_networks
 from sd.tokenizer import Tokenizer
 
-# As small as the topology allows, for what does not depend on width.
+# As small as the topology allows, for tests that do not depend on the width.
 MICRO = ModelConfig(
     text=TextConfig(width=32, layers=2, heads=2),
     vae=VAEConfig(channels=(16, 16, 32, 32), groups=8, scaling_factor=0.5),
@@ -20,7 +20,7 @@ MICRO = ModelConfig(
 )
 INPAINTING_MICRO = replace(MICRO, unet=replace(MICRO.unet, in_channels=9))
 
-# One network as wide as SD 1.5's (or half as wide), the others small: what a test pays for is what it tests.
+# One network as wide as SD 1.5's, or half as wide. The other networks are small, to save time.
 FULL_TEXT = replace(MICRO, text=SD15.text)
 FULL_VAE = replace(MICRO, vae=SD15.vae)
 HALF_UNET = replace(MICRO, unet=replace(SD15.unet, channels=(160, 320, 640, 640)))
@@ -28,7 +28,7 @@ FULL_UNET = replace(MICRO, unet=SD15.unet)
 
 
 def random_networks(config: ModelConfig, seed: int = 0) -> SimpleNamespace:
-    """The four networks with random weights, as `to_compvis` takes them."""
+    """The four networks with random weights, in the form that `to_compvis` takes."""
     networks = empty_networks(config)
     for name, state in from_compvis(random_state(config, seed), config).items():
         networks[name].load_state_dict(state, assign=True)
@@ -37,6 +37,6 @@ def random_networks(config: ModelConfig, seed: int = 0) -> SimpleNamespace:
 
 
 def random_models(config: ModelConfig, seed: int = 0) -> Models:
-    """The same as `load_models` gives."""
+    """The same networks in the form that `load_models` returns."""
     networks = random_networks(config, seed)
     return Models(**vars(networks), tokenizer=Tokenizer(), config=config, device=torch.device("cpu"))
