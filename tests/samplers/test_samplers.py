@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from sd.config import ScheduleConfig
 from sd.samplers import SAMPLERS
+from tests.support.marks import slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
 
@@ -130,7 +131,7 @@ def test_a_generator_per_image_gives_what_it_gives_alone(name):
     torch.testing.assert_close(together[1:], alone)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 1000])
+@pytest.mark.parametrize("steps", [1, 3, slow(1000)])
 @every_sampler
 def test_any_number_of_steps(name, steps):
     sampler = make_sampler(name, steps)

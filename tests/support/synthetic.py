@@ -1,11 +1,13 @@
 """Small configurations and random weights for tests that need a whole model. Activations stay at unit scale."""
 
+import copy
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import torch
 
-from scripts.benchmarks.synthetic_checkpoint import random_state
+from scripts.benchmarks import synthetic_checkpoint
 from sd.config import SD15, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from sd.model_converter import from_compvis
 from sd.models import Models, empty_networks
@@ -27,8 +29,29 @@ HALF_UNET = replace(MICRO, unet=replace(SD15.unet, channels=(160, 320, 640, 640)
 FULL_UNET = replace(MICRO, unet=SD15.unet)
 
 
+def random_state(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A checkpoint with random weights, in the CompVis layout."""
+    make = _small_state if is_small(config) else synthetic_checkpoint.random_state
+    return copy.deepcopy(make(config, seed))
+
+
 def random_networks(config: ModelConfig, seed: int = 0) -> SimpleNamespace:
     """The four networks with random weights, in the form that `to_compvis` takes."""
+    return copy.deepcopy(_small_networks(config, seed)) if is_small(config) else _make_networks(config, seed)
+
+
+def random_models(config: ModelConfig, seed: int = 0) -> Models:
+    """The same networks in the form that `load_models` returns."""
+    networks = random_networks(config, seed)
+    return Models(**vars(networks), tokenizer=_tokenizer(), config=config, device=torch.device("cpu"))
+
+
+def is_small(config: ModelConfig) -> bool:
+    """Whether its networks are small enough to be kept in memory: copying them is much faster than making them."""
+    return max(config.text.width, *config.vae.channels, *config.unet.channels) <= 64
+
+
+def _make_networks(config: ModelConfig, seed: int) -> SimpleNamespace:
     networks = empty_networks(config)
     for name, state in from_compvis(random_state(config, seed), config).items():
         networks[name].load_state_dict(state, assign=True)
@@ -36,7 +59,6 @@ def random_networks(config: ModelConfig, seed: int = 0) -> SimpleNamespace:
     return SimpleNamespace(**networks)
 
 
-def random_models(config: ModelConfig, seed: int = 0) -> Models:
-    """The same networks in the form that `load_models` returns."""
-    networks = random_networks(config, seed)
-    return Models(**vars(networks), tokenizer=Tokenizer(), config=config, device=torch.device("cpu"))
+_small_networks = cache(_make_networks)
+_small_state = cache(synthetic_checkpoint.random_state)
+_tokenizer = cache(Tokenizer)
