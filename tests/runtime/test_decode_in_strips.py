@@ -67,6 +67,7 @@ def test_any_number_of_levels(channels):
     torch.testing.assert_close(decode_in_strips(decoder, latents, 4), decoder(latents), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @LAYOUTS
 def test_trained_weights_in_bfloat16(layout):
     decoder = load_models(dtype=torch.bfloat16).decoder.to("cpu").to(memory_format=layout)

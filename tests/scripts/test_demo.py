@@ -54,7 +54,7 @@ def test_overwrite_only_when_told(run_demo):
     Path("cat.png").write_text("precious")
     code, _, err = run_demo("a cat", "--out", "cat.png")
     assert code == 2
-    assert "cat.png is there already" in err
+    assert "cat.png already exists" in err
     assert Path("cat.png").read_text() == "precious"
     assert run_demo("a cat", "--out", "cat.png", "--overwrite")[0] == 0
     assert Image.open("cat.png").size == (32, 40)
@@ -149,8 +149,8 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--film", "cat.mp4"], "--film should be a .webp or .gif file, not cat.mp4."),
         (["--report", "cat.pdf"], "--report should be a .html file, not cat.pdf."),
         (["--report", "text.png/cat.html"], "text.png is a file."),
-        (["--film", "text.png/new/cat.gif"], "--film should be in a folder of yours: "),
-        (["--out", "text.png/cat.png"], "--out should be in a folder of yours: "),
+        (["--film", "text.png/new/cat.gif"], "--film should be in a folder that you can write to: "),
+        (["--out", "text.png/cat.png"], "--out should be in a folder that you can write to: "),
         (["--film", "folder"], "--film should be a .webp or .gif file, not folder."),
         (
             ["a {red|blue cat"],

@@ -88,7 +88,7 @@ def test_films_and_reports_overwrite_only_when_told(run_demo, flag, file, start)
     Path(file).write_text("precious")
     code, _, err = run_demo("a cat", flag, file)
     assert code == 2
-    assert f"{flag} {file} is there already" in err
+    assert f"{flag} {file} already exists" in err
     assert names() == [file]
     assert run_demo("a cat", flag, file, "--overwrite")[0] == 0
     assert Path(file).read_bytes().startswith(start)

@@ -27,6 +27,8 @@ SHORTER = {
         "[scene] * 5": "[scene]",
         "[view] * 3": "[view]",
         "weights = [0, 50, 200]": "weights = [0, 200]",
+        "n_inference_steps = 20": "n_inference_steps = 6",
+        "(0, 2, 4, 8, 12, 19)": "(0, 1, 2, 3, 4, 5)",
     },
     "06_training": {"_STEPS = 250, 200, 300": "_STEPS = 50, 20, 50"},
 }

@@ -74,7 +74,8 @@ def test_noon_becomes_night(models, judge):
     assert min(shares["thing"], shares["colour"], shares["position"], shares["time"]) >= 0.85
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_pictures_in_16_bits_are_close_to_those_in_32(models, dtype):
     narrow = sd.load_models(device="cpu", dtype=dtype)
     for seed, prompt in enumerate(["a yellow balloon over mountains at dawn", "a purple tent in the snow at night"]):
@@ -84,7 +85,8 @@ def test_pictures_in_16_bits_are_close_to_those_in_32(models, dtype):
         assert difference < 1.5  # the promise is 3
 
 
-@pytest.mark.parametrize("deep_cache", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("deep_cache", [2, 3])
 def test_a_deep_cache_shows_nearly_the_same_pictures(models, deep_cache):
     _, prompts = evaluation.make_prompts(8, held_out=False)
     plain, cached = (evaluation.draw_prompts(models, prompts, "dpm++2m", 20, 5.0, n) for n in (1, deep_cache))
