@@ -10,7 +10,6 @@ from scripts import demo
 from sd.checkpoints.files import write_checkpoint
 from sd.config import ScheduleConfig
 from sd.ddpm import DDPMSampler
-from sd.noise import draw_noise, karras_sigmas, make_betas, space_timesteps
 from sd.sampler import at_karras_levels
 from sd.samplers import SAMPLERS
 from sd.samplers.euler import EulerSampler
@@ -19,19 +18,6 @@ from tests.support.synthetic import MICRO, random_state
 
 def make_sampler(**schedule):
     return DDPMSampler(torch.Generator().manual_seed(0), schedule=ScheduleConfig(**schedule))
-
-
-def test_betas_are_linear_in_their_square_root():
-    betas = make_betas(ScheduleConfig())
-    assert betas.shape == (1000,)
-    torch.testing.assert_close(betas[[0, -1]], torch.tensor([0.00085, 0.012]))
-    gaps = betas.sqrt().diff()
-    torch.testing.assert_close(gaps, gaps.mean().expand(999), rtol=0, atol=1e-7)
-
-
-def test_linear_betas():
-    gaps = make_betas(ScheduleConfig(beta_schedule="linear")).diff()
-    torch.testing.assert_close(gaps, gaps.mean().expand(999), rtol=0, atol=1e-8)
 
 
 def test_alphas_cumprod_fall_from_almost_one_to_almost_zero():
@@ -52,42 +38,6 @@ def test_timesteps_lead():
     with pytest.warns(UserWarning, match="^With 1 step"):
         sampler.set_inference_timesteps(1)
     assert sampler.timesteps.tolist() == [0]
-
-
-@pytest.mark.parametrize(
-    "spacing, n, offset, timesteps",
-    [
-        ("leading", 4, 0, [750, 500, 250, 0]),
-        ("leading", 4, 1, [751, 501, 251, 1]),
-        ("leading", 3, 1, [667, 334, 1]),
-        ("leading", 1, 1, [1]),
-        ("trailing", 4, 0, [999, 749, 499, 249]),
-        ("trailing", 3, 0, [999, 666, 332]),
-        ("trailing", 1, 0, [999]),
-        ("linspace", 4, 0, [999, 666, 333, 0]),
-        ("linspace", 3, 0, [999, 499.5, 0]),
-        ("linspace", 1, 0, [0]),
-    ],
-)
-def test_spacing(spacing, n, offset, timesteps):
-    assert space_timesteps(n, 1000, spacing, offset).tolist() == timesteps
-
-
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_every_spacing_can_visit_every_timestep(spacing):
-    assert space_timesteps(1000, 1000, spacing, 1).tolist() == list(range(999, -1, -1))
-
-
-def test_bad_spacing():
-    with pytest.raises(ValueError, match='spacing should be "leading", "trailing" or "linspace", not \'log\'.'):
-        space_timesteps(10, 1000, "log")
-
-
-def test_karras_sigmas():
-    """2206.00364, eq. 5, by hand: the middle of three is the mean of the seventh roots."""
-    sigmas = karras_sigmas(3, 128.0, 1.0)
-    assert sigmas.tolist() == pytest.approx([128, 1.5**7, 1])
-    assert karras_sigmas(1, 128.0, 1.0).tolist() == pytest.approx([128])
 
 
 def test_karras_timesteps_belong_to_the_sigmas():
@@ -161,14 +111,6 @@ def test_predict_finds_what_add_noise_mixed(prediction_type, timestep):
     torch.testing.assert_close(predicted_noise, noise, rtol=1e-4, atol=1e-4)
 
 
-def test_a_generator_per_image_gives_what_it_gives_alone():
-    together = draw_noise((3, 4, 8, 8), [torch.Generator().manual_seed(s) for s in (5, 6, 7)])
-    alone = draw_noise((1, 4, 8, 8), torch.Generator().manual_seed(6))
-    assert torch.equal(together[1:2], alone)
-    with pytest.raises(ValueError, match="generator should have 3 generators, one per image, not 1"):
-        draw_noise((3, 4, 8, 8), [torch.Generator()])
-
-
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, True, "20", None])
 def test_bad_steps(steps):
     with pytest.raises(ValueError, match="number of steps should be a whole number from 1 to 1000"):
@@ -227,10 +169,3 @@ def test_the_usual_numbers_of_steps_do_not_warn(name):
 def test_bad_strength(strength):
     with pytest.raises(ValueError, match="strength should be above 0 and at most 1"):
         make_sampler().set_strength(strength)
-
-
-def test_bad_schedule():
-    with pytest.raises(ValueError, match="beta_schedule should be"):
-        make_sampler(beta_schedule="cosine")
-    with pytest.raises(ValueError, match="prediction_type should be"):
-        make_sampler(prediction_type="sample")

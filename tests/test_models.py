@@ -1,0 +1,18 @@
+"""Empty networks."""
+
+from sd.config import SD15
+from sd.models import empty_networks
+
+
+def test_networks_are_built_without_memory_or_initialisation():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch; from sd.config import SD15; from sd.model_converter import compvis_shapes; from sd.models import empty_networks;"
+        "networks = empty_networks(SD15); compvis_shapes(SD15);"
+        "assert all(p.device.type == 'meta' for n in networks.values() for p in n.parameters());"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules), 'building the networks loads a compiler'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert sum(p.numel() for p in empty_networks(SD15)["diffusion"].parameters()) == 859_520_964
