@@ -9,7 +9,8 @@ def test_networks_are_built_without_memory_or_initialisation():
     import sys
 
     code = (
-        "import sys, torch; from sd.config import SD15; from sd.model_converter import compvis_shapes; from sd.models import empty_networks;"
+        "import sys, torch; from sd.config import SD15; from sd.model_converter import compvis_shapes;"
+        "from sd.models import empty_networks;"
         "networks = empty_networks(SD15); compvis_shapes(SD15);"
         "assert all(p.device.type == 'meta' for n in networks.values() for p in n.parameters());"
         "assert not {'torch._dynamo', 'sympy'} & set(sys.modules), 'building the networks loads a compiler'"

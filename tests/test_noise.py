@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sd.config import ScheduleConfig
+from sd.ddpm import DDPMSampler
 from sd.noise import add_noise, draw_noise, karras_sigmas, make_betas, make_generators, space_timesteps
 
 
