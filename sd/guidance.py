@@ -53,7 +53,7 @@ def by_loss(
             images = decoder(denoised.to(*device_and_dtype(decoder)))  # (B, 3, H, W)
             leaf = images.detach().float().requires_grad_()
             push = torch.autograd.grad(loss(leaf), leaf)[0]  # (B, 3, H, W)
-            # float16 would round the gradient of a mean over all pixels to 0: it is scaled to 1 on the way back.
+            # The gradient of a mean over all pixels is too small for float16: it is scaled to 1 on its way back.
             size = push.abs().amax().clamp_min(1e-30)
             gradient = size * torch.autograd.grad(images, x, (push / size).to(images))[0]  # (B, 4, h, w)
     finally:

@@ -83,7 +83,7 @@ def get_inpainting_inputs(
     mask_image: ImageSource | None = None,
     feather: float = 0,
 ) -> InpaintingInputs:
-    """What `pipeline.denoise` keeps of `input_image`: what is not white in `mask_image`; without a mask, nothing.
+    """The inputs of `pipeline.denoise` that keep `input_image` where `mask_image` is not white. No mask: nowhere.
 
     The other arguments are those of `pipeline.get_latents`. Raises ValueError for a size that is not allowed and for a
     mask whose proportions differ from the image's, and what `read_image` raises.

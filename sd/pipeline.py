@@ -240,7 +240,8 @@ def denoise(
     With a context (2B, 77 k, D), one batch of 2B gives both predictions for classifier-free guidance: see
     `guidance.classifier_free` for `cfg_scale` and `cfg_rescale`. `cfg_interval` is the part of the run that is guided;
     outside it, and with a context of B rows, only the prompt's prediction is used. `guidance` is a loss on images
-    (`guidance.by_loss`). `deep_cache=n` runs the U-Net's deep stages only every n steps (`sd.runtime.deep_cache`).
+    (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages only every n
+    steps (`sd.runtime.deep_cache`).
 
     Raises ValueError for a context with another number of rows, a `deep_cache` that is not a whole number from 1 to
     1000, and an inpainting U-Net without `inpainting`; NotFiniteError, with the step, for NaN or infinity.
@@ -259,7 +260,7 @@ def denoise(
     cfg_scale = float(models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale)
     latents, context = latents.to(device), context.to(device, dtype)
     first, last = (share * len(sampler.timesteps) for share in cfg_interval)
-    timesteps = sampler.timesteps.to(device)  # all at once: each copy makes a GPU wait
+    timesteps = sampler.timesteps.to(device)  # in one copy: each one makes a GPU wait
     for index, timestep in enumerate(sampler.timesteps):
         guided = len(context) > len(latents) and first <= index < last and cfg_scale != 1
         rows = context if guided else context[-len(latents) :]  # (2B, 77, D), or the conditional half (B, 77, D)

@@ -2,7 +2,7 @@
 
 At each timestep a sampler takes the noisy latents x_t and the U-Net's output for them, and returns the latents at the
 next, less noisy timestep. For callers, latents are always x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, as in the training of
-the U-Net (`sd.noise`; a_t is `alpha_bar`). Many papers divide this by sqrt(a_t), and `SigmaSampler` converts:
+the U-Net (`sd.noise`; a_t is `alpha_bar`). `SigmaSampler` is for papers that use the noise level sigma:
 
     x = x_t / sqrt(a_t) = x_0 + sigma_t e,    sigma_t = sqrt((1 - a_t) / a_t)
 
