@@ -40,7 +40,7 @@ PROMPT = "a photograph of an astronaut riding a horse"
 
 MAX_IMAGES = 10_000
 
-# `generate`'s names of its arguments -> the flags here.
+# The names of `generate`'s arguments -> the flags here.
 FLAGS = {
     "uncond_prompt": "--negative",
     "input_image": "--image",
@@ -134,7 +134,7 @@ def make_images(options: argparse.Namespace) -> None:
     names, films, reports = (candidates(path or first) for path in (first, options.film, options.report))
     drawn, texts = [], []  # for the grid
 
-    def replaced(path: Path | None) -> Path | None:  # only a file that was named, never one with the default name
+    def replaced(path: Path | None) -> Path | None:  # only a file that the user named, never one with the default name
         return path if options.overwrite else None
 
     seeds = range(request.seed, request.seed + options.n)
@@ -220,7 +220,7 @@ def with_defaults(request: Request, models: Models) -> Request:
 
 
 def load(options: argparse.Namespace, prompts: list[str]) -> Models:
-    """The models for the options, with a line that says how long loading took."""
+    """Loads the models for the options, and prints how long that took."""
     import torch
 
     from sd import model_loader
@@ -244,7 +244,7 @@ def note_crop(options: argparse.Namespace, request: Request) -> None:
     wanted = request.width / request.height
     if min(wanted * height / width, width / height / wanted) < 0.95:
         print(
-            f"demo.py: {options.image}, {width} x {height}, is cropped about its centre to the shape of "
+            f"demo.py: {options.image}, {width} x {height}, is cropped around its centre to the shape of "
             f"{request.width} x {request.height}; --width and --height choose another.",
             file=sys.stderr,
         )
@@ -256,7 +256,7 @@ def hint(prompt: str) -> None:
 
     if words := unknown_words(prompt):
         unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
-        print(f"demo.py: the tiny model does not know {unknown}: see --world for what it does.", file=sys.stderr)
+        print(f"demo.py: the tiny model was not trained on {unknown}: --world lists its words.", file=sys.stderr)
 
 
 def check_files(options: argparse.Namespace) -> None:
@@ -288,7 +288,7 @@ def check_files(options: argparse.Namespace) -> None:
 
 
 def with_flag(message: str) -> str:
-    """An error of `generate` with the argument under its name on the command line."""
+    """An error message of `generate`, with the flag in place of the argument's name."""
     name, _, rest = message.partition(" ")
     return f"{FLAGS.get(name, name)} {rest}"
 

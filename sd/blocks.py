@@ -9,20 +9,16 @@ EPS = 1e-6  # in every GroupNorm of the VAE; the U-Net's residual blocks use 1e-
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x), where f is GroupNorm, SiLU and 3x3 convolution, twice (1512.03385; 2006.11239, app. B).
-
-    `time_width` is the width of the time embedding that is added between the two convolutions; the VAE has none.
-    `eps` is that of both norms: 1e-6 in the VAE, 1e-5 in the U-Net.
-    """
+    """x + f(x), where f is GroupNorm, SiLU and 3x3 convolution, twice (1512.03385; 2006.11239, app. B)."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int | None = None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_width, out_channels) if time_width else None
+        self.time = nn.Linear(time_width, out_channels) if time_width else None  # the VAE has no timestep
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # x and f(x) need equal channels to be added: if they differ, a 1x1 convolution changes those of x.
+        # x and f(x) can be added only if their channels are equal: otherwise a 1x1 convolution changes those of x.
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -59,11 +55,9 @@ def middle(channels: int, groups: int) -> nn.Sequential:
 
 
 class Downsample(nn.Module):
-    """Halves height and width with a convolution of stride 2.
-
-    With `symmetric`, as in the U-Net, one pixel is padded on every side, and half of an odd side is rounded up.
-    Without, as the VAE was trained, padding is on the right and at the bottom only, and the half is rounded down.
-    """
+    """Halves height and width with a convolution of stride 2. With `symmetric`, as in the U-Net, one pixel is padded on
+    every side, and half of an odd side is rounded up. Otherwise, as in the VAE, padding is on the right and at the
+    bottom only, and half of an odd side is rounded down."""
 
     def __init__(self, channels: int, symmetric: bool):
         super().__init__()

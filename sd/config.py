@@ -1,8 +1,7 @@
-"""The shape of every network, as frozen dataclasses.
+"""The sizes of every network, as frozen dataclasses. SD 1.5 and the tiny model differ here and nowhere else.
 
-One set of classes builds every size of Stable Diffusion. What differs between SD 1.5 and the tiny model in `data/` is
-written here and nowhere else. Our checkpoints carry their `ModelConfig` as a plain dict (`to_dict`, `from_dict`).
-Published ones do not: `checkpoints/variants.py` recognises them by their keys and shapes.
+Our checkpoints contain their `ModelConfig` as a plain dict (`to_dict`, `from_dict`). Published ones do not:
+`checkpoints/variants.py` recognises them by their keys and shapes.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class UNetConfig:
 
     @property
     def inpaints(self) -> bool:
-        """Whether its input also holds a mask and a masked image, in channels after the latents."""
+        """Whether its input also has a mask and a masked image, in channels after the latents."""
         return self.in_channels > self.out_channels
 
 

@@ -18,8 +18,8 @@ class DDPMSampler(Sampler):
         mean      sqrt(a_t') beta / (1 - a_t) x_0 + sqrt(alpha) (1 - a_t') / (1 - a_t) x_t
         variance  (1 - a_t') / (1 - a_t) beta                                        (2006.11239, eq. 6 and 7)
 
-        Here alpha = a_t / a_t' and beta = 1 - alpha. For t' = t - 1 they are the paper's alpha_t and beta_t; for the
-        longer steps taken here, the product over the timesteps in between. After the last step a_t' = 1: no noise.
+        Here alpha = a_t / a_t' and beta = 1 - alpha. For t' = t - 1 they are the paper's alpha_t and beta_t; for longer
+        steps, alpha is the product of the alphas in between. After the last step a_t' = 1, and no noise is added.
         """
         a_t, a_next = self.alpha_bar[i], self.alpha_bar[i + 1]
         alpha = a_t / a_next

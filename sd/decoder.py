@@ -1,6 +1,6 @@
 """Latents -> image: the second half of the variational autoencoder (1312.6114; 2112.10752, section 3.1).
 
-In: scaled latents (B, 4, H/8, W/8). Out: an image (B, 3, H, W), in [-1, 1] but for a little overshoot.
+In: scaled latents (B, 4, H/8, W/8). Out: an image (B, 3, H, W), in [-1, 1] except for a little overshoot.
 """
 
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from sd.config import VAEConfig
 
 
 class UpLevel(nn.Module):
-    """Residual blocks at one resolution, then twice that (but for the finest level)."""
+    """Residual blocks at one resolution, then upsampling to twice that (except in the finest level)."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, last: bool):
         super().__init__()
@@ -21,7 +21,7 @@ class UpLevel(nn.Module):
         self.upsample = nn.Identity() if last else Upsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_channels, H, W) -> (B, out_channels, 2 H, 2 W), or for the last level (B, out_channels, H, W)."""
+        """x (B, in_channels, H, W) -> (B, out_channels, 2 H, 2 W), or for the finest level (B, out_channels, H, W)."""
         return self.upsample(self.blocks(x))
 
 

@@ -18,10 +18,7 @@ from sd.config import UNetConfig
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
-    """Timesteps (B,), in 0..999, fractions allowed -> (B, width): cosines, then sines, of falling frequencies.
-
-    The sinusoidal position encoding of 1706.03762, section 3.5, with the cosines first.
-    """
+    """Timesteps (B,) in [0, 999] -> (B, width): the sinusoidal encoding of 1706.03762, section 3.5, cosines first."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)  # (half,)
     angles = timesteps.float()[:, None] * frequencies  # (B, half)
@@ -133,8 +130,8 @@ class Diffusion(nn.Module):
             skips.append(x)
         x = self.middle(x, time, context)  # (B, 1280, h/8, w/8)
         for stage in self.up:
-            x = torch.cat([x, skips.pop()], dim=1)  # beside it, the map kept at the same height on the way down
-            # Upsampling goes to the size of the next kept map: doubling would miss an odd size by a pixel.
+            x = torch.cat([x, skips.pop()], dim=1)  # with the map of the same size from the way down
+            # Upsample to the size of the next kept map: doubling would miss an odd size by one pixel.
             x = stage(x, time, context, size=skips[-1].shape[-2:] if skips else None)  # up to (B, 320, h, w)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 4, h, w)
 

@@ -12,7 +12,7 @@ from sd.config import VAEConfig
 
 
 class DownLevel(nn.Module):
-    """Residual blocks at one resolution, then half of it (but for the last level)."""
+    """Residual blocks at one resolution, then downsampling to half of it (except in the last level)."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, last: bool):
         super().__init__()
@@ -55,18 +55,13 @@ class Encoder(nn.Module):
         return mean, log_variance.clamp(-30, 20)  # exp() of it then neither overflows nor vanishes
 
     def forward(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """image (B, 3, H, W) in [-1, 1], noise (B, 4, H/8, W/8) -> scaled latents (B, 4, H/8, W/8).
-
-        With noise, a sample of q(z | x) (`sample_posterior`); without, its mean.
-        """
+        """image (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8): a sample of q(z | x), made with `noise` of
+        that shape, or without noise the mean."""
         mean, log_variance = self.moments(image)
         latents = mean if noise is None else sample_posterior(mean, log_variance, noise)
         return latents * self.scaling_factor
 
 
 def sample_posterior(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """z = mean + std * noise, the reparameterisation trick (1312.6114, section 2.4): gradients reach mean and std.
-
-    All of one shape, (B, 4, h, w).
-    """
-    return mean + torch.exp(0.5 * log_variance) * noise
+    """z = mean + std * noise, all (B, 4, h, w): the reparameterisation trick (1312.6114, section 2.4)."""
+    return mean + torch.exp(0.5 * log_variance) * noise  # gradients reach mean and log_variance

@@ -1,6 +1,6 @@
-"""Guidance: steer the prediction by a prompt against another, or by the gradient of any loss on the image.
+"""Guidance: steer the prediction by one prompt against another, or by the gradient of any loss on the image.
 
-In: what the U-Net predicted. Out: the prediction, or the latents, that the sampler continues with.
+In: the U-Net's predictions. Out: the prediction, or the latents, that the sampler continues with.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def classifier_free(noise_uncond: Tensor, noise_cond: Tensor, scale: float, resc
 
         e = e_uncond + scale (e_cond - e_uncond)
 
-    A large scale also makes e larger than anything the U-Net was trained to predict, and images too harsh. `rescale`,
-    from 0 to 1, brings e back to the standard deviation of e_cond (2305.08891, section 3.4; deviations are per image):
+    A large scale also makes e larger than the noise in training, and images too harsh. `rescale`, from 0 to 1, brings e
+    back to the standard deviation of e_cond (2305.08891, section 3.4; deviations are per image):
 
         e' = rescale e std(e_cond) / std(e) + (1 - rescale) e,    all tensors (B, 4, h, w)
     """
@@ -42,8 +42,8 @@ def by_loss(
 
         x_t - (1 - a_t) d loss(decode(x_0)) / d x_t,    x_0 predicted from x_t and the U-Net's output `noise`
 
-    The factor makes the push fade with the noise: it is sigma_t^2 where x is written as x_0 + sigma_t e. (Guidance by
-    the gradient of a classifier is 2105.05233, algorithm 1; by a loss on the predicted x_0, 2302.07121, section 3.1.)
+    The factor 1 - a_t makes the push fade with the noise; for x = x_0 + sigma_t e it is sigma_t^2. (Guidance by the
+    gradient of a classifier: 2105.05233, algorithm 1; by a loss on the predicted x_0: 2302.07121, section 3.1.)
     """
     decoder.gradient_checkpointing = True
     try:
@@ -53,7 +53,7 @@ def by_loss(
             images = decoder(denoised.to(*device_and_dtype(decoder)))  # (B, 3, H, W)
             leaf = images.detach().float().requires_grad_()
             push = torch.autograd.grad(loss(leaf), leaf)[0]  # (B, 3, H, W)
-            # A mean over that many pixels has a gradient that float16 rounds to 0, so it is scaled to 1 on the way.
+            # The gradient of a mean over all pixels is too small for float16: it is scaled to 1 on its way back.
             size = push.abs().amax().clamp_min(1e-30)
             gradient = size * torch.autograd.grad(images, x, (push / size).to(images))[0]  # (B, 4, h, w)
     finally:

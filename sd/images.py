@@ -32,16 +32,16 @@ def read_image(source: ImageSource, behind: str = "white") -> Image.Image:
 
     `source` is a path, a file opened in binary mode, a PIL image (which is not changed) or an array, uint8 (H, W, 3) or
     (H, W). `behind` is the colour behind transparent pixels. Only the first frame of an animation is read. Integers of
-    more than 8 bits are scaled from 0..65535, floats from the smallest of 0..1, 0..255 and 0..65535 that holds them.
+    more than 8 bits are scaled from 0..65535, floats from the first of 0..1, 0..255 and 0..65535 that holds them all.
 
-    Raises FileNotFoundError if the file does not exist, ValueError if it is damaged, too large or in none of the
-    FORMATS, TypeError for any other kind of source.
+    Raises FileNotFoundError if the file does not exist, ValueError if it is damaged, too large or not in one of
+    the FORMATS, TypeError for any other kind of source.
     """
     if isinstance(source, np.ndarray):
         grey = source.ndim == 2 and source.dtype == np.uint8
         return _from_array(np.stack([source] * 3, axis=-1) if grey else source)
     if isinstance(source, Image.Image):
-        return _load(source, getattr(source, "filename", "") or "the picture", behind)
+        return _load(source, getattr(source, "filename", "") or "the image", behind)
     if not (isinstance(source, (str, os.PathLike)) or hasattr(source, "read")):
         raise TypeError(f"source should be a path, an open file, a PIL image or an array, not {type(source).__name__}.")
     name = str(getattr(source, "name", "the open file") if hasattr(source, "read") else source)
@@ -71,9 +71,9 @@ def image_to_tensor(
 
 
 def read_mask_image(mask: ImageSource, image: Image.Image | None = None) -> Image.Image:
-    """A mask as `read_image` reads it, except that transparent is black: editors save strokes on an empty layer.
+    """A mask as `read_image` reads it, but with transparent pixels black: editors save strokes on an empty layer.
 
-    Raises ValueError if its shape is not that of `image`. It may be larger or smaller: both are cropped alike.
+    Raises ValueError if its proportions are not those of `image`. Its size may differ: both are cropped alike.
     """
     mask = read_image(mask, behind="black")
     if image is not None:
@@ -193,15 +193,15 @@ def _centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, 
 def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
     """Open an image file without decoding it. Errors call it `name`."""
     if not hasattr(source, "read") and os.path.exists(source) and not os.path.isfile(source):
-        kind = "folder: give the path of one picture in it" if os.path.isdir(source) else "device or a pipe, not a file"
+        kind = "folder: give the path of one image in it" if os.path.isdir(source) else "device or a pipe, not a file"
         raise ValueError(f"{name} is a {kind}.")
     try:
         Image.init()
         return Image.open(source, formats=[known for known in FORMATS if known in Image.OPEN])
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no file {name}: check the path of the picture.") from None
+        raise FileNotFoundError(f"There is no file {name}: check the path of the image.") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture that can be read: give a PNG, JPEG or WebP file.") from None
+        raise ValueError(f"{name} is not an image that can be read: give a PNG, JPEG or WebP file.") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be opened safely: make it smaller first ({error}).") from None
     except MemoryError:
@@ -241,7 +241,7 @@ def _load(image: Image.Image, name: str, behind: str) -> Image.Image:
     image = _to_srgb(image, profile)
     if alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, behind), alpha)
-    image.info = {}  # so that no later reader applies the orientation or the profile again
+    image.info = {}  # so that nothing applies the orientation or the profile again
     return image
 
 

@@ -3,9 +3,9 @@
 In: an image, and a mask that is white where it is repainted and black where it stays. Out: `InpaintingInputs`, which
 `pipeline.denoise` uses at every step and which puts the kept pixels back at the end.
 
-An ordinary U-Net does not know that something must stay. So after every step the known region is replaced by the image
-itself, noised to the level of the next step (2201.09865, eq. 8). The U-Net of the inpainting checkpoint gets the mask
-and the rest of the image as five more input channels, and nothing has to be replaced.
+An ordinary U-Net has no input for the mask. So after every step the known region is replaced by the image itself,
+noised to the level of the next step (2201.09865, eq. 8). The U-Net of the inpainting checkpoint gets the mask and the
+rest of the image as five more input channels, and nothing is replaced.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def mask_channels(mask: Tensor, kept: Tensor) -> Tensor:
 
 
 def without_masked(image: Tensor, mask: Tensor) -> Tensor:
-    """The image (1, 3, H, W) with grey where it is repainted: the inpainting U-Net was trained this way."""
+    """The image (1, 3, H, W) with grey where it is repainted, as in the training of the inpainting U-Net."""
     return image * (mask < 0.5)
 
 
@@ -83,10 +83,10 @@ def get_inpainting_inputs(
     mask_image: ImageSource | None = None,
     feather: float = 0,
 ) -> InpaintingInputs:
-    """What `pipeline.denoise` keeps of `input_image`: all but where `mask_image` is white; without a mask, nothing.
+    """The inputs of `pipeline.denoise` that keep `input_image` where `mask_image` is not white. No mask: nowhere.
 
-    The other arguments are those of `pipeline.get_latents`. Raises ValueError for a size that is not allowed, a mask of
-    another shape than the image, and what `read_image` raises.
+    The other arguments are those of `pipeline.get_latents`. Raises ValueError for a size that is not allowed and for a
+    mask whose proportions differ from the image's, and what `read_image` raises.
     """
     shape = latent_shape(models, batch_size, height, width)
     size = image_size(models, shape)

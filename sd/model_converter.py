@@ -1,7 +1,7 @@
-"""The names and shapes of the published checkpoints <-> those of our networks.
+"""The key names and shapes of published checkpoints <-> those of our networks.
 
 In: a flat state dict in the CompVis layout of Stable Diffusion 1.x, {"model.diffusion_model.time_embed.0.weight": ...}.
-Out: one state dict per network, {"clip": ..., "encoder": ..., ...}. And back: the round trip is exact to the bit.
+Out: one state dict per network, {"clip": ..., "encoder": ..., ...}. And back, exact to the bit.
 
 Three things differ. Names are translated by the rules below, in both directions. Queries, keys and values are three
 matrices there and one here. Some 1x1 convolutions there are linear layers here.
@@ -90,7 +90,7 @@ UNET_RULES = [
 ]
 RULES = {"clip": CLIP_RULES, "encoder": ENCODER_RULES, "decoder": DECODER_RULES, "diffusion": UNET_RULES}
 
-# Weights of 1x1 convolutions, (out, in, 1, 1) in their files, that belong to linear layers, (out, in), here.
+# Weights of 1x1 convolutions in their files, (out, in, 1, 1), and of linear layers here, (out, in).
 CONVOLUTIONS_1X1 = re.compile(r"(proj_in|proj_out|attn_1\.[qkv])\.weight$")
 
 POSITION_IDS = f"{CLIP_PREFIX}text_model.embeddings.position_ids"  # 0..76: a constant, not a weight
@@ -115,10 +115,9 @@ def from_compvis(
 ) -> dict[str, dict[str, Tensor]]:
     """A CompVis state dict -> the state dicts of our four networks, {"clip": {...}, "encoder": ..., ...}.
 
-    Without `config`, it is recognised from the tensors' shapes. `ema` takes the U-Net's averaged weights (the
-    `model_ema.*` copies) instead of the plain ones. `networks` are empty networks of this configuration, if they exist
-    already: building them takes a while. Tensors are passed on, not copied, except for the fused matrices.
-    Raises CheckpointError, which lists every unknown key, missing key, wrong shape and wrong dtype.
+    Without `config`, it is recognised from the tensors' shapes. `ema` takes the averaged U-Net weights, `model_ema.*`.
+    `networks` are empty networks of this configuration: passing them saves building them again. No tensors are copied
+    except the fused matrices. Raises CheckpointError, which lists unknown and missing keys, wrong shapes and dtypes.
     """
     config = config or recognise(state)
     state = standard_layout(state, ema)
@@ -138,10 +137,8 @@ def from_compvis(
 
 
 def to_compvis(models) -> dict[str, Tensor]:
-    """Networks -> a CompVis state dict with every key of the SD 1.5 file except the noise schedule.
-
-    `models` has the attributes `clip`, `encoder`, `decoder` and `diffusion`. Tensors are views of the networks' own.
-    """
+    """An object with `clip`, `encoder`, `decoder` and `diffusion` -> a CompVis state dict, with every key of the SD 1.5
+    file except the noise schedule. Its tensors are views of the networks' own."""
     ours = {f"{name}.{key}": t for name in RULES for key, t in getattr(models, name).state_dict().items()}
     positions = ours["clip.position_embedding.weight"]
     ids = torch.arange(len(positions))  # on the CPU first: on the meta device, arange would load a compiler

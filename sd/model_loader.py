@@ -1,7 +1,7 @@
 """A path -> networks ready to run.
 
-The networks are built without memory and take the file's own memory-mapped tensors. So loading reads hardly anything:
-weights come from the disk when they are first used, and there is no second copy of them.
+The networks are built without memory and then use the file's own memory-mapped tensors. So loading reads hardly
+anything: weights are read from the disk when they are first used, and there is no second copy of them.
 """
 
 from __future__ import annotations
@@ -39,14 +39,11 @@ def load_models(
     """The networks of a checkpoint, in evaluation mode and without gradients.
 
     `path`: a file, or a folder in the layout of diffusers. The default is the tiny model in `data/`.
-    `device`, `dtype`: the default is CUDA, MPS or the CPU, whichever exists first, and the dtype that is fastest there
-    without a visible loss.
+    `device`, `dtype`: by default CUDA, MPS or the CPU, and the dtype that is fastest there without a visible loss.
     `ema`: take the averaged U-Net weights that training checkpoints carry.
     `vae`: a second file or folder, whose VAE replaces the checkpoint's own.
-    `tuned`, `compiled`: about speed, see `sd.runtime.speed`. With `compiled` the first image takes minutes, and pixels
-    change by rounding.
-    `prediction_type`: "v_prediction" for fine-tuned models whose U-Net predicts v. Folders and our own checkpoints
-    record it; other files seldom do.
+    `tuned`, `compiled`: faster, see `sd.runtime.speed`. Compiled, the first image takes minutes, and rounding differs.
+    `prediction_type`: "v_prediction" if the U-Net predicts v. Folders and our checkpoints record it, others seldom do.
 
     Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x checkpoint, and ValueError
     for an invalid device, dtype or prediction type. The files must not change while the models are in use.
@@ -84,8 +81,7 @@ def _placer(
 ) -> Callable[[Tensor], Tensor]:
     """A function that moves one weight to `device` in `dtype`; `reorder` also picks the memory order that is fastest.
 
-    Where that makes copies, it releases the file's memory after every RELEASE_AFTER bytes. So memory never holds the
-    whole file beside its copy.
+    This releases the file's memory after every RELEASE_AFTER copied bytes: memory never holds the file and its copy.
     """
     copied = 0
 

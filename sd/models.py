@@ -18,7 +18,7 @@ from sd.tokenizer import Tokenizer
 
 @dataclass
 class Models:
-    """Everything that makes a picture."""
+    """Everything that `generate` needs."""
 
     clip: CLIP
     encoder: Encoder
@@ -41,7 +41,7 @@ def empty_networks(config: ModelConfig) -> dict[str, nn.Module]:
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Skips the initialisation of parameters: even on the meta device `normal_` costs a second, to load a compiler."""
+    """Skips the initialisation of parameters: even on the meta device, `normal_` loads a compiler for a second."""
 
     SKIPPED = (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_)
 

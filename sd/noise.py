@@ -2,7 +2,7 @@
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,   e ~ N(0, I),   a_t = prod_{s <= t} (1 - beta_s)      (2006.11239, eq. 4)
 
-a_t, the paper's alpha-bar, falls from almost 1 (a clean picture) to almost 0 (noise alone).
+a_t, the paper's alpha-bar, falls from almost 1 (a clean image) to almost 0 (noise alone).
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
-    """Standard normal noise (B, ...) in float32, drawn on the CPU: a seed gives the same image on every device.
-
-    Of B generators, each draws for its own image. Raises ValueError if the list has another length.
-    """
+    """Standard normal noise (B, ...) in float32, drawn on the CPU: a seed gives the same image on every device. A list
+    has one generator per image. Raises ValueError if its length is not B."""
     if isinstance(generator, list):
         if len(generator) != shape[0]:
             raise ValueError(f"generator should have {shape[0]} generators, one per image, not {len(generator)}.")
@@ -54,13 +52,13 @@ def make_betas(schedule: ScheduleConfig) -> Tensor:
 
 
 def space_timesteps(n: int, total: int, spacing: str, offset: int = 0) -> np.ndarray:
-    """n of the timesteps 0 ... total - 1, noisiest first, float64 (n,). The names are those of 2305.08891, table 2.
+    """n of the timesteps 0 ... total - 1, noisiest first, float64 (n,), in a spacing of 2305.08891, table 2:
 
     "leading"   0, k, 2k, ... for k = total // n, plus `offset` where there is room for it
     "trailing"  total - 1 and down, in equal steps of total / n, rounded
     "linspace"  total - 1 to 0 in equal steps, which may be fractions; 0 alone for n = 1
 
-    Raises ValueError for another spacing.
+    Raises ValueError for an unknown spacing.
     """
     if spacing == "leading":
         timesteps = np.arange(n)[::-1] * (total // n)

@@ -36,7 +36,7 @@ from sd.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of `denoise` saw and made. All tensors are float32, (B, 4, H/8, W/8)."""
+    """What one step of `denoise` computed. All tensors are float32, (B, 4, H/8, W/8)."""
 
     index: int
     timestep: int | float
@@ -72,17 +72,17 @@ def generate(
 
     prompt, uncond_prompt   what to draw, and what not; words can have weights, "a (red:1.3) house" (`sd.prompts`)
     input_image, strength   the image to start from, cropped to the size; how much of it may change, in (0, 1]
-    mask_image, feather     where to repaint it: white is repainted, black stays to the byte; pixels of soft edge
+    mask_image, feather     white is repainted, black stays the same to the byte; width of its soft edges, in pixels
     do_cfg, cfg_scale, cfg_rescale   guidance: how closely to follow the prompt (`guidance.classifier_free`)
     sampler_name, n_inference_steps  a key of `SAMPLERS`, and its number of steps
-    models, tokenizer       what `load_models` returns (default: the tiny model); a tokenizer instead of its own
-    seed                    makes the image repeatable; image i of a list is the one that `seed + i` gives alone
-    device, idle_device     where to compute, and where networks wait until they are needed
+    models, tokenizer       what `load_models` returns (default: the tiny model); another tokenizer for it
+    seed                    makes the image repeatable; image i of a list is what `seed + i` gives for one prompt
+    device, idle_device     where to compute, and where to keep the networks that are not in use
     height, width           multiples of 8 (default: the size the model was trained on)
     deep_cache              2 or 3: much faster, and a slightly different image (`sd.runtime.deep_cache`)
 
-    A seed gives the same bytes on one machine with one number of threads and one version of torch, while memory does
-    not run short (`decode_latents`); elsewhere they differ by a level or two.
+    A seed gives the same bytes with the same machine, number of threads and version of torch, unless memory runs short
+    (`decode_latents`). Elsewhere they differ by a level or two.
 
     Raises ValueError, before any work, for an argument that is not allowed, and what `read_image` and `load_models`
     raise; OutOfMemory, with advice; NotFiniteError if a network's output has NaN or infinity.
@@ -126,7 +126,7 @@ def draw(
         models = load_models(device=device)
     device = models.device if device is None else best_device(device)
     if idle_device is not None and is_compiled(models.diffusion):
-        raise ValueError("idle_device should be None for compiled models: their graphs know where the weights lie.")
+        raise ValueError("idle_device should be None for compiled models: their weights cannot move.")
     models = replace(models, tokenizer=tokenizer or models.tokenizer, device=device)
 
     with on_device(models.clip, device, idle_device):
@@ -149,7 +149,7 @@ def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, Inpainti
     defaults = models.config.sampling
     generators = make_generators(request.seed, len(request.prompts))
     sampler = SAMPLERS[request.sampler_name or defaults.sampler](generators, schedule=models.config.schedule)
-    # A sampler that is asked for by name keeps its own default number of steps.
+    # A sampler chosen by name keeps its own default number of steps.
     if request.n_inference_steps is not None or request.sampler_name is None:
         sampler.set_inference_timesteps(int(request.n_inference_steps or defaults.steps))
     strength = 1 if request.input_image is None else request.strength
@@ -169,12 +169,12 @@ def encode_prompt(
 ) -> Tensor:
     """B prompts -> context (2B, 77 k, D), the unconditional half first; (B, 77 k, D) if `uncond_prompt` is None.
 
-    One `uncond_prompt` serves all prompts, or each prompt has its own in a list. Weights, as in "(word:1.3)", and BREAK
-    are applied. A long prompt takes several chunks of 77 tokens; k is the least common multiple of the prompts' numbers
-    of chunks, and a shorter context is repeated, which changes no image (`sd.prompts.weights`). With `plain`, brackets
-    and BREAK are ordinary text, a prompt of more than 75 tokens is truncated with a warning, and k is 1.
+    `uncond_prompt` is one text for all prompts, or a list with one for each. Weights, as in "(word:1.3)", and BREAK are
+    applied. A long prompt takes several chunks of 77 tokens. k is the least common multiple of the prompts' numbers of
+    chunks; a shorter context is repeated, which changes no image (`sd.prompts.weights`). With `plain`, brackets and
+    BREAK are ordinary text, a prompt of more than 75 tokens is truncated with a warning, and k is 1.
 
-    Raises ValueError for anything but texts, for another number of negative prompts than of prompts, and as
+    Raises ValueError for anything but texts, for unequal numbers of prompts and negative prompts, and as
     `prompts.weights.layout` does; NotFiniteError if the text encoder's output has NaN or infinity.
     """
     check_prompts(prompt, uncond_prompt)
@@ -206,9 +206,9 @@ def get_latents(
 ) -> Tensor:
     """The latents to start from, float32 (B, 4, height / 8, width / 8): pure noise unless there is an `input_image`.
 
-    The image is encoded, and noised to the level of the first timestep that the `sampler` visits. `seed` can also be
-    the list of generators that the sampler draws from. Raises ValueError for a size that is not allowed, an image
-    without a sampler or another number of generators, and what `read_image` raises.
+    The image is encoded, and noised to the level of the `sampler`'s first timestep. `seed` can also be the sampler's
+    list of generators. Raises ValueError for a size that is not allowed, an image without a sampler, or a list that is
+    not one generator per image, and what `read_image` raises.
     """
     shape = latent_shape(models, batch_size, height, width)
     generators = seed if isinstance(seed, list) else make_generators(seed, batch_size)
@@ -216,7 +216,7 @@ def get_latents(
     if input_image is None:
         return noise.to(device_and_dtype(models.diffusion)[0])
     if sampler is None:
-        raise ValueError("sampler should be given with input_image: it knows how much noise to add.")
+        raise ValueError("sampler should be given with input_image: it determines how much noise to add.")
     image = image_to_tensor(input_image, *image_size(models, shape))  # (1, 3, H, W)
     latents = run_in_range(models.encoder, "VAE encoder", image, noise)  # (B, 4, H/8, W/8)
     return sampler.add_noise(latents, sampler.timesteps[0])
@@ -239,13 +239,12 @@ def denoise(
 
     With a context (2B, 77 k, D), one batch of 2B gives both predictions for classifier-free guidance: see
     `guidance.classifier_free` for `cfg_scale` and `cfg_rescale`. `cfg_interval` is the part of the run that is guided;
-    outside it, and with a context of B rows, only the prompt's prediction is used. `guidance` is a loss on images to
-    follow as well (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages
-    only every n steps (`sd.runtime.deep_cache`).
+    outside it, and with a context of B rows, only the prompt's prediction is used. `guidance` is a loss on images
+    (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages only every n
+    steps (`sd.runtime.deep_cache`).
 
-    Raises ValueError for a context with any other number of rows, for a `deep_cache` that is not a whole number from 1
-    to 1000, and for an inpainting U-Net without `inpainting`; NotFiniteError, which names the step, if the U-Net's
-    output has NaN or infinity.
+    Raises ValueError for a context with another number of rows, a `deep_cache` that is not a whole number from 1 to
+    1000, and an inpainting U-Net without `inpainting`; NotFiniteError, with the step, for NaN or infinity.
     """
     check_steps("deep_cache", deep_cache)
     if len(context) not in (len(latents), 2 * len(latents)):
@@ -261,7 +260,7 @@ def denoise(
     cfg_scale = float(models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale)
     latents, context = latents.to(device), context.to(device, dtype)
     first, last = (share * len(sampler.timesteps) for share in cfg_interval)
-    timesteps = sampler.timesteps.to(device)  # all at once: copied one by one, each would make a GPU wait
+    timesteps = sampler.timesteps.to(device)  # in one copy: each one makes a GPU wait
     for index, timestep in enumerate(sampler.timesteps):
         guided = len(context) > len(latents) and first <= index < last and cfg_scale != 1
         rows = context if guided else context[-len(latents) :]  # (2B, 77, D), or the conditional half (B, 77, D)
@@ -286,9 +285,9 @@ def denoise(
 def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
     """Latents (B, 4, h, w) -> images, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_in_range` does.
 
-    It decodes in strips if memory is short, and always for large images in float32 on a CPU: the same image but for
+    It decodes in strips if memory is short, and always for large images in float32 on a CPU: the same image except for
     rounding. A decoder with forward hooks, such as a `Tracer`'s, decodes whole if memory allows.
     """
-    # One at a time: the decoder's feature maps at full resolution are the most memory that an image takes.
+    # One at a time: an image takes the most memory here, for the decoder's feature maps at full resolution.
     decoder = InStrips(models.decoder) if needed(models.decoder, latents) else models.decoder
     return np.concatenate([tensor_to_array(run_in_range(decoder, "VAE decoder", one)) for one in latents.split(1)])

@@ -1,4 +1,4 @@
-"""What an image is asked for: every setting of `generate` in one dataclass, checked in one place, and sent as JSON."""
+"""All settings of `generate` in one dataclass, which checks them and converts them to JSON and back."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ PNG_URL = "data:image/png;base64,"  # how an image travels in JSON
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of one image, or of one for each prompt of a list. `pipeline.generate` says what each one means.
+    """The settings of one image, or of one for each prompt of a list. `pipeline.generate` explains them.
 
-    None stands for the model's own default. `check` raises ValueError for a setting that is not allowed.
+    None is the model's own default. `check` raises ValueError for a setting that is not allowed.
     """
 
     prompt: str | list[str]
@@ -58,7 +58,7 @@ class Request:
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
 
     def check(self) -> None:
-        """Raises ValueError, in one sentence that names the setting, for the first one that is not allowed."""
+        """Raises ValueError for the first setting that is not allowed, with one sentence that names it."""
         check_prompts(self.prompt, self.uncond_prompt)
         _check_notation("prompt", self.prompt)
         _check_notation("uncond_prompt", self.uncond_prompt or "")
@@ -90,14 +90,14 @@ class Request:
         return replace(self, input_image=image, mask_image=mask)
 
     def to_dict(self) -> dict:
-        """The request as JSON can express it. Images are read and become PNG data URLs, so that no file is needed."""
+        """The request as a dict for JSON. Images are read and become PNG data URLs, so that no file is needed."""
         read = self.read_images()
         values = {name: _plain(value) for name, value in vars(read).items()}
         return values | {name: _png_url(getattr(read, name)) for name in ("input_image", "mask_image")}
 
     @classmethod
     def from_dict(cls, values: dict) -> Request:
-        """The inverse of `to_dict`: an unchecked request. It opens no files: an image has to be a PNG data URL.
+        """The inverse of `to_dict`: an unchecked request. It opens no files: images must be PNG data URLs.
 
         Raises ValueError for an unknown setting, a missing prompt, or an image that is not a PNG data URL.
         """
@@ -110,15 +110,15 @@ class Request:
 
 
 def check_models(models: object, tokenizer: object, device: Device, idle_device: Device) -> None:
-    """Raises ValueError unless these are what `generate` takes under their names, or None."""
-    _require(models is None or isinstance(models, Models), "models", models, "what load_models gives")
+    """Raises ValueError unless these are valid arguments of `generate`, or None."""
+    _require(models is None or isinstance(models, Models), "models", models, "what load_models returns")
     _require(tokenizer is None or isinstance(tokenizer, Tokenizer), "tokenizer", tokenizer, "a Tokenizer")
     for name, value in (("device", device), ("idle_device", idle_device)):
         _require(_is_device(value), name, value, "one that torch can use here, such as 'cpu'")
 
 
 def check_size(height: int | None, width: int | None, multiple: int) -> None:
-    """Raises ValueError unless both are multiples of `multiple` pixels, 8192 at most, or None."""
+    """Raises ValueError unless each is None, or a multiple of `multiple` pixels and at most 8192."""
     for name, size in (("height", height), ("width", width)):
         ok = size is None or (_is_number(size, multiple, whole=True) and size % multiple == 0)
         _require(ok, name, size, f"a multiple of {multiple} pixels")
@@ -139,13 +139,13 @@ def image_size(models: Models, shape: tuple[int, int, int, int]) -> tuple[int, i
 
 
 def check_steps(name: str, steps: int) -> None:
-    """Raises ValueError, which calls the setting `name`, unless `steps` is a number of sampling steps."""
+    """Raises ValueError, with the setting's `name`, unless `steps` is a whole number from 1 to 1000."""
     most = SD15.schedule.num_training_steps
     _check_number(name, steps, 1, most, f"a whole number from 1 to {most}", whole=True)
 
 
 def check_prompts(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | None) -> None:
-    """Raises ValueError unless these are texts: equally many of both, or one `uncond_prompt` for all, or None."""
+    """Raises ValueError unless these are texts, with one `uncond_prompt` for all prompts, one for each, or None."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     _require(_is_texts(prompts), "prompt", prompt, "a text or a list of one text or more")
     if uncond_prompt is None or isinstance(uncond_prompt, str):
@@ -156,7 +156,7 @@ def check_prompts(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str
 
 
 def _check_notation(name: str, texts: str | Sequence[str]) -> None:
-    """Raises ValueError for a text that cannot be read, or with unbalanced brackets."""
+    """Raises ValueError for a text that cannot be read or whose weights are malformed."""
     for text in dict.fromkeys([texts] if isinstance(texts, str) else texts):
         for piece, _ in chain(*parse(text, name)):
             try:
@@ -182,7 +182,7 @@ def _shown(value: object) -> str:
     """A value as an error quotes it: on one line, and shortened."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # whatever a foreign class raises, or an int of thousands of digits
+    except Exception:  # any exception of a foreign class, or an int of thousands of digits
         text = f"this {type(value).__name__}"
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
@@ -214,7 +214,7 @@ def _is_device(value: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """A setting as JSON takes it: numpy's numbers as Python's, a tuple of prompts as a list."""
+    """A setting for JSON: numpy's numbers become Python's, a tuple of prompts becomes a list."""
     if isinstance(value, np.generic):
         return value.item()
     return list(value) if isinstance(value, tuple) else value

@@ -1,14 +1,13 @@
 """What all samplers share: which timesteps a run visits, and how a prediction turns into an image without noise.
 
-A sampler walks from noise to latents: at each timestep it takes the noisy latents x_t and the U-Net's output for them,
-and returns the latents at the next, less noisy timestep. All samplers work in the space the U-Net was trained in, where
-x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e (`sd.noise`; a_t is `alpha_bar`), so callers need not know which one is running.
-Many papers divide this by sqrt(a_t) and use the noise level sigma instead; `SigmaSampler` converts for them:
+At each timestep a sampler takes the noisy latents x_t and the U-Net's output for them, and returns the latents at the
+next, less noisy timestep. For callers, latents are always x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, as in the training of
+the U-Net (`sd.noise`; a_t is `alpha_bar`). `SigmaSampler` is for papers that use the noise level sigma:
 
     x = x_t / sqrt(a_t) = x_0 + sigma_t e,    sigma_t = sqrt((1 - a_t) / a_t)
 
-A run starts from N(0, I), which there is noise of scale sqrt(sigma_max^2 + 1). Other implementations may start at
-sigma_max, which is 0.2 % less.
+A run starts from x_t ~ N(0, I). There x has the standard deviation sqrt(sigma_max^2 + 1); other implementations may
+start with sigma_max, which is 0.2 % less.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from sd.noise import Generators, add_noise, draw_noise, karras_sigmas, make_beta
 
 
 class Sampler(ABC):
-    """The base of all samplers. An algorithm adds `take_step`, and overrides the defaults below where it differs."""
+    """The base of all samplers. A subclass implements `take_step`, and overrides the defaults below where needed."""
 
     default_steps = 50  # or the number of training steps, if that is less
     spacing = "leading"  # see `noise.space_timesteps`
@@ -41,10 +40,8 @@ class Sampler(ABC):
         beta_end: float = 0.0120,
         schedule: ScheduleConfig | None = None,
     ):
-        """`generator`: one for all images or a list of one per image. `schedule` replaces the numbers.
-
-        Raises ValueError for an unknown prediction type or beta schedule.
-        """
+        """`generator`: one for all images, or a list of one per image. `schedule` replaces the three numbers. Raises
+        ValueError for an unknown prediction type or beta schedule."""
         self.schedule = schedule or ScheduleConfig(num_training_steps, beta_start, beta_end)
         if self.schedule.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
@@ -61,8 +58,8 @@ class Sampler(ABC):
     def set_inference_timesteps(self, n: int) -> None:
         """Chooses the n timesteps to visit, noisiest first (DDPM with n = 50: 980, 960, ... 20, 0).
 
-        Warns if the first timestep expects far less noise than the pure noise a run starts from. Raises ValueError
-        unless 1 <= n <= the number of training steps.
+        Warns if the first timestep has far less noise than a run starts from. Raises ValueError unless n is from 1 to
+        the number of training steps.
         """
         total = self.schedule.num_training_steps
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
@@ -81,8 +78,8 @@ class Sampler(ABC):
         _warn_of_a_late_start(timesteps, total)
 
     def set_strength(self, strength: float) -> None:
-        """Skips the first, noisiest steps, so that image-to-image keeps part of its image: strength 1 visits all
-        timesteps, 0.6 the last 60 % of them, at least one. Raises ValueError unless 0 < strength <= 1."""
+        """Skips the noisiest steps, so that image-to-image keeps part of its image: strength 0.6 visits the last 60 %
+        of the timesteps, and at least one. Raises ValueError unless 0 < strength <= 1."""
         if not 0 < strength <= 1:
             raise ValueError(f"strength should be above 0 and at most 1, not {strength!r}.")
         n = len(self._all_timesteps)
@@ -94,7 +91,7 @@ class Sampler(ABC):
         return timesteps.round() if self.whole_timesteps else timesteps
 
     def visits(self, n: int) -> list[int]:
-        """The order in which n timesteps are visited: an algorithm may visit one of them twice."""
+        """The order in which n timesteps are visited: some subclasses visit some of them twice."""
         return list(range(n))
 
     def _start(self, first: int) -> None:
@@ -111,9 +108,7 @@ class Sampler(ABC):
 
     def step(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> Tensor:
         """Latents x_t (B, C, h, w) and the U-Net's output for them -> the latents at the next timestep, same shape.
-
-        Raises ValueError for a timestep that is not one of `timesteps`.
-        """
+        Raises ValueError for a timestep that is not one of `timesteps`."""
         i = self._index_of(float(timestep))
         if i is None:
             raise ValueError(f"timestep should be one of the sampler's timesteps, not {float(timestep):g}.")
@@ -129,18 +124,15 @@ class Sampler(ABC):
     def add_noise(self, latents: Tensor, timestep: int | float | Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents x_0 (B, C, h, w) -> x_t in one step: sqrt(a_t) x_0 + sqrt(1 - a_t) e (2006.11239, eq. 4).
 
-        `timestep` is one for all images or one per image, (B,). Without `noise`, the generator draws it. Raises
-        ValueError for a timestep outside the training schedule.
+        `timestep`: one, or (B,). Without `noise`, it is drawn. Raises ValueError outside the training schedule.
         """
         if noise is None:
             noise = draw_noise(latents.shape, self.generator)
         return add_noise(latents, noise.to(latents.device), self.alpha_bar_at(timestep).to(latents.device))
 
     def predict(self, timestep: int | float | Tensor, latents: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """What the U-Net's output implies: the denoised latents x_0 and the noise e in x_t, each (B, C, h, w).
-
-        `timestep` and its errors are those of `add_noise`.
-        """
+        """The denoised latents x_0 and the noise e in x_t that the U-Net's output implies, each (B, C, h, w).
+        `timestep` and its errors are those of `add_noise`."""
         return self.x0_and_noise(self.alpha_bar_at(timestep).to(latents.device), latents, output)
 
     def x0_and_noise(self, alpha_bar: Tensor, latents: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,11 +147,8 @@ class Sampler(ABC):
         return (latents - noise_level * output) / signal, output
 
     def alpha_bar_at(self, timestep: int | float | Tensor) -> Tensor:
-        """a_t at one timestep, (1, 1, 1, 1), or at one per image, (B, 1, 1, 1); float32, on the CPU.
-
-        For a timestep of this run it is the run's own noise level, which can differ from the training schedule's by
-        rounding. Raises ValueError for a timestep outside the training schedule.
-        """
+        """a_t at one timestep, (1, 1, 1, 1), or at one per image, (B, 1, 1, 1); float32, on the CPU. Raises ValueError
+        for a timestep outside the training schedule."""
         last = self.schedule.num_training_steps - 1
         values = []
         for t in np.ravel(timestep.tolist() if isinstance(timestep, Tensor) else timestep).tolist():
@@ -170,11 +159,11 @@ class Sampler(ABC):
                 sigma = np.interp(t, np.arange(last + 1), self._training_sigmas)
                 values.append(1 / (1 + sigma**2))
             else:
-                values.append(self.alpha_bar[i].item())
+                values.append(self.alpha_bar[i].item())  # the run's own; rounding can make it differ from the schedule
         return torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1, 1)
 
     def _index_of(self, timestep: float) -> int | None:
-        """Which step of the run this timestep is: the next one, or, out of turn, the first one there; else None."""
+        """The step of the run at this timestep: the next step if it fits, otherwise the first that fits, or None."""
         timesteps = self.timesteps.tolist()
         if timestep in timesteps[self.step_index : self.step_index + 1]:
             return self.step_index
@@ -182,10 +171,9 @@ class Sampler(ABC):
 
 
 class SigmaSampler(Sampler):
-    """The base of samplers that are written for x = x_0 + sigma e: an algorithm adds `sigma_step`.
+    """The base of samplers that are written for x = x_0 + sigma e. A subclass implements `sigma_step`.
 
-    They solve dx / dsigma = (x - x_0) / sigma (2206.00364, eq. 1 and 3, for sigma(t) = t). The right-hand side, the
-    slope, is the predicted noise e.
+    They solve dx / dsigma = (x - x_0) / sigma (2206.00364, eq. 1 and 3, for sigma(t) = t). This slope is the noise e.
     """
 
     default_steps = 30
@@ -193,7 +181,7 @@ class SigmaSampler(Sampler):
     whole_timesteps = False
 
     def take_step(self, i: int, latents: Tensor, output: Tensor) -> Tensor:
-        """Into the space of sigmas, one `sigma_step`, and back."""
+        """Converts x_t to x, takes one `sigma_step`, and converts back."""
         _, slope = self.x0_and_noise(self.alpha_bar[i], latents, output)
         x = self.sigma_step(i, latents / self.alpha_bar[i].sqrt(), slope)
         return self.alpha_bar[i + 1].sqrt() * x
@@ -209,10 +197,8 @@ def at_karras_levels(sampler: type[Sampler]) -> type[Sampler]:
 
 
 def _warn_of_a_late_start(timesteps: np.ndarray, total: int) -> None:
-    """Warns if a run of these timesteps, noisiest first, begins (one spacing above the first) below 2/3 of `total`.
-
-    Leading timesteps are total // n apart: they cover 501 of 1000 for n = 501. diffusers visits the same ones.
-    """
+    """Warns if the first timestep, plus one spacing, is below 2/3 of `total`. This can happen with leading timesteps,
+    which are total // n apart: for n = 501 they cover 501 of 1000. diffusers visits the same ones."""
     n, first = len(timesteps), timesteps[0]
     if first + (first - timesteps[1] if n > 1 else 1) < 2 / 3 * total:
         warnings.warn(

@@ -7,8 +7,8 @@ In: a prompt, or a list of B prompts. Out: ids of shape (B, 77), the input of th
 
 BPE (1508.07909, algorithm 1) starts from the bytes of a word and joins pairs of neighbours, in the order of a list of
 merges. The list was learned once, by joining the most frequent pair of a large corpus again and again. A common word
-ends as one symbol, a rare one as several; no text is unknown. On bytes it is GPT-2's (Radford et al. 2019, section
-2.2); CLIP's list is that of 2103.00020, section 2.4. The ids are those of OpenAI's own tokenizer.
+ends as one symbol, a rare one as several; no text is unknown. Starting from bytes is GPT-2's idea (Radford et al. 2019,
+section 2.2); CLIP's list is that of 2103.00020, section 2.4. The ids are those of OpenAI's own tokenizer.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ WORD = regex.compile(r"""(?ix)                  # ignoring case, and the blanks 
 
 
 def byte_symbols() -> dict[int, str]:
-    """A visible character for each of the 256 bytes, in the order of their ids: itself where Latin-1 shows it, and a
-    character from U+0100 on for blanks and control codes. So a list of merges is a readable text file.
-    """
+    """A visible character for each of the 256 bytes, in the order of their ids: a file of merges is then readable."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
@@ -60,8 +58,8 @@ def clean(text: str) -> str:
     """A prompt in lower case and single-spaced. Wrong encodings ('cafÃ©'), HTML entities and curly quotes are repaired.
 
     The repairs are those of OpenAI's tokenizer, except that ftfy gets at most 1,000 characters of a line at once.
-    Raises TypeError if `text` is not a string. Raises ValueError if it is longer than 10,000 characters, or contains
-    half a character (a lone surrogate) or an HTML entity with thousands of digits.
+    Raises TypeError for anything but a string, and ValueError for more than 10,000 characters, half a character (a lone
+    surrogate), or an HTML entity with thousands of digits.
     """
     if not isinstance(text, str):
         raise TypeError(f"A prompt must be a string, not {type(text).__name__}.")
@@ -94,8 +92,7 @@ def spell(word: str) -> list[str]:
 def read_merges(path: str | Path) -> list[tuple[str, str]]:
     """The merges in a file, best first: a '#version' line, then one pair of symbols a line.
 
-    Raises FileNotFoundError if there is no file, and ValueError unless every line is two symbols, each a byte or the
-    result of an earlier line.
+    Raises FileNotFoundError, and ValueError unless each line joins two bytes or results of earlier lines.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file of merges at {path}.")
@@ -134,8 +131,7 @@ class Tokenizer:
     `merges_file` defaults to CLIP's 48,894 merges, and so 49,408 symbols; a `vocab_file` is only checked against them.
     `pad_token_id` fills up short prompts: by default the end token, as in SD 1.x (SD 2.x pads with 0).
 
-    Attributes: `symbols` (id -> symbol), `vocab` (symbol -> id), `merges` (pairs, best first), `ranks` (pair -> place
-    in `merges`). Raises FileNotFoundError or ValueError for bad files, and ValueError for a bad length or pad id.
+    Raises FileNotFoundError or ValueError for bad files, and ValueError for a bad length or pad id.
     """
 
     def __init__(
@@ -145,11 +141,11 @@ class Tokenizer:
         context_length: int = 77,
         pad_token_id: int | None = None,
     ):
-        self.merges = read_merges(DEFAULT_MERGES if merges_file is None else merges_file)
-        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self.merges = read_merges(DEFAULT_MERGES if merges_file is None else merges_file)  # best first
+        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}  # pair -> its place in `merges`
         word_ends = (symbol + WORD_END for symbol in SYMBOL_TO_BYTE)
-        self.symbols = [*SYMBOL_TO_BYTE, *word_ends, *map("".join, self.merges), START, END]
-        self.vocab = {symbol: token for token, symbol in enumerate(self.symbols)}
+        self.symbols = [*SYMBOL_TO_BYTE, *word_ends, *map("".join, self.merges), START, END]  # id -> symbol
+        self.vocab = {symbol: token for token, symbol in enumerate(self.symbols)}  # symbol -> id
         if vocab_file is not None:
             check_vocab(vocab_file, self.vocab)
         self.start_token_id, self.end_token_id = self.vocab[START], self.vocab[END]
@@ -167,8 +163,7 @@ class Tokenizer:
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """A prompt or a list of B -> LongTensor (B, context_length) of start, ids, end, padding.
 
-        A prompt that does not fit is truncated, with a warning that quotes what was dropped. Raises TypeError for
-        anything but text, and ValueError as `clean` does.
+        Long prompts are truncated, with a warning. Raises TypeError for anything but text, ValueError as `clean` does.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -193,10 +188,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """A list or 1-D tensor of ids -> text, without start, end and padding; U+FFFD where it is not UTF-8.
-
-        Raises ValueError if an element of `ids` is not an id.
-        """
+        """Ids (N,) -> text, without start, end and padding; U+FFFD where it is not UTF-8. ValueError for other ids."""
         tokens = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         for token in tokens:
             if not isinstance(token, Integral) or not 0 <= token < len(self):
@@ -225,10 +217,7 @@ class Tokenizer:
         return ids
 
     def _merge(self, symbols: list[str]) -> Iterator[None]:
-        """Find the best pair of neighbours, join it wherever it occurs, from left to right, and look again.
-
-        This changes `symbols` in place and pauses after each merge.
-        """
+        """Joins the best pair of neighbours everywhere, and looks again. Changes `symbols`; pauses after each merge."""
         ranks = self._ranks_of(symbols)
         while (best := min(ranks, default=len(self.merges))) < len(self.merges):
             for i, rank in enumerate(ranks):  # a merge makes both lists shorter by one, to the right of i
@@ -244,5 +233,5 @@ class Tokenizer:
 
 
 def CLIPTokenizer(vocab_file: str | Path, merges_file: str | Path) -> Tokenizer:
-    """`Tokenizer` under the name and arguments that the video uses. The vocab.json may be missing."""
+    """`Tokenizer` under the name and arguments that the video uses. The vocab.json is optional."""
     return Tokenizer(merges_file, vocab_file if Path(vocab_file).is_file() else None)

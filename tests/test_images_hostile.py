@@ -63,7 +63,7 @@ def test_files_that_are_not_pictures(tmp_path, kind):
     path.write_bytes(OTHERS[kind])
     for read in (read_image, lambda path: read_mask(path, 8, 8)):
         with pytest.raises(
-            ValueError, match=r"picture\.png is not a picture that can be read: give a PNG, JPEG or WebP"
+            ValueError, match=r"picture\.png is not an image that can be read: give a PNG, JPEG or WebP"
         ):
             read(path)
 
@@ -76,7 +76,7 @@ def test_no_program_is_started_for_a_postscript_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert shutil.which("gs") == str(gs)
     (tmp_path / "a.png").write_bytes(OTHERS["eps"])
-    with pytest.raises(ValueError, match="is not a picture that can be read"):
+    with pytest.raises(ValueError, match="is not an image that can be read"):
         read_image(tmp_path / "a.png")
     assert not (tmp_path / "canary").exists()
 

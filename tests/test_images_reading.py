@@ -70,9 +70,9 @@ def bad_file(tmp_path, kind):
     "kind, error, message",
     [
         ("missing", FileNotFoundError, "There is no file .*missing: check the path"),
-        ("folder", ValueError, "folder is a folder: give the path of one picture"),
-        ("empty", ValueError, "empty is not a picture that can be read: give a PNG"),
-        ("text", ValueError, "text is not a picture that can be read: give a PNG"),
+        ("folder", ValueError, "folder is a folder: give the path of one image"),
+        ("empty", ValueError, "empty is not an image that can be read: give a PNG"),
+        ("text", ValueError, "text is not an image that can be read: give a PNG"),
         ("cut", ValueError, "cut is damaged or cut short"),
     ],
 )

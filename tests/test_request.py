@@ -48,7 +48,7 @@ from sd.request import Request
         ("seed", True, "a whole number from 0"),
         ("do_cfg", "no", "True or False"),
         ("do_cfg", 1, "True or False"),
-        ("models", "tiny.ckpt", "what load_models gives"),
+        ("models", "tiny.ckpt", "what load_models returns"),
         ("tokenizer", "cat", "a Tokenizer"),
         ("device", "gpu", "one that torch can use here"),
         ("device", 1.5, "one that torch can use here"),
@@ -104,7 +104,7 @@ def test_a_request_travels_as_json():
             "input_image should be a text that begins with 'data:image/png",
         ),
         ({"prompt": "a cat", "mask_image": 3}, "mask_image should be a text that begins with"),
-        ({"prompt": "a cat", "input_image": "data:image/png;base64,AAAA"}, "is not a picture"),
+        ({"prompt": "a cat", "input_image": "data:image/png;base64,AAAA"}, "is not an image"),
         ({"prompt": "a cat", "input_image": "data:image/png;base64,&"}, "input_image should be"),
     ],
 )

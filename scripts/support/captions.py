@@ -43,7 +43,7 @@ def parameters(options: argparse.Namespace, request: Request) -> str:
 
 
 def details(options: argparse.Namespace, request: Request, models: Models) -> dict[str, str]:
-    """The prompt, all settings, the machine, and the versions of the libraries; none of the values is empty."""
+    """The prompt, all settings, the machine, and the versions of the libraries. Empty values are left out."""
     import torch
 
     device, dtype = _place(models)

@@ -1,4 +1,4 @@
-"""What all scripts share: errors of one line, the exit status, and a message where packages are missing."""
+"""What all scripts share: errors of one line, the exit status, and a message if packages are missing."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def import_torch() -> None:
         import torch  # noqa: F401
     finally:
         signal.signal(signal.SIGINT, before)
-    if pressed and callable(before):  # it is not where Ctrl-C is ignored, as in the background
+    if pressed and callable(before):  # not callable where Ctrl-C is ignored, as in the background
         before(signal.SIGINT, None)
 
 
 def exit_status(prog: str, work: Callable[[], object], interrupted: str) -> int:
-    """Imports torch and runs `work`. Returns the exit status: 0, or after one line on standard error 2 for an error
-    and 130 for Ctrl-C."""
+    """Imports torch and runs `work`. Returns the exit status: 0, 2 after an error, 130 after Ctrl-C. The last two also
+    print one line on standard error."""
     try:
         import_torch()
         work()

@@ -1,4 +1,4 @@
-"""A prompt with alternatives in braces -> all the prompts that it stands for.
+"""A prompt with alternatives in braces -> all combinations of them.
 
 "a {red|blue} house at {noon|night}"  ->  "a red house at noon", "a red house at night", "a blue house at noon", ...
 """

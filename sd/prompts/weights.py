@@ -1,13 +1,13 @@
-r"""Prompts with weights and of any length: text -> ids and weights, in chunks of 77 tokens.
+r"""Long prompts and prompts with weights: text -> ids and weights, in chunks of 77 tokens.
 
-In: B prompts in the notation of the AUTOMATIC1111 web UI. Out: the ids and weights of all their N chunks, both (N, 77).
+In: B prompts in the notation of the AUTOMATIC1111 web UI. Out: ids and weights of their N chunks, both (N, 77).
 After the text encoder, `weigh` applies the weights and `join_chunks` makes one context for each prompt.
 
     (word) counts 1.1 times    ((word)) 1.1 * 1.1 times    (word:1.3) 1.3 times    [word] 1 / 1.1 times
     \( \) \[ \] \\ \:  are the characters themselves       BREAK starts a new chunk
 
 The text encoder reads one chunk at a time: a start token, up to 75 tokens of the prompt, an end token and padding. It
-was trained on single chunks. Encoding several and putting them side by side works in practice, not by design.
+was trained on single chunks. Putting several encoded chunks side by side works in practice, not by design.
 
 All contexts in a batch must have the same length, so shorter ones are repeated. This does not change the image:
 attention is a mean of values, weighted by exp(q k), and the mean is the same if every key and value occurs r times.
@@ -55,7 +55,7 @@ def parse(text: str, name: str = "prompt") -> list[list[Piece]]:
     The weights of nested brackets multiply. A colon is text unless a number and a closing bracket follow.
 
     Raises ValueError for a prompt of more than 10,000 characters, unbalanced brackets, a malformed number like 1.2.3,
-    and a number in square brackets, which has another meaning in the web UI. The error quotes the place and calls the
+    and a number in square brackets, which has another meaning in the web UI. The error quotes the place and names the
     prompt `name`.
     """
     if len(text) > MAX_CHARACTERS:

@@ -1,1 +1,1 @@
-"""What running the networks takes beyond their arithmetic: devices, memory, speed, and outputs that are not finite."""
+"""Running the networks: devices, memory, speed, and outputs that are not finite."""

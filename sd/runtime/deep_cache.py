@@ -1,8 +1,8 @@
-"""DeepCache (2312.00858, section 3.2): run the U-Net's deep stages only once in a few steps.
+"""DeepCache (2312.00858, section 3.2): run the U-Net's deep stages only once every few steps.
 
-From one step to the next, what the deep stages make changes little, and it is coarse. All stages but the first and the
-last only serve to make one feature map, the last stage's input. That map is kept and reused: faster, and not quite the
-same images.
+The output of the deep stages is coarse, and changes little from one step to the next. All stages but the first and the
+last only serve to make one feature map, the input of the last stage. That map is kept and reused. This is faster, and
+changes the images slightly.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from sd.diffusion import Diffusion
 
 
 class DeepCache:
-    """A U-Net that runs whole once in `interval` calls, and its first and last stage in the others.
+    """A U-Net that runs all its stages in one of `interval` calls, and only the first and last stage in the others.
 
-    It does not use what `torch.compile` has compiled.
+    It bypasses what `torch.compile` has compiled.
     """
 
     def __init__(self, unet: Diffusion, interval: int):

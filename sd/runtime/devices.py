@@ -1,4 +1,4 @@
-"""Where networks compute: choosing a device and a dtype, moving networks, and one workaround for Apple's GPUs."""
+"""Choosing a device and a dtype, moving networks, and a workaround for attention on Apple's GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 Device = torch.device | str | None
 
 STORING_DEVICES = ("mps",)  # where attention may have no fused kernel, and stores its scores in float32
-MAX_SCORE_BYTES = 1 << 30  # of them at a time
+MAX_SCORE_BYTES = 1 << 30  # bytes of scores at a time
 
 
 def best_device(device: Device = None) -> torch.device:

@@ -1,7 +1,6 @@
 """Checks the networks' outputs for NaN and infinity, which would decode to a black image.
 
-If the VAE overflows in float16, it runs again in float32. Everything else is an error that names the network and the
-cause.
+If the VAE overflows in float16, it runs again in float32. In all other cases an error names the network and the cause.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ def check_finite(output: Tensor, network: nn.Module, name: str, inputs: Tensor |
 def run_in_range(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     """Runs the VAE's encoder or decoder on its inputs -> its output in float32, finite.
 
-    If it overflows in float16, it runs again in float32. bfloat16 has the same range, but images made in it are 0.4 of
-    255 levels off on average, and 0.04 in float16 (tests/training/test_tiny_checkpoint.py). Neither is visible, but
+    If it overflows in float16, it runs again in float32. bfloat16 has float32's range, but its images are off by 0.4 of
+    255 levels on average, those of float16 by 0.04 (tests/training/test_tiny_checkpoint.py). Neither is visible, but
     float32 loses nothing, and only the inputs that overflow take longer. The network itself stays in float16: otherwise
-    an image would depend on the images made before it, and not on its prompt and seed alone.
+    an image would depend on the images made before it, not only on its prompt and seed.
 
     Raises NotFiniteError if float32 does not help, and after any overflow in another dtype.
     """

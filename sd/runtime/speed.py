@@ -1,6 +1,6 @@
 """Makes loaded networks faster without changing their results beyond rounding.
 
-There are four means: the memory order of weights, reuse of freed memory, packed weights and `torch.compile`.
+There are four ways: the memory order of weights, reuse of freed memory, packed weights and `torch.compile`.
 `load_models` chooses those that help on the device; `load_models(..., tuned=False)` uses none.
 
 Measured on two cores with bfloat16 matrix instructions, one step of SD 1.5's U-Net with a batch of two takes 2.85 s as
@@ -121,7 +121,7 @@ class PackedGEGLU(nn.Module):
 
 
 def compile_networks(networks: list[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Applies torch.compile in place. The first image then takes minutes, and each later one less time than before.
+    """Applies torch.compile in place. The first image then takes minutes, and each later one less time than uncompiled.
 
     On CUDA, a whole step is recorded as one CUDA graph. A graph overwrites its previous output. That is safe only if
     outputs are copied at once, as 16-bit outputs are (into float32); in float32 there are no graphs.

@@ -1,4 +1,4 @@
-"""The samplers by name: the values of `sampler_name` and `--sampler`. To add one, write its class and a line here."""
+"""The samplers by name: the values of `sampler_name` and `--sampler`. A new one needs a class, and a line here."""
 
 from sd.ddpm import DDPMSampler
 from sd.sampler import Sampler, at_karras_levels

@@ -16,10 +16,10 @@ class DPMSolverSampler(Sampler):
     default_steps = 20
 
     def choose_timesteps(self, n: int) -> np.ndarray:
-        """The first n of n + 1 equally spaced timesteps: the end of the run takes the place of the last one, 0."""
+        """The first n of n + 1 equally spaced timesteps: the last one, 0, is replaced by the end of the run."""
         total = self.schedule.num_training_steps
         if self.karras:
-            return np.linspace(total - 1, 0, n)  # from end to end: `karras_sigmas` chooses the levels between
+            return np.linspace(total - 1, 0, n)  # `karras_sigmas` chooses the levels between the first and the last
         return space_timesteps(min(n + 1, total), total, "linspace").round()[:n]
 
     def take_step(self, i: int, latents: Tensor, output: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class DPMSolverSampler(Sampler):
     def update(self, i: int, latents: Tensor, denoised: Tensor) -> Tensor:
         """The first line of the formula, for D = `denoised`."""
         alpha_t, alpha_s = self.alpha_bar[i + 1].sqrt(), self.alpha_bar[i].sqrt()
-        decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), for these sigmas are exp(-lambda)
+        decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), because these sigmas are exp(-lambda)
         # sigma_t / sigma_s is written without 1 - a_t, which would lose digits near a_t = 1.
         return alpha_t / alpha_s * decay * latents - alpha_t * (decay - 1) * denoised
 
@@ -60,7 +60,7 @@ class DPMSolverSDESampler(DPMSolverSampler):
         """
         alpha_t, alpha_s = self.alpha_bar[i + 1].sqrt(), self.alpha_bar[i].sqrt()
         sigma_t = alpha_t * self.sigmas[i + 1]
-        decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), for these sigmas are exp(-lambda)
+        decay = self.sigmas[i + 1] / self.sigmas[i]  # exp(-h), because these sigmas are exp(-lambda)
         latents = alpha_t / alpha_s * decay**2 * latents + alpha_t * (1 - decay**2) * denoised
         if sigma_t > 0:
             noise = draw_noise(latents.shape, self.generator).to(latents.device)

@@ -15,14 +15,14 @@ class EulerSampler(SigmaSampler):
     def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """x_{i+1} = x_i + (sigma_{i+1} - sigma_i) d_i     (2206.00364, algorithm 1, without its correction)
 
-        This is DDIM's step without fresh noise, in other units; only the timesteps differ.
+        This is DDIM's step without fresh noise, written for x = x_0 + sigma e; only the timesteps differ.
         """
         return x + (self.sigmas[i + 1] - self.sigmas[i]) * slope
 
 
 class EulerAncestralSampler(SigmaSampler):
-    """Euler's method with fresh noise in every step: it steps down too far, then adds noise. More steps keep changing
-    the image."""
+    """Euler's method with fresh noise in every step: it steps down too far, then adds noise. The image does
+    not converge: more steps keep changing it."""
 
     def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """x_{i+1} = x_i + (sigma_down - sigma_i) d_i + sigma_up z,    z ~ N(0, I), where

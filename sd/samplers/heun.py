@@ -19,9 +19,9 @@ class HeunSampler(SigmaSampler):
         return sorted([*range(n), *range(1, n)])
 
     def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
-        """One of the two halves of a step from sigma to sigma' (2206.00364, algorithm 1):
+        """One of the two calls that make a step from sigma to sigma' (2206.00364, algorithm 1):
 
-        x' = x + (sigma' - sigma) d                    and, unless sigma' = 0, with the slope d' at that x',
+        x' = x + (sigma' - sigma) d             and then, unless sigma' = 0, with the slope d' at this x':
         x' = x + (sigma' - sigma) (d + d') / 2
         """
         if i % 2 == 0:

@@ -30,7 +30,7 @@ def lms_weights(sigmas: list[float], sigma_next: float) -> list[float]:
 
 
 class LMSSampler(SigmaSampler):
-    """Adams and Bashforth's method on uneven steps.
+    """The Adams-Bashforth method on uneven steps.
 
     `order`, from 1 to 4, is the number of slopes it keeps; 1 is Euler's method. Raises ValueError for another order.
     """
@@ -44,7 +44,7 @@ class LMSSampler(SigmaSampler):
     def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """x_{i+1} = x_i + sum_j w_j d_{i-j},    w_j the integral of l_j from sigma_i to sigma_{i+1}
 
-        over the last `order` slopes, or as many as there are.
+        over the last `order` slopes, or fewer at the start of a run.
         """
         self.history = [slope, *self.history[: self.order - 1]]
         sigma_next, *sigmas = self.sigmas[: i + 2].tolist()[::-1]

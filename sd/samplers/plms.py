@@ -23,11 +23,11 @@ class PLMSSampler(Sampler):
         return [*range(min(n, 2)), *range(1, n)]
 
     def take_step(self, i: int, latents: Tensor, output: Tensor) -> Tensor:
-        """x_t -> x_{t'} = sqrt(a_t') x_0 + sqrt(1 - a_t') e, with x_0 and e not from the output e_t alone but from
+        """x_t -> x_{t'} = sqrt(a_t') x_0 + sqrt(1 - a_t') e, with x_0 and e from this combination of outputs:
 
-        e'_t = (55 e_t - 59 e_{t+d} + 37 e_{t+2d} - 9 e_{t+3d}) / 24,    d timesteps a step     (2202.09778, eq. 12)
+        e'_t = (55 e_t - 59 e_{t+d} + 37 e_{t+2d} - 9 e_{t+3d}) / 24,    d = t - t'             (2202.09778, eq. 12)
 
-        for outputs that predict e or v. Until there are four outputs, Adams-Bashforth methods of lower order are used.
+        The outputs may predict e or v. Until there are four, Adams-Bashforth methods of lower order are used.
         The first step is taken twice, the second time with the mean of the outputs at its two ends.
         """
         if i == 0:

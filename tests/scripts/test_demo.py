@@ -70,7 +70,7 @@ def test_a_picture_that_loses_much_is_a_line(run_demo):
     Image.new("RGB", (90, 30)).save("wide.png")
     Image.new("RGB", (64, 82)).save("nearly.png")
     assert (
-        "wide.png, 90 x 30, is cropped about its centre to the shape of 32 x 40"
+        "wide.png, 90 x 30, is cropped around its centre to the shape of 32 x 40"
         in run_demo("a", "--image", "wide.png")[2]
     )
     assert "cropped" not in run_demo("a", "--image", "nearly.png")[2]
@@ -130,7 +130,7 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
         (["--device", "gpu"], "--device should be one that torch can use here, such as 'cpu', not 'gpu'."),
         (["--image", "none.png"], "--image should be a file: there is none at none.png."),
-        (["--image", "text.png"], "text.png is not a picture that can be read"),
+        (["--image", "text.png"], "text.png is not an image that can be read"),
         (["--mask", "text.png"], "--image should be given with --mask: it is the image to change."),
         (["--strength", 0.3], "--image should be given with --strength: it is the image to change."),
         (["--feather", 3], "--mask should be given with --feather, which softens its edges."),

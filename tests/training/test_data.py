@@ -139,7 +139,7 @@ def with_missing_picture(folder):
         (empty, "has no captioned images: add some, such as cat.png"),
         (without_caption, r"b\.jpg has no caption: write one in b\.txt in the same folder"),
         (with_blank_caption, r"b\.jpg has no caption"),
-        (with_damaged_picture, r"b\.jpg (is damaged|is not a picture|cannot be read)"),
+        (with_damaged_picture, r"b\.jpg (is damaged|is not an image|cannot be read)"),
         (with_bad_line, r"Line 1 of .*captions\.jsonl should be like"),
         (with_missing_picture, r"There is no file .*z\.png"),
     ],
