@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.support.captions import DTYPES, command, details, grid, parameters
-from scripts.support.command_line import Parser, import_torch
+from scripts.support.command_line import Parser, demo_command, import_torch
 from scripts.support.output_files import candidates, check_free, first_path, save
 
 TINY_PROMPT = "a red lighthouse by the sea at sunset, on the right, with the sun"
@@ -100,7 +100,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     sys.stdout.reconfigure(errors="backslashreplace")  # names and prompts may have characters that the terminal lacks
-    warnings.showwarning = lambda message, *_: print(f"demo.py: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"{name()}: {message}", file=sys.stderr)
     try:
         if options.world:
             from sd.training.world.vocabulary import describe
@@ -109,10 +109,10 @@ def main() -> int:
         else:
             make_images(options)
     except KeyboardInterrupt:
-        print("demo.py: interrupted; the images printed above are complete.", file=sys.stderr)
+        print(f"{name()}: interrupted; the images printed above are complete.", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError) as error:
-        print(f"demo.py: {with_flag(str(error))}", file=sys.stderr)
+        print(f"{name()}: {with_flag(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -244,7 +244,7 @@ def note_crop(options: argparse.Namespace, request: Request) -> None:
     wanted = request.width / request.height
     if min(wanted * height / width, width / height / wanted) < 0.95:
         print(
-            f"demo.py: {options.image}, {width} x {height}, is cropped around its centre to the shape of "
+            f"{name()}: {options.image}, {width} x {height}, is cropped around its centre to the shape of "
             f"{request.width} x {request.height}; --width and --height choose another.",
             file=sys.stderr,
         )
@@ -256,7 +256,7 @@ def hint(prompt: str) -> None:
 
     if words := unknown_words(prompt):
         unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
-        print(f"demo.py: the tiny model was not trained on {unknown}: --world lists its words.", file=sys.stderr)
+        print(f"{name()}: the tiny model was not trained on {unknown}: --world lists its words.", file=sys.stderr)
 
 
 def check_files(options: argparse.Namespace) -> None:
@@ -285,6 +285,11 @@ def check_files(options: argparse.Namespace) -> None:
         check_free("--report", options.report, options.overwrite)
         if options.deep_cache != 1:
             raise ValueError("--report should be used without --deep-cache: it shows every stage at every step.")
+
+
+def name() -> str:
+    """What was started, as errors call it: demo.py, or the command sd."""
+    return Path(demo_command()[-1]).name
 
 
 def with_flag(message: str) -> str:

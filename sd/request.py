@@ -236,4 +236,5 @@ def _from_png_url(name: str, text: object) -> Image.Image | None:
         content = base64.b64decode(text.removeprefix(PNG_URL), validate=True)
     except ValueError:
         raise ValueError(f"{name} should be a PNG data URL in base64, and this one is damaged.") from None
-    return read_image(io.BytesIO(content))
+    file = io.BytesIO(content)
+    return read_mask_image(file) if name == "mask_image" else read_image(file)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from scripts import demo
 from sd.files import DATA
 from tests import ROOT
 
@@ -31,6 +32,12 @@ def test_the_command_sd_is_the_demo(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.startswith("usage: sd [-h]"), result.stderr
     assert '\n    sd "a lighthouse at night"\n' in result.stdout
+
+
+def test_errors_of_the_command_sd_begin_with_its_name(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bin/sd", "x", "--n", "0"])
+    assert demo.main() == 2
+    assert capsys.readouterr().err == "sd: --n should be from 1 to 10000, not 0.\n"
 
 
 def test_the_data_are_found():

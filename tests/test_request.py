@@ -1,6 +1,8 @@
 """What `generate` may be asked for."""
 
+import base64
 import inspect
+import io
 import json
 from dataclasses import fields
 
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sd import generate, model_loader, pipeline
-from sd.request import Request
+from sd.request import PNG_URL, Request
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,18 @@ def test_a_request_travels_as_json():
     assert back.to_dict() == request.to_dict()
     plain = Request("a cat", seed=3)
     assert Request.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
+
+
+def test_transparent_is_black_in_a_mask_from_json_too():
+    layer = Image.new("RGBA", (16, 16))
+    layer.paste("white", (4, 4, 12, 12))
+    with io.BytesIO() as file:
+        layer.save(file, format="PNG")
+        url = PNG_URL + base64.b64encode(file.getvalue()).decode()
+    request = Request.from_dict({"prompt": "a cat", "input_image": url, "mask_image": url})
+    assert request.input_image.getpixel((0, 0)) == (255, 255, 255)
+    assert request.mask_image.getpixel((0, 0)) == (0, 0, 0)
+    assert request.mask_image.getpixel((5, 5)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(

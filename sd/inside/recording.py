@@ -23,7 +23,7 @@ from sd import pipeline
 from sd.inpainting import InpaintingInputs
 from sd.model_loader import load_models
 from sd.models import Models
-from sd.request import Request
+from sd.request import Request, check_models
 from sd.runtime.out_of_memory import explain_out_of_memory
 from sd.sampler import Sampler
 
@@ -70,11 +70,15 @@ class Recording:
 def record(request: Request, models: Models | None = None) -> Recording:
     """Makes the image that `pipeline.draw` makes of the same request, which has one prompt, and records how.
 
-    Raises ValueError and OutOfMemory as `generate` does.
+    Raises ValueError for several prompts, and ValueError and OutOfMemory as `generate` does.
     """
     request.check()
+    check_models(models, None, None, None)
+    if len(request.prompts) > 1:
+        raise ValueError(f"prompt should be one text to be recorded, not {len(request.prompts)}.")
     request, models = request.read_images(), models or load_models()
     uncond_prompt, cfg_scale = request.uncond_prompt or "", request.cfg_scale
+    uncond_prompt = uncond_prompt if isinstance(uncond_prompt, str) else uncond_prompt[0]
     cfg_scale = models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale
     costs: dict[str, Cost] = {}
     with _measured(costs, "encode_prompt", models):

@@ -46,6 +46,11 @@ def test_no_negative_prompt_is_the_empty_one(models):
     assert np.array_equal(recorded.image, generate("a cat", models=models, **OPTIONS))
 
 
+def test_lists_of_one_prompt_are_recorded_as_its_texts(models):
+    recorded = record(Request(["a cat"], ("a dog",), **OPTIONS), models)
+    assert (recorded.prompt, recorded.uncond_prompt) == ("a cat", "a dog")
+
+
 def test_moments_are_what_the_unet_saw(models):
     seen = []
     handle = models.diffusion.register_forward_pre_hook(lambda _, args: seen.append(args[0][:1].clone()))
@@ -112,3 +117,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
         record(Request("a cat", mask_image=np.zeros((8, 8), dtype=np.uint8)))
     with pytest.raises(ValueError, match="cfg_scale should be a number"):
         record(Request("a cat", cfg_scale="much"))
+    with pytest.raises(ValueError, match="prompt should be one text to be recorded, not 2."):
+        record(Request(["a cat", "a dog"]))
+    with pytest.raises(ValueError, match="models should be what load_models gives"):
+        record(Request("a cat"), "tiny.ckpt")
