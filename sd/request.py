@@ -99,11 +99,13 @@ class Request:
     def from_dict(cls, values: dict) -> Request:
         """The inverse of `to_dict`: an unchecked request. It opens no files: images must be PNG data URLs.
 
-        Raises ValueError for an unknown setting, a missing prompt, or an image that is not a PNG data URL.
+        Raises ValueError for no dict, an unknown setting, a missing prompt, or an image that is not a PNG data URL.
         """
         names = [field.name for field in fields(cls)]
+        allowed = f"a dict of {', '.join(names)}"
+        _require(isinstance(values, dict), "request", values, allowed)
         unknown = [name for name in values if name not in names]
-        _require(not unknown, "request", unknown, f"a dict of {', '.join(names)}")
+        _require(not unknown, "request", unknown, allowed)
         _require("prompt" in values, "prompt", None, "given")
         images = {name: _from_png_url(name, values.get(name)) for name in ("input_image", "mask_image")}
         return cls(**(values | images))

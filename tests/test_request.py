@@ -112,6 +112,8 @@ def test_transparent_is_black_in_a_mask_from_json_too():
     "values, problem",
     [
         ({"prompt": "a cat", "colour": "red"}, r"request should be a dict of prompt, .* not \['colour'\]"),
+        (None, "request should be a dict of prompt, .* not None"),
+        ([1], r"request should be a dict of prompt, .* not \[1\]"),
         ({"seed": 1}, "prompt should be given"),
         (
             {"prompt": "a cat", "input_image": "/etc/passwd"},
