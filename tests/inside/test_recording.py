@@ -119,5 +119,5 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
         record(Request("a cat", cfg_scale="much"))
     with pytest.raises(ValueError, match="prompt should be one text to be recorded, not 2."):
         record(Request(["a cat", "a dog"]))
-    with pytest.raises(ValueError, match="models should be what load_models gives"):
+    with pytest.raises(ValueError, match="models should be what load_models returns"):
         record(Request("a cat"), "tiny.ckpt")

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 import shlex
 import struct
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_reports(run_demo):
     page = Path("cat-2.html").read_text(encoding="utf-8")
     assert "<bdi>a blue cat</bdi>" in page
     (line,) = (line for line in page.splitlines() if "<code>" in line)
-    command = html.unescape(line.partition("<code>")[2].partition("</code>")[0])
+    command = html.unescape(re.sub(r"<[^>]+>", "", line.partition("<code>")[2].partition("</code>")[0]))
     assert run_demo(*shlex.split(command)[2:], "--out", "again.png")[0] == 0
     run_demo("a {red|blue} cat", "--seed", 5, "--out", "without.png")
     for one in ("picture-2.png", "again.png", "without-2.png"):
