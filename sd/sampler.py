@@ -193,8 +193,7 @@ class SigmaSampler(Sampler):
 
 def at_karras_levels(sampler: type[Sampler]) -> type[Sampler]:
     """The same algorithm at the noise levels of 2206.00364, eq. 5."""
-    about = {"__module__": sampler.__module__, "__doc__": at_karras_levels.__doc__}
-    return type(f"Karras{sampler.__name__}", (sampler,), {"karras": True, **about})
+    return type(f"Karras{sampler.__name__}", (sampler,), {"karras": True, "__module__": sampler.__module__})
 
 
 def _warn_of_a_late_start(timesteps: np.ndarray, total: int) -> None:
