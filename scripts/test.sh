@@ -25,5 +25,6 @@ export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 "$python" -m ruff check
 "$python" -m ruff format --check
 "${python%/*}/lint-imports" --no-cache --no-logo
-# Two processes with one thread each. The tests of a file run in one process and share fixtures. For a debugger: -n 0
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+# Two processes with one thread each. The tests of a file run in one process and share fixtures. In alphabetical order,
+# not by number of tests: the files with the longest tests have few. For a debugger: -n 0
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

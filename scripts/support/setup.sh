@@ -84,6 +84,7 @@ run_installer() {
     else
         # pip is missing if uv made the environment, or if venv was interrupted.
         "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null || return
-        "$python" -m pip install --disable-pip-version-check "$@"
+        # Python compiles a module when it is first imported; pip would compile all of them now.
+        "$python" -m pip install --disable-pip-version-check --no-compile "$@"
     fi
 }

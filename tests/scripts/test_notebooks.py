@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom. The committed ones hold every output, and no trace of the machine it ran on."""
 
+import ast
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ SHORTER = {
 }
 # The notebooks that run with any weights, even random ones.
 OF_ANY_WEIGHTS = ("02_text", "03_noise_and_samplers", "05_image_to_image_and_inpainting")
+LONGEST = ("04_guidance", "06_training")
 SMALL = replace(MICRO, text=TextConfig(width=32, layers=2, heads=4))
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -132,8 +134,17 @@ def changes(path, request, tmp_path):
     return changes
 
 
-def test_it_runs_and_shows_what_is_committed(path, changes):
+def test_its_imports_work(path):
+    for cell in cells(read(path), "code"):
+        for statement in ast.parse(cell.source).body:
+            if isinstance(statement, (ast.Import, ast.ImportFrom)):
+                exec(ast.unparse(statement), {})
+
+
+def test_it_runs_and_shows_what_is_committed(path, changes, request):
     """Only the kinds of outputs are compared: numbers and pixels depend on the processor."""
+    if path.stem in LONGEST and not request.config.getoption("--slow"):
+        pytest.skip("takes long: runs with --slow")
     executed = execute(path, changes)
     for cell, committed in zip(cells(executed, "code"), cells(read(path), "code")):
         assert "".join(o.text for o in cell.outputs if kinds(o) == "stderr") == ""
