@@ -20,7 +20,7 @@ from tests.support.fuzzing import fuzz
 FIRST = int(os.environ.get("FUZZ_FIRST", 0))
 
 
-@pytest.mark.parametrize("files, models", [(1000, 30), pytest.param(20_000, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files, models", [(500, 15), pytest.param(20_000, 1000, marks=pytest.mark.slow)])
 def test_hostile_files_load_or_are_refused(tmp_path, files, models):
     report = fuzz(tmp_path, FIRST, files=files, models=models)
     slim = {"program"} if FIRST == 0 else {"program", "tensors"}  # kinds that hardly ever load
