@@ -9,6 +9,10 @@ case $(uname -s) in
     *) python=$environment/bin/python ;;
 esac
 
+# pip installs with --no-compile: a module is compiled when it is first imported. This variable, which containers often
+# set, would let every process compile it again.
+unset PYTHONDONTWRITEBYTECODE
+
 say() {
     printf '%s\n' "$*" >&2
 }
@@ -84,7 +88,7 @@ run_installer() {
     else
         # pip is missing if uv made the environment, or if venv was interrupted.
         "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null || return
-        # Python compiles a module when it is first imported; pip would compile all of them now.
+        # Without --no-compile, pip would compile thousands of modules that nothing imports.
         "$python" -m pip install --disable-pip-version-check --no-compile "$@"
     fi
 }
