@@ -29,7 +29,7 @@ from sd.files import DATA
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"  # part of the last symbol of a word: "cat</w>" is the word, "cat" the beginning of "catalog"
 DEFAULT_MERGES = DATA / "merges.txt"
-MAX_CHARACTERS = 10_000  # of a prompt: far beyond any use, and the slowest one that we found takes about two seconds
+MAX_CHARACTERS = 10_000  # of a prompt: far beyond any use, and the slowest one found takes about two seconds
 REPAIRED_AT_ONCE = 1_000  # characters; ftfy's time grows with their square where HTML entities are nested
 CACHED_WORDS, CACHED_LENGTH = 32_768, 32  # the cache has at most 32,768 words of at most 32 characters
 QUOTED_IDS = 64  # of the dropped part of a prompt, quoted in a warning
