@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from sd.files import write_whole
@@ -27,29 +28,48 @@ ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
 ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 
 
-def read_image(source: ImageSource, behind: str = "white") -> Image.Image:
+def read_image(source: ImageSource, behind: str = "white", name: str = "source") -> Image.Image:
     """Read an image as a viewer shows it: a PIL image of mode RGB, in sRGB, upright, without transparency.
 
-    `source` is a path, a file opened in binary mode, a PIL image (which is not changed) or an array, uint8 (H, W, 3) or
-    (H, W). `behind` is the colour behind transparent pixels. Only the first frame of an animation is read. Integers of
-    more than 8 bits are scaled from 0..65535, floats from the first of 0..1, 0..255 and 0..65535 that holds them all.
+    `source` is a path, a file opened in binary mode, a PIL image (which is not changed) or an array (`check_array`).
+    `behind` is the colour behind transparent pixels. Only the first frame of an animation is read. In files, integers
+    of more than 8 bits are scaled from 0..65535, floats from the first of 0..1, 0..255 and 0..65535 that holds them
+    all. Errors call whatever has no file name `name`.
 
     Raises FileNotFoundError if the file does not exist, ValueError if it is damaged, too large or not in one of
-    the FORMATS, TypeError for any other kind of source.
+    the FORMATS, and for an array that is not allowed; TypeError for any other kind of source.
     """
     if isinstance(source, np.ndarray):
-        grey = source.ndim == 2 and source.dtype == np.uint8
-        return _from_array(np.stack([source] * 3, axis=-1) if grey else source)
+        check_array(source, name)
+        pixels = source if source.dtype == np.uint8 else (source * np.float32(255)).round().astype(np.uint8)
+        return _load(Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels), name, behind)
     if isinstance(source, Image.Image):
-        return _load(source, getattr(source, "filename", "") or "the image", behind)
+        return _load(source, getattr(source, "filename", "") or name, behind)
     if not (isinstance(source, (str, os.PathLike)) or hasattr(source, "read")):
-        raise TypeError(f"source should be a path, an open file, a PIL image or an array, not {type(source).__name__}.")
-    name = str(getattr(source, "name", "the open file") if hasattr(source, "read") else source)
+        raise TypeError(f"{name} should be a path, an open file, a PIL image or an array, not {type(source).__name__}.")
+    name = str(getattr(source, "name", name) if hasattr(source, "read") else source)
     try:
         with _open(source, name) as image:
             return _load(image, name, behind)
     except MemoryError:
         raise ValueError(f"{name} is too large for the memory of this computer: make it smaller first.") from None
+
+
+def check_array(array: np.ndarray, name: str = "source") -> None:
+    """Raises ValueError, with the argument's `name`, unless an array is an image: (H, W) or (H, W, 1) for grey,
+    (H, W, 3) for RGB, (H, W, 4) with alpha; uint8 in 0..255, floats in 0..1, or bools."""
+    shape, kind = array.shape, array.dtype
+    levels = kind in (np.uint8, bool) or kind.kind == "f"
+    if not levels or not (array.ndim == 2 or shape[2:] in ((1,), (3,), (4,))) or 0 in shape:
+        raise ValueError(
+            f"{name} should be an array (H, W), (H, W, 3) or (H, W, 4) of uint8, floats from 0 to 1 or bools, not "
+            f"{kind} {shape}."
+        )
+    if kind.kind == "f" and not (array.min() >= 0 and array.max() <= 1):  # false for NaN too
+        raise ValueError(
+            f"{name} should be an array of floats from 0 to 1, not from {array.min():g} to {array.max():g}: for "
+            "levels from 0 to 255, convert it with .astype(np.uint8)."
+        )
 
 
 def image_to_tensor(
@@ -75,13 +95,40 @@ def read_mask_image(mask: ImageSource, image: Image.Image | None = None) -> Imag
 
     Raises ValueError if its proportions are not those of `image`. Its size may differ: both are cropped alike.
     """
-    mask = read_image(mask, behind="black")
+    mask = read_image(mask, behind="black", name="mask_image")
     if image is not None:
         (width, height), (other_width, other_height) = image.size, mask.size
         # Equal to a pixel: one of the two may have been scaled down, and a side rounded.
         if abs(width * other_height - other_width * height) > max(*image.size, *mask.size):
             sizes = f"{width} x {height}, not {other_width} x {other_height}"
             raise ValueError(f"mask_image should have the shape of input_image, {sizes} pixels.")
+    return mask
+
+
+def warn_of_mask(mask: Image.Image) -> None:
+    """Warns of a mask, as `read_mask_image` returns it, that repaints next to nothing, or nearly everything."""
+    levels = np.asarray(mask.convert("L"))
+    brightest, white = levels.max(), (levels > 127).mean()
+    if brightest == 0:
+        effect = "black everywhere (transparent counts as black), so nothing is repainted: paint white where the image"
+    elif brightest < 26:
+        effect = f"nearly black, {brightest} of 255 at most, so next to nothing is repainted: use 255 where the image"
+    elif white > 0.9:
+        effect = f"white on {white:.0%} of the image, so nearly all is repainted: invert the mask if only the dark part"
+    else:
+        return
+    warnings.warn(f"mask_image is {effect} should change.", stacklevel=3)
+
+
+def alpha_mask(source: ImageSource) -> Image.Image:
+    """The mask in an image's own transparency: white where the image was erased. A PIL image of mode L.
+
+    Raises ValueError for an image without transparent pixels, and what `read_image` raises.
+    """
+    black, white = (read_image(source, behind).convert("L") for behind in ("black", "white"))
+    mask = ImageChops.subtract(white, black)  # what shows through: black and white differ by 1 - alpha
+    if mask.getbbox() is None:
+        raise ValueError("input_image should have transparent parts for a mask from its transparency, and has none.")
     return mask
 
 

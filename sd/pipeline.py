@@ -24,7 +24,7 @@ from sd.inpainting import InpaintingInputs, get_inpainting_inputs
 from sd.models import Models
 from sd.noise import draw_noise, make_generators
 from sd.prompts.weights import join_chunks, layout, weigh
-from sd.request import Request, check_models, check_prompts, check_steps, image_size, latent_shape
+from sd.request import Request, check_models, check_prompts, check_shape, check_steps, image_size, latent_shape
 from sd.runtime.decode_in_strips import InStrips, needed
 from sd.runtime.devices import Device, best_device, device_and_dtype, is_compiled, on_device
 from sd.runtime.not_finite import check_finite, run_in_range
@@ -65,6 +65,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     feather: float = Request.feather,
+    padding_mask_crop: int | None = None,
     cfg_rescale: float = Request.cfg_rescale,
     deep_cache: int = Request.deep_cache,
 ) -> np.ndarray:
@@ -73,6 +74,8 @@ def generate(
     prompt, uncond_prompt   what to draw, and what not; words can have weights, "a (red:1.3) house" (`sd.prompts`)
     input_image, strength   the image to start from, cropped to the size; how much of it may change, in (0, 1]
     mask_image, feather     white is repainted, black stays the same to the byte; width of its soft edges, in pixels
+    padding_mask_crop       repaint only the masked part of a large image, with so many pixels around it, at `height` x
+                            `width`, and paste it back: the result has the size of `input_image`
     do_cfg, cfg_scale, cfg_rescale   guidance: how closely to follow the prompt (`guidance.classifier_free`)
     sampler_name, n_inference_steps  a key of `SAMPLERS`, and its number of steps
     models, tokenizer       what `load_models` returns (default: the tiny model); another tokenizer for it
@@ -101,6 +104,7 @@ def generate(
         height=height,
         width=width,
         feather=feather,
+        padding_mask_crop=padding_mask_crop,
         cfg_rescale=cfg_rescale,
         deep_cache=deep_cache,
     )
@@ -154,11 +158,11 @@ def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, Inpainti
         sampler.set_inference_timesteps(int(request.n_inference_steps or defaults.steps))
     strength = 1 if request.input_image is None else request.strength
     sampler.set_strength(strength)
-    batch_size, height, width, image = len(request.prompts), request.height, request.width, request.input_image
-    if request.mask_image is None and not models.config.unet.inpaints:
-        return sampler, get_latents(models, batch_size, height, width, generators, image, sampler), None
+    size, image, mask = (request.height, request.width), request.input_image, request.mask_image
+    if mask is None and not models.config.unet.inpaints:
+        return sampler, get_latents(models, len(generators), *size, generators, image, sampler), None
     inpainting = get_inpainting_inputs(
-        models, batch_size, height, width, generators, image, request.mask_image, request.feather
+        models, len(generators), *size, generators, image, mask, request.feather, request.padding_mask_crop
     )
     return sampler, inpainting.start(sampler, strength), inpainting
 
@@ -243,10 +247,12 @@ def denoise(
     (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages only every n
     steps (`sd.runtime.deep_cache`).
 
-    Raises ValueError for a context with another number of rows, a `deep_cache` that is not a whole number from 1 to
+    Raises ValueError for latents or a context of another shape, a `deep_cache` that is not a whole number from 1 to
     1000, and an inpainting U-Net without `inpainting`; NotFiniteError, with the step, for NaN or infinity.
     """
     check_steps("deep_cache", deep_cache)
+    check_shape("latents", latents, ("B", models.config.vae.latent_channels, "h", "w"))
+    check_shape("context", context, ("B or 2B", "77 k", models.config.unet.context_width))
     if len(context) not in (len(latents), 2 * len(latents)):
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
     if inpainting is None and models.config.unet.inpaints:
@@ -259,7 +265,7 @@ def denoise(
     device, dtype = device_and_dtype(models.diffusion)
     cfg_scale = float(models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale)
     latents, context = latents.to(device), context.to(device, dtype)
-    first, last = (share * len(sampler.timesteps) for share in cfg_interval)
+    first, last = (round(share * len(sampler.timesteps), 4) for share in cfg_interval)  # 0.07 * 100 is above 7
     timesteps = sampler.timesteps.to(device)  # in one copy: each one makes a GPU wait
     for index, timestep in enumerate(sampler.timesteps):
         guided = len(context) > len(latents) and first <= index < last and cfg_scale != 1
@@ -283,11 +289,13 @@ def denoise(
 
 @torch.no_grad()
 def decode_latents(models: Models, latents: Tensor) -> np.ndarray:
-    """Latents (B, 4, h, w) -> images, uint8 (B, 8 h, 8 w, 3). Raises NotFiniteError as `run_in_range` does.
+    """Latents (B, 4, h, w) -> images, uint8 (B, 8 h, 8 w, 3). Raises ValueError for latents of another shape, and
+    NotFiniteError as `run_in_range` does.
 
     It decodes in strips if memory is short, and always for large images in float32 on a CPU: the same image except for
     rounding. A decoder with forward hooks, such as a `Tracer`'s, decodes whole if memory allows.
     """
+    check_shape("latents", latents, ("B", models.config.vae.latent_channels, "h", "w"))
     # One at a time: an image takes the most memory here, for the decoder's feature maps at full resolution.
     decoder = InStrips(models.decoder) if needed(models.decoder, latents) else models.decoder
     return np.concatenate([tensor_to_array(run_in_range(decoder, "VAE decoder", one)) for one in latents.split(1)])

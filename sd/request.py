@@ -13,9 +13,10 @@ from itertools import chain
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from sd.config import SD15
-from sd.images import ImageSource, read_image, read_mask_image
+from sd.images import ImageSource, check_array, read_image, read_mask_image, warn_of_mask
 from sd.models import Models
 from sd.prompts.weights import parse
 from sd.runtime.devices import Device, best_device
@@ -49,6 +50,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     feather: float = 0
+    padding_mask_crop: int | None = None
     cfg_rescale: float = 0
     deep_cache: int = 1
 
@@ -64,12 +66,19 @@ class Request:
         _check_notation("uncond_prompt", self.uncond_prompt or "")
         for name, image in (("input_image", self.input_image), ("mask_image", self.mask_image)):
             _require(image is None or _is_image(image), name, image, "a path, an open file, a PIL image or an array")
+            if isinstance(image, np.ndarray):
+                check_array(image, name)
         given = self.mask_image is None or self.input_image is not None
         _require(given, "input_image", self.input_image, "given with mask_image")
         _require(isinstance(self.do_cfg, (bool, np.bool_)), "do_cfg", self.do_cfg, "True or False")
         _check_number("strength", self.strength, 0, 1, "a number above 0 and at most 1", above=True)
         _check_number("feather", self.feather, 0, math.inf, "a number of pixels, 0 or more")
         _require(self.feather <= MAX_FEATHER, "feather", self.feather, f"at most {MAX_FEATHER} pixels")
+        padding = self.padding_mask_crop
+        _require(padding is None or self.mask_image is not None, "mask_image", None, "given with padding_mask_crop")
+        _check_number(
+            "padding_mask_crop", padding or 0, 0, MAX_PIXELS, f"a whole number of pixels, 0 to {MAX_PIXELS}", True
+        )
         scale = 1 if self.cfg_scale is None else self.cfg_scale
         _check_number("cfg_scale", scale, -math.inf, math.inf, "a number; 1 to 14 is usual")
         _require(abs(scale) <= MAX_SCALE, "cfg_scale", scale, f"from -{MAX_SCALE} to {MAX_SCALE}")
@@ -84,9 +93,12 @@ class Request:
         check_size(self.height, self.width, SD15.vae.downscale)
 
     def read_images(self) -> Request:
-        """The same request with its images read: PIL images instead of paths. Raises what `read_image` raises."""
-        image = None if self.input_image is None else read_image(self.input_image)
+        """The same request with its images read: PIL images instead of paths. Warns of a mask that repaints next to
+        nothing, or nearly everything. Raises what `read_image` raises."""
+        image = None if self.input_image is None else read_image(self.input_image, name="input_image")
         mask = None if self.mask_image is None else read_mask_image(self.mask_image, image)
+        if mask is not None:
+            warn_of_mask(mask)
         return replace(self, input_image=image, mask_image=mask)
 
     def to_dict(self) -> dict:
@@ -138,6 +150,14 @@ def latent_shape(models: Models, batch_size: int, height: int | None, width: int
 def image_size(models: Models, shape: tuple[int, int, int, int]) -> tuple[int, int]:
     """(H, W) in pixels for a `latent_shape`."""
     return shape[2] * models.config.vae.downscale, shape[3] * models.config.vae.downscale
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raises ValueError, with the argument's `name`, for a tensor of another shape. A text in it is any number."""
+    given = tuple(getattr(tensor, "shape", ()))
+    fits = len(given) == len(shape) and all(isinstance(n, str) or n == size for n, size in zip(shape, given))
+    if not fits or 0 in given:
+        raise ValueError(f"{name} should be a tensor ({', '.join(map(str, shape))}), not {given or _shown(tensor)}.")
 
 
 def check_steps(name: str, steps: int) -> None:
@@ -239,4 +259,4 @@ def _from_png_url(name: str, text: object) -> Image.Image | None:
     except ValueError:
         raise ValueError(f"{name} should be a PNG data URL in base64, and this one is damaged.") from None
     file = io.BytesIO(content)
-    return read_mask_image(file) if name == "mask_image" else read_image(file)
+    return read_mask_image(file) if name == "mask_image" else read_image(file, name=name)

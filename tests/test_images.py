@@ -79,8 +79,6 @@ def test_bad_size(height, width):
 @pytest.mark.parametrize("array", [noise()[..., :2], noise()[0, 0], noise().astype(np.float32), noise()[:0]])
 def test_bad_array(array, tmp_path):
     with pytest.raises(ValueError, match="Expected a uint8 array of shape"):
-        image_to_tensor(array, 8, 8)
-    with pytest.raises(ValueError, match="Expected a uint8 array of shape"):
         write_png(tmp_path / "a.png", array)
 
 
@@ -90,8 +88,6 @@ def test_an_array_of_levels_is_grey(tmp_path):
     assert torch.equal(image_to_tensor(levels, *levels.shape), image_to_tensor(grey, *levels.shape))
     with pytest.raises(ValueError, match="Expected a uint8 array of shape"):
         write_png(tmp_path / "a.png", levels)
-    with pytest.raises(ValueError, match=r"not float64 \(\d+, \d+\)\.$"):
-        image_to_tensor(levels / 255, 8, 8)
 
 
 def test_uint8_to_floats_and_back():

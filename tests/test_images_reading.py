@@ -1,12 +1,14 @@
 """Reading images of every format, orientation and mode, and refusing other files."""
 
 import io
+import re
 import struct
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from sd import generate, model_loader
 from sd.images import read_image
 
 
@@ -47,9 +49,47 @@ def test_given_image_is_not_changed(source):
     np.testing.assert_array_equal(source, noise())
 
 
-def test_bad_array():
-    with pytest.raises(ValueError, match="Expected a uint8 array of shape"):
-        read_image(noise().astype(np.float32))
+@pytest.mark.parametrize(
+    "array, seen",
+    [
+        (np.array([[False, True]]), [[0, 255]]),
+        (np.array([[0.0, 0.5, 1.0]]), [[0, 128, 255]]),
+        (np.array([[0.0, 1.0]], np.float16), [[0, 255]]),
+        (np.array([[[3], [4]]], np.uint8), [[3, 4]]),
+        (np.array([[[9, 9, 9, 255], [9, 9, 9, 0]]], np.uint8), [[9, 255]]),
+    ],
+    ids=["bools", "floats", "float16", "one channel", "alpha"],
+)
+def test_arrays_of_other_kinds(array, seen):
+    assert np.asarray(read_image(array)).tolist() == [[[level] * 3 for level in row] for row in seen]
+
+
+SHAPES = r"(H, W), (H, W, 3) or (H, W, 4) of uint8, floats from 0 to 1 or bools"
+
+
+@pytest.mark.parametrize(
+    "array, problem",
+    [
+        (np.zeros((4, 4), np.int64), rf"an array {SHAPES}, not int64 (4, 4)."),
+        (np.zeros((4, 4), np.uint16), rf"an array {SHAPES}, not uint16 (4, 4)."),
+        (np.zeros((1, 3, 4, 4), np.float32), rf"an array {SHAPES}, not float32 (1, 3, 4, 4)."),
+        (np.zeros((3, 4, 5), np.uint8), rf"an array {SHAPES}, not uint8 (3, 4, 5)."),
+        (np.zeros((4, 4, 2), np.uint8), rf"an array {SHAPES}, not uint8 (4, 4, 2)."),
+        (np.zeros((0, 4, 3), np.uint8), rf"an array {SHAPES}, not uint8 (0, 4, 3)."),
+        (np.zeros((4, 4), complex), rf"an array {SHAPES}, not complex128 (4, 4)."),
+        (np.array([[0.0, 255.0]]), "an array of floats from 0 to 1, not from 0 to 255: for levels"),
+        (np.array([[-1.0, 1.0]]), "an array of floats from 0 to 1, not from -1 to 1: for levels"),
+        (np.array([[np.nan, 1.0]]), "an array of floats from 0 to 1, not from nan to nan: for levels"),
+    ],
+)
+@pytest.mark.parametrize("name", ["input_image", "mask_image"])
+def test_bad_arrays_are_named_before_any_work(monkeypatch, name, array, problem):
+    with pytest.raises(ValueError, match=f"^source should be {re.escape(problem)}"):
+        read_image(array)
+    monkeypatch.setattr(model_loader, "load_models", lambda **_: pytest.fail("loaded before checking"))
+    images = {"input_image": noise(), "mask_image": noise()}
+    with pytest.raises(ValueError, match=f"^{name} should be {re.escape(problem)}"):
+        generate("a cat", **(images | {name: array}))
 
 
 def bad_file(tmp_path, kind):
@@ -96,7 +136,7 @@ def test_damaged_file_is_a_value_error_or_a_picture(file_format, recwarn):
         except ValueError as error:
             messages.append(str(error))
     assert messages
-    assert all(message.startswith("the open file ") for message in messages)
+    assert all(message.startswith("source ") for message in messages)
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
