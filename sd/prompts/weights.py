@@ -219,14 +219,14 @@ def weigh(context: Tensor, weights: Tensor) -> Tensor:
     Each chunk z is then scaled back to its former mean, as in the web UI: s w z with s = mean(z) / mean(w z). A chunk
     whose weights are all 1 is returned unchanged, to the bit.
 
-    If all tokens had equal means, s would be 1 / mean(w). If s is not within a factor of two of 1 / mean(|w|), the
-    means of the tokens cancel out and s is arbitrary. Then 1 / mean(|w|) takes its place.
+    If all tokens had equal means, s would be 1 / mean(|w|). It is held within a factor of two of that: where the means
+    of the tokens cancel out, s would be arbitrary, even infinite.
     """
     weights = weights.to(context.device)[..., None]  # (N, 77, 1)
     z = context.float()
-    scale = z.mean((1, 2), keepdim=True) / (z * weights).mean((1, 2), keepdim=True)  # (N, 1, 1)
-    size = weights.abs().mean((1, 2), keepdim=True)
-    sane = (scale * size > 0.5) & (scale * size < 2)
-    factors = weights * torch.where(sane, scale, 1 / size)  # (N, 77, 1)
+    size = weights.abs().mean((1, 2), keepdim=True)  # (N, 1, 1)
+    # Clamped is 1 / s, which is finite: so s changes gradually with the weights, and never jumps.
+    ratio = (z * weights).mean((1, 2), keepdim=True) / (z.mean((1, 2), keepdim=True) * size)
+    factors = weights / (size * ratio.nan_to_num(1).clamp(0.5, 2))  # (N, 77, 1)
     unweighted = (weights == 1).all(dim=1, keepdim=True)  # (N, 1, 1)
     return torch.where(unweighted, context, (z * factors).to(context.dtype))
