@@ -1,7 +1,9 @@
 """The four steps, and `generate`. Agreement with diffusers' pipelines is tested in parity/."""
 
+import re
 import shutil
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -123,6 +125,34 @@ def test_steps_by_hand_refuse_what_cannot_be(models, picture):
             ValueError, match=f"^deep_cache should be a whole number from 1 to 1000, not {deep_cache}.$"
         ):
             next(pipeline.denoise(models, latents, torch.zeros(2, 77, 32), sampler, deep_cache=deep_cache))
+
+
+@pytest.mark.parametrize(
+    "latents, context, problem",
+    [
+        ((1, 3, 8, 8), (2, 77, 32), "latents should be a tensor (B, 4, h, w), not (1, 3, 8, 8)."),
+        ((4, 8, 8), (2, 77, 32), "latents should be a tensor (B, 4, h, w), not (4, 8, 8)."),
+        ((0, 4, 8, 8), (2, 77, 32), "latents should be a tensor (B, 4, h, w), not (0, 4, 8, 8)."),
+        ((1, 4, 8, 8), (2, 77, 768), "context should be a tensor (B or 2B, 77 k, 32), not (2, 77, 768)."),
+        ((1, 4, 8, 8), (77, 32), "context should be a tensor (B or 2B, 77 k, 32), not (77, 32)."),
+    ],
+)
+def test_tensors_of_another_shape_are_named(models, latents, context, problem):
+    sampler = pipeline.SAMPLERS["ddpm"]()
+    with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+        next(pipeline.denoise(models, torch.zeros(latents), torch.zeros(context), sampler))
+    if problem.startswith("latents"):
+        with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+            pipeline.decode_latents(models, torch.zeros(latents))
+
+
+def test_a_guided_part_of_the_run_has_whole_steps(models):
+    """To a computer, 0.07 * 100 is 7.000000000000001 and 0.14 * 100 is 14.000000000000002."""
+    latents, context = pipeline.get_latents(models, 1, 8, 8), pipeline.encode_prompt(models, "a cat")
+    sampler = pipeline.SAMPLERS["ddim"]()
+    sampler.set_inference_timesteps(100)
+    run = islice(pipeline.denoise(models, latents, context, sampler, cfg_interval=(0.07, 0.14)), 16)
+    assert [step.index for step in run if step.noise_uncond is not None] == list(range(7, 14))
 
 
 def test_no_negative_prompt_is_the_empty_one(models):

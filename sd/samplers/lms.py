@@ -29,6 +29,9 @@ def lms_weights(sigmas: list[float], sigma_next: float) -> list[float]:
     return weights
 
 
+MAX_REACH = 2  # a step may be this much longer than the distance between the latest and the oldest slope
+
+
 class LMSSampler(SigmaSampler):
     """The Adams-Bashforth method on uneven steps.
 
@@ -44,9 +47,13 @@ class LMSSampler(SigmaSampler):
     def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
         """x_{i+1} = x_i + sum_j w_j d_{i-j},    w_j the integral of l_j from sigma_i to sigma_{i+1}
 
-        over the last `order` slopes, or fewer at the start of a run.
+        over the last `order` slopes, or fewer at the start of a run. With many Karras levels, the last step, to
+        sigma = 0, is up to a hundred times longer than those before it. So far away a polynomial through their slopes
+        multiplies rounding errors by up to a million: such a step is Euler's.
         """
         self.history = [slope, *self.history[: self.order - 1]]
         sigma_next, *sigmas = self.sigmas[: i + 2].tolist()[::-1]
-        weights = lms_weights(sigmas[: len(self.history)], sigma_next)
-        return x + sum(weight * d for weight, d in zip(weights, self.history))
+        sigmas = sigmas[: len(self.history)]
+        if sigmas[0] - sigma_next > MAX_REACH * (sigmas[-1] - sigmas[0]):
+            sigmas = sigmas[:1]
+        return x + sum(weight * d for weight, d in zip(lms_weights(sigmas, sigma_next), self.history))
