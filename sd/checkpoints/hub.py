@@ -1,0 +1,176 @@
+"""A model's name on the Hugging Face hub -> its file or folder on this computer, fetched if it is not here yet.
+
+    owner/name    owner/name@revision    owner/name:file.safetensors    owner/name@revision:folder/file.ckpt
+
+`huggingface_hub`, the hub's own client, does the work: it resumes, checks, and shares its cache with diffusers. Its
+environment variables apply: HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN, HF_HOME.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<file>[^:]+))?")
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+# The files of a folder in the layout of diffusers: for each network, how its files of weights begin.
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+SETTINGS = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/added_tokens.json"]
+
+
+def is_name(path: str | Path) -> bool:
+    """Whether this can only be a name on the hub: neither a file nor a folder here, nor the path of a weight file."""
+    match = NAME.fullmatch(path) if isinstance(path, str) else None
+    if match is None or Path(path).exists():
+        return False
+    return match["file"] is not None or not match["repo"].lower().endswith(FILE_SUFFIXES)
+
+
+def fetch(name: str, half: bool = False) -> Path:
+    """The file of a name with one, or else a folder in the layout of diffusers with the files that are needed.
+
+    With `half`, the weights in 16 bits are fetched where the hub has them: half the size. Where the hub cannot be
+    reached, what its cache has is used.
+
+    Raises ImportError without the package; FileNotFoundError for a model, revision or file that the hub does not have;
+    PermissionError for a model whose terms must be accepted first; ConnectionError if the hub is needed and cannot be
+    reached; another OSError, such as for a full disk. Each is one sentence.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ImportError(
+            f"{name} is neither a file nor a folder here. To fetch it from the Hugging Face hub, install the package "
+            "huggingface_hub: pip install -r requirements-hub.txt"
+        ) from None
+    match = NAME.fullmatch(name)
+    repo, revision, file = match["repo"], match["revision"], match["file"]
+    with _plain_errors(name, repo, revision):
+        if file is not None:
+            return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
+        listed = _list_files(repo, revision)
+        if listed is None:
+            return _cached_folder(repo, revision)
+
+        def cached(file: str) -> bool:
+            return isinstance(huggingface_hub.try_to_load_from_cache(repo, file, revision=revision), str)
+
+        wanted = choose(listed, half, cached)
+        if wanted is None:
+            raise FileNotFoundError(
+                f"{repo} on the hub is not a folder in the layout of diffusers{_advice(repo, listed)}."
+            )
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
+
+
+def choose(files: Sequence[str], half: bool, cached: Callable[[str], bool] = lambda file: False) -> list[str] | None:
+    """Which of a repository's files are needed, or None if it has no whole model in the layout of diffusers.
+
+    For each network, safetensors come before .bin. With `half`, the 16-bit variant comes first, unless others are in
+    the cache already; without, it comes last.
+    """
+    wanted = [file for file in SETTINGS if file in files]
+    for network, stem in WEIGHTS.items():
+        variants = [".fp16", ""] if half else ["", ".fp16"]
+        kinds = [re.compile(re.escape(f"{network}/{stem}") + kind) for kind in _kinds(variants)]
+        found = [names for kind in kinds if (names := [file for file in files if kind.fullmatch(file)])]
+        if not found or f"{network}/config.json" not in files:
+            return None
+        here = [names for names in found if half and all(map(cached, names))]
+        wanted += [f"{network}/config.json", *(here or found)[0]]
+    return wanted
+
+
+def _kinds(variants: list[str]) -> Iterator[str]:
+    """Patterns for the rest of a weight file's name, the best first: whole, or in shards with their index."""
+    for suffix in (".safetensors", ".bin"):
+        for variant in map(re.escape, variants):
+            yield variant + re.escape(suffix)
+            yield rf"({variant}-\d{{5}}-of-\d{{5}}{re.escape(suffix)}|{re.escape(suffix)}\.index{variant}\.json)"
+
+
+def _list_files(repo: str, revision: str | None) -> list[str] | None:
+    """The names of all files of a repository, or None if the hub cannot be reached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        # Not list_repo_files, which tries for half a minute where there is no network.
+        return [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings]
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", 500) < 500:
+            raise
+    except ValueError:  # an impossible name
+        raise
+    except Exception:  # offline mode, or whatever the HTTP library of this version of the client raises
+        pass
+    return None
+
+
+def _cached_folder(repo: str, revision: str | None) -> Path:
+    """The folder that the cache has of a repository. Raises ConnectionError if it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "unet/config.json", revision=revision)
+    if not isinstance(config, str):  # None, or a mark that says that the hub has no such file
+        raise ConnectionError("not in the cache")
+    return Path(config).parent.parent
+
+
+@contextmanager
+def _plain_errors(name: str, repo: str, revision: str | None) -> Iterator[None]:
+    """Turns the client's errors into one sentence each."""
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise PermissionError(
+            f"{name} is a model whose terms must be accepted first: do so at {hub}/{repo}, then set HF_TOKEN to your "
+            "token, or run `hf auth login`."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{name} is neither a file nor a folder here, nor a public model at {hub}: check its name, or set HF_TOKEN "
+            "for a private one."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{name}: the model {repo} has no revision {revision!r} at {hub}.") from None
+    except errors.LocalEntryNotFoundError:
+        raise _unreachable(name, hub) from None
+    except errors.EntryNotFoundError:
+        listed = _list_files(repo, revision) or []
+        raise FileNotFoundError(f"{name}: the hub has no such file{_advice(repo, listed)}.") from None
+    except errors.HFValidationError:
+        raise FileNotFoundError(
+            f"{name} is neither a file nor a folder here, nor a possible name on the hub."
+        ) from None
+    except errors.HfHubHTTPError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{name} could not be fetched from {hub}: {reason:.200}") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            place = constants.HF_HUB_CACHE
+            raise OSError(f"{name} could not be saved: the disk of {place} is full; HF_HOME names another.") from None
+        if isinstance(error, ConnectionError):
+            raise _unreachable(name, hub) from None
+        raise
+
+
+def _unreachable(name: str, hub: str) -> ConnectionError:
+    return ConnectionError(
+        f"{name} is neither a file nor a folder here nor in the hub's cache, and {hub} cannot be reached: check the "
+        "network, and HF_HUB_OFFLINE."
+    )
+
+
+def _advice(repo: str, files: Sequence[str], most: int = 4) -> str:
+    """What to type instead, from the weight files that the repository has."""
+    weights = [file for file in files if file.lower().endswith(FILE_SUFFIXES)]
+    weights = sorted(weights, key=lambda file: (file.count("/"), len(file)))[:most]
+    return f": give one of its files, such as {' or '.join(f'{repo}:{file}' for file in weights)}" if weights else ""
