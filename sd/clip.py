@@ -3,6 +3,8 @@
 In: token ids (B, 77). Out: the context (B, 77, width), one vector per token, which the U-Net's cross-attention reads.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -18,15 +20,18 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # SD 1.x, SD 2.x
+
+
 class CLIPLayer(nn.Module):
     """One pre-norm transformer layer: attention, then a two-layer perceptron, each added to its input."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), QuickGELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), ACTIVATIONS[activation](), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, width) -> (B, N, width)."""
@@ -41,7 +46,8 @@ class CLIP(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)
-        self.layers = nn.ModuleList(CLIPLayer(config.width, config.heads) for _ in range(config.layers))
+        layer = partial(CLIPLayer, config.width, config.heads, config.activation)
+        self.layers = nn.ModuleList(layer() for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The sizes of every network, as frozen dataclasses. SD 1.5 and the tiny model differ here and nowhere else.
+"""The sizes of every network, as frozen dataclasses. SD 1.5, SD 2 and the tiny model differ here and nowhere else.
 
 Our checkpoints contain their `ModelConfig` as a plain dict (`to_dict`, `from_dict`). Published ones do not:
 `checkpoints/variants.py` recognises them by their keys and shapes.
@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text encoder; the defaults are CLIP ViT-L/14's (2103.00020)."""
+    """The text encoder; the defaults are CLIP ViT-L/14's (2103.00020). SD 2.x has OpenCLIP's ViT-H/14 (2212.07143)."""
 
     vocab_size: int = 49408
     context_length: int = 77  # tokens of a prompt, start and end included
     width: int = 768
     layers: int = 12
     heads: int = 12
+    activation: str = "quick_gelu"  # or "gelu"
+    zero_padding: bool = False  # a prompt's 77 ids end with zeros, not with more end tokens
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,13 @@ class UNetConfig:
     attention: tuple[bool, ...] = (True, True, True, False)  # which levels read the prompt; the middle always does
     blocks_per_level: int = 2
     heads: int = 8
+    head_width: int | None = None  # if given, heads have this width, and wider levels have more of them
     groups: int = 32
     context_width: int = 768
+
+    def heads_of(self, channels: int) -> int:
+        """The number of attention heads at a level of so many channels."""
+        return self.heads if self.head_width is None else channels // self.head_width
 
     @property
     def inpaints(self) -> bool:
@@ -115,6 +122,8 @@ def _convert(default: object, value: object, where: str):
     elif isinstance(default, (str, bool)):
         if type(value) is type(default):
             return value
+    elif value is None and default is None:
+        return None
     elif type(value) in (int, type(default)) and 0 < value < math.inf:
         return value
     raise ValueError(f"{where} should be like {default!r}, not {value!r:.80}.")
@@ -124,6 +133,14 @@ SD15 = ModelConfig()
 
 # The U-Net of the inpainting checkpoint also takes the mask (1 channel) and the latents of the masked image (4).
 SD15_INPAINTING = replace(SD15, unet=replace(SD15.unet, in_channels=9))
+
+# SD 2.x: its base models predict noise and make images of 512 pixels; the others predict v, at 768.
+SD2_BASE = ModelConfig(
+    text=TextConfig(width=1024, layers=23, heads=16, activation="gelu", zero_padding=True),
+    unet=UNetConfig(head_width=64, context_width=1024),
+)
+SD2 = replace(SD2_BASE, schedule=ScheduleConfig(prediction_type="v_prediction"), image_size=768)
+SD2_INPAINTING = replace(SD2_BASE, unet=replace(SD2_BASE.unet, in_channels=9))
 
 # 8 groups: with 32, the norms of 32 channels would be instance norms.
 TINY = ModelConfig(

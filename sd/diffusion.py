@@ -94,7 +94,7 @@ class Diffusion(nn.Module):
             return ResidualBlock(in_channels, out_channels, config.groups, 1e-5, time_width)
 
         def transformer(channels: int) -> SpatialTransformer:
-            return SpatialTransformer(channels, config.heads, config.groups, config.context_width)
+            return SpatialTransformer(channels, config.heads_of(channels), config.groups, config.context_width)
 
         levels = list(enumerate(zip(config.channels, config.attention)))
         self.down = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, first, 3, padding=1))])
