@@ -1,4 +1,7 @@
-"""What all scripts share: errors of one line, the exit status, and a message if packages are missing."""
+"""What all scripts share: errors of one line, the exit status, and a message if packages are missing.
+
+Every script makes a `Parser` first and then calls `run` or `exit_status`. Both work without a console.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
+
+from scripts.support.streams import open_streams, output_error
 
 PACKAGES = ("torch", "numpy", "PIL", "tqdm", "regex", "ftfy")
 
@@ -23,6 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, packages: Iterable[str] = PACKAGES):
         """`packages`: what the script imports later."""
+        open_streams()
         if demo_command() == ["sd"]:
             prog, description = "sd", description.replace("python scripts/demo.py", "sd")
         super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,6 +48,10 @@ class Parser(argparse.ArgumentParser):
                 f"then `.venv/bin/python scripts/{self.prog}`."
             )
         return options
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        problem = output_error() if status == 0 else None  # --help may be all that was asked for
+        super().exit(2 if problem else status, f"{self.prog}: {problem}\n" if problem else message)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -63,15 +73,29 @@ def import_torch() -> None:
 
 
 def exit_status(prog: str, work: Callable[[], object], interrupted: str) -> int:
-    """Imports torch and runs `work`. Returns the exit status: 0, 2 after an error, 130 after Ctrl-C. The last two also
-    print one line on standard error."""
-    try:
+    """Imports torch and calls `run`."""
+
+    def with_torch() -> object:
         import_torch()
-        work()
-        return 0
+        return work()
+
+    return run(prog, with_torch, interrupted)
+
+
+def run(prog: str, work: Callable[[], object], interrupted: str, explain: Callable[[Exception], str] = str) -> int:
+    """Runs `work`. Returns the exit status: what `work` returns if that is a number, or else 0; 2 after an error, 130
+    after Ctrl-C. The last two also print one line on standard error: `explain` of the error, and `interrupted`.
+    """
+    open_streams()
+    try:
+        done = work()
+        status, line = done if isinstance(done, int) else 0, None
     except KeyboardInterrupt:
         status, line = 130, interrupted
     except (ValueError, OSError, MemoryError) as error:
-        status, line = 2, str(error)
-    print(f"{prog}: {line}", file=sys.stderr)  # only here, after the progress bars have closed
+        status, line = 2, explain(error)
+    if line is None and (line := output_error()):
+        status = 2
+    if line is not None:
+        print(f"{prog}: {line}", file=sys.stderr)  # only here, after the progress bars have closed
     return status
