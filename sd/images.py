@@ -153,7 +153,8 @@ def write_image(
     """Write an image as PNG, JPEG or WebP, by the suffix of `path`: .png, .jpg, .jpeg or .webp.
 
     JPEG and WebP have a quality of 95. Their `parameters` go into the EXIF tag UserComment in UTF-16, where the
-    AUTOMATIC1111 web UI reads them. JPEG has room for 32,000 characters: more are cut off. All else is as in `write_png`.
+    AUTOMATIC1111 web UI reads them. JPEG has room for 32,000 characters, and more are cut off. The rest is as in
+    `write_png`.
 
     Raises the errors of `write_png`, and ValueError for another suffix.
     """

@@ -23,6 +23,20 @@ def demo_command() -> list[str]:
     return ["sd"] if Path(sys.argv[0]).stem == "sd" else ["python", "scripts/demo.py"]
 
 
+def demo_name() -> str:
+    """What was started, as errors call it: demo.py, or the command sd."""
+    return Path(demo_command()[-1]).name
+
+
+class Once(argparse.Action):
+    """Stores a value, and is an error if the flag is given twice: of two names, one would be ignored."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} should be given once, not twice.")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that prints an error as one line, without the usage, and keeps the description's layout."""
 

@@ -43,6 +43,4 @@ def with_flags(message: str, flags: dict[str, str] = FLAGS) -> str:
     message = flags.get(first, first) + blank + rest
     names = {**{name: flag for name, flag in flags.items() if "_" in name}, **PHRASES}
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    return re.sub(
-        rf"(?<![\w./\\'\"=-])(?:{pattern})(?![\w/\\'\"=(-]|\.\w)", lambda match: names[match[0]], message
-    )
+    return re.sub(rf"(?<![\w./\\'\"=-])(?:{pattern})(?![\w/\\'\"=(-]|\.\w)", lambda match: names[match[0]], message)

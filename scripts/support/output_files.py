@@ -10,17 +10,26 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
-def first_path(out: Path | None, overwrite: bool) -> Path:
-    """The file that --out names, picture.png if it names a folder. Raises ValueError if it cannot be written."""
-    if out is None or out.is_dir() or not out.suffix:
-        path = (out or Path()) / "picture.png"
+
+def first_path(out: str | None, overwrite: bool) -> Path:
+    """The file that --out names, or picture.png in the folder that it names. Raises ValueError if it cannot be written.
+
+    A name is a folder if there is one, if it ends in a slash, or if it has no suffix.
+    """
+    path = Path(out or "")
+    if path.is_dir() or (out or "").endswith(("/", os.sep)) or not path.suffix:
+        path = path / "picture.png"
         check_folder("--out", path)
         return path
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out should be a .png file or a folder, not {out}.")
-    check_free("--out", out, overwrite)
-    return out
+    if path.suffix.lower() not in IMAGES:
+        raise ValueError(
+            f"--out should be a {', '.join(IMAGES)} file, or a folder, not {out}; the name of a new folder ends in a "
+            f"slash: {out}/"
+        )
+    check_free("--out", path, overwrite)
+    return path
 
 
 def check_free(flag: str, path: Path, overwrite: bool) -> None:
@@ -32,7 +41,12 @@ def check_free(flag: str, path: Path, overwrite: bool) -> None:
 
 def check_folder(flag: str, path: Path) -> None:
     """Raises ValueError unless the folder of `path` can be written to, or made. Call it before the work begins."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{flag} should be an absolute path, not {path}: the current folder no longer exists."
+        ) from None
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         reason = "is write-protected" if folder.is_dir() else "is a file"
         raise ValueError(f"{flag} should be in a folder that you can write to: {folder} {reason}.")

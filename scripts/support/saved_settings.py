@@ -1,7 +1,7 @@
 """The settings in a picture: `quote` for writing them, `read` for --from.
 
-They are one text, as the AUTOMATIC1111 web UI writes it: the prompt, "Negative prompt: ...", and a last line of pairs such
-as "Steps: 20, Sampler: Euler a". A PNG file has it in the text chunk "parameters", JPEG and WebP in the EXIF tag
+They are one text, as the AUTOMATIC1111 web UI writes it: the prompt, "Negative prompt: ...", and a last line of pairs
+such as "Steps: 20, Sampler: Euler a". A PNG file has it in the text chunk "parameters", JPEG and WebP in the EXIF tag
 UserComment. A .txt file may hold the text itself.
 """
 
@@ -38,7 +38,7 @@ def quote(value: object) -> str:
 
 def protect(prompt: str) -> str:
     r"""A prompt none of whose lines looks like the beginning of the negative prompt: a colon may be written \:."""
-    return re.sub(rf"(?m)^(\s*{NEGATIVE[:-1]}):", r"\1\\:", prompt)
+    return re.sub(rf"(?m)^([^\S\n]*{NEGATIVE[:-1]}):", r"\1\\:", prompt)
 
 
 def parse(text: str) -> SavedSettings:

@@ -10,9 +10,7 @@ LARGEST = 8192
 EXTREME = 4  # times the model's own side, or a part of it
 
 
-def choose_size(
-    image: tuple[int, int] | None, width: int | None, height: int | None, side: int
-) -> tuple[int, int]:
+def choose_size(image: tuple[int, int] | None, width: int | None, height: int | None, side: int) -> tuple[int, int]:
     """The (width, height) to draw. `image` is the size of the image to start from, `side` the model's own.
 
     Without an image, what is not given is the model's own. With one, a missing side follows from the other and the

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 
-PART = re.compile(r"(?s) \{ (?P<group> (?: \\. | [^\\{}] )* ) \}  |  (?P<text> (?: \\. | [^\\{}] | \\\Z )+ )", re.VERBOSE)
+PART = re.compile(r"(?s)\{(?P<group>(?:\\.|[^\\{}])*)\}|(?P<text>(?:\\.|[^\\{}]|\\\Z)+)")
 BAR = re.compile(r"(?<!\\)\|")
 ESCAPED = re.compile(r"(?s)\\(.)")
 MAX_PROMPTS = 1000
@@ -24,16 +24,16 @@ def expand(prompt: str) -> list[str]:
     """
     if PART.sub("", prompt):
         raise ValueError(
-            "prompt should have its alternatives in single braces, as in a {red|blue} house (a brace itself is "
-            rf"written \{{), not {prompt!r}."
+            f"prompt should have its alternatives in single braces, as in a {{red|blue}} house, not {prompt!r}; "
+            r"write \{ for the brace itself."
         )
     parts = list(PART.finditer(prompt))
     if all(part["text"] for part in parts):
         return [_unescape(prompt, "{}")]
-    choices = [
-        [_unescape(part["text"], "{}")] if part["text"] else [_unescape(text, "{}|") for text in BAR.split(part["group"])]
-        for part in parts
-    ]
+    choices = []
+    for part in parts:
+        texts = [part["text"]] if part["text"] else BAR.split(part["group"])
+        choices.append([_unescape(text, "{}" if part["text"] else "{}|") for text in texts])
     count = math.prod(map(len, choices))
     if count > MAX_PROMPTS:
         raise ValueError(f"prompt should stand for at most {MAX_PROMPTS} prompts, not {count}.")

@@ -1,9 +1,9 @@
 r"""Notation of other tools that has no effect here: a prompt is adapted to `weights`, and sentences say how.
 
-    [red:blue:0.5]  [red|blue]       prompt editing and alternation in the AUTOMATIC1111 web UI: read as text
-    <lora:name:1>  <hypernet:name:1>  files of additional weights: left out
-    AND  __name__  (word)++  --ar 1:1  read as text
-    :)  ;-(                          read as text, although the bracket has no partner
+[red:blue:0.5]  [red|blue]       prompt editing and alternation in the AUTOMATIC1111 web UI: read as text
+<lora:name:1>  <hypernet:name:1>  files of additional weights: left out
+AND  __name__  (word)++  --ar 1:1  read as text
+:)  ;-(                          read as text, although the bracket has no partner
 """
 
 from __future__ import annotations
