@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f'what to draw (default: "{TINY_PROMPT}"; with --checkpoint "{PROMPT}")',
     )
     add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one in each line; a line with # is a comment")
-    help = "a picture whose prompt and settings to use, of this tool or the AUTOMATIC1111 web UI; flags come first"
+    help = "a picture whose prompt and settings to use, of this tool or the AUTOMATIC1111 web UI; flags override it"
     add("--from", type=Path, metavar="FILE", dest="source", help=help)
     add("--world", action="store_true", help="list the words that the tiny model can draw, and stop")
     add("--negative", metavar="TEXT", help="what the image should not show")
@@ -86,7 +86,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     help = "a .png, .jpg or .webp file, or a folder (default: picture.png or the next free name)"
     add("--out", action=Once, metavar="PATH", help=help)
     add("--overwrite", action="store_true", help="replace the files that --out, --film and --report name")
-    options = parser.parse_intermixed_args(arguments)  # prompts may stand between the flags
+    arguments = sys.argv[1:] if arguments is None else arguments
+    dashes = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_intermixed_args(arguments[:dashes])  # prompts may stand between the flags
+    options.prompts += arguments[dashes + 1 :]  # argparse would look for flags among them
     options.saved_prompt = None  # of --from
     if not (options.prompts or options.prompts_file or options.source):
         options.prompts = [PROMPT if options.checkpoint else TINY_PROMPT]

@@ -62,8 +62,4 @@ def same_file(one: Path, other: Path) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError:
-        pass
-    try:
         return os.path.realpath(one).casefold() == os.path.realpath(other).casefold()
-    except OSError:  # the current folder is gone
-        return one == other

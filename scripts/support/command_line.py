@@ -6,6 +6,7 @@ Every script makes a `Parser` first and then calls `run` or `exit_status`. Both 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -55,12 +56,16 @@ class Parser(argparse.ArgumentParser):
         return self._with_packages(super().parse_intermixed_args(*arguments, **more))
 
     def _with_packages(self, options: argparse.Namespace) -> argparse.Namespace:
-        """The options, or an error of one line if this Python lacks a package that the script needs."""
+        """The options, or an error of one line if the script cannot run here: a package or the current folder is missing."""
         if missing := [name for name in self.packages if find_spec(name) is None]:
             self.error(
                 f"this Python lacks {', '.join(missing)}: run `sh scripts/demo.sh` once to install them into .venv, "
                 f"then `.venv/bin/python scripts/{self.prog}`."
             )
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            self.error("the current folder no longer exists: change to another one and run this again.")
         return options
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -68,6 +73,8 @@ class Parser(argparse.ArgumentParser):
         super().exit(2 if problem else status, f"{self.prog}: {problem}\n" if problem else message)
 
     def error(self, message: str) -> NoReturn:
+        if self.prog == demo_name() and ("unrecognized arguments: -" in message or "-h/--help: ignored" in message):
+            message += "; a prompt that begins with a dash stands after --, behind all flags"
         self.exit(2, f"{self.prog}: {message}\n")
 
 

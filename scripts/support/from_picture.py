@@ -88,7 +88,9 @@ def _model_notes(options: argparse.Namespace, pairs: dict[str, str]) -> list[str
     for setting, name in ours.items():
         theirs = pairs.pop(setting, None)
         if theirs is not None and theirs not in (name, options.vae.name if setting == "VAE" and options.vae else None):
-            flag = "--checkpoint" if setting == "Model" else "--vae"
-            now = name or "the checkpoint's own"
-            notes.append(f"{options.source} was made with the {setting} {theirs}, this picture with {now} ({flag}).")
+            what, flag = ("model", "--checkpoint") if setting == "Model" else ("VAE", "--vae")
+            now = repr(name) if name else "the checkpoint's own"
+            notes.append(
+                f"{options.source} was made with the {what} {theirs!r}, not with {now}; {flag} chooses another."
+            )
     return notes

@@ -57,5 +57,5 @@ def note_size(request: Request, models: Models) -> None:
     if times > FAR_ABOVE:
         say(
             f"{request.width} x {request.height} is {times:.3g} times the {side} x {side} pixels that the model was "
-            f"trained on: expect repeated objects, and more than {times:.3g} times the time and memory."
+            f"trained on: expect repeated objects, and steps that take about {times:.3g} times as long, or longer."
         )

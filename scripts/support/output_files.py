@@ -41,12 +41,7 @@ def check_free(flag: str, path: Path, overwrite: bool) -> None:
 
 def check_folder(flag: str, path: Path) -> None:
     """Raises ValueError unless the folder of `path` can be written to, or made. Call it before the work begins."""
-    try:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{flag} should be an absolute path, not {path}: the current folder no longer exists."
-        ) from None
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         reason = "is write-protected" if folder.is_dir() else "is a file"
         raise ValueError(f"{flag} should be in a folder that you can write to: {folder} {reason}.")
