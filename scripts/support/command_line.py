@@ -50,13 +50,13 @@ class Parser(argparse.ArgumentParser):
         self.packages = packages
 
     def parse_args(self, *arguments, **more):
-        return self._with_packages(super().parse_args(*arguments, **more))
+        return self._ready(super().parse_args(*arguments, **more))
 
     def parse_intermixed_args(self, *arguments, **more):
-        return self._with_packages(super().parse_intermixed_args(*arguments, **more))
+        return self._ready(super().parse_intermixed_args(*arguments, **more))
 
-    def _with_packages(self, options: argparse.Namespace) -> argparse.Namespace:
-        """The options, or an error of one line if the script cannot run here: a package or the current folder is missing."""
+    def _ready(self, options: argparse.Namespace) -> argparse.Namespace:
+        """The options, or an error of one line if a package is missing, or the current folder."""
         if missing := [name for name in self.packages if find_spec(name) is None]:
             self.error(
                 f"this Python lacks {', '.join(missing)}: run `sh scripts/demo.sh` once to install them into .venv, "
