@@ -15,7 +15,7 @@ import torch
 from scripts import download
 from sd import files
 from sd.checkpoints.files import read_state_dict, write_checkpoint
-from sd.images import read_image, write_animation, write_png
+from sd.images import read_image, write_animation, write_image, write_png
 from sd.training.loop import load_state, save_atomically
 from tests import ROOT
 from tests.support.killer import frame
@@ -84,6 +84,8 @@ GREY = np.random.default_rng(0).integers(0, 256, (4, 200, 250, 1), dtype=np.uint
 STATE = {"a": torch.randn(50_000)}
 WRITERS = {
     "a.png": lambda path: write_png(path, BIG, overwrite=True),
+    "a.jpg": lambda path: write_image(path, BIG.repeat(2, 0), "x", overwrite=True),
+    "a.webp": lambda path: write_image(path, BIG.repeat(2, 0), "x", overwrite=True),
     "a.gif": lambda path: write_animation(path, GREY, overwrite=True),
     "a.ckpt": lambda path: write_checkpoint(path, STATE),
     "a.safetensors": lambda path: write_checkpoint(path, STATE),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
-from itertools import combinations
 from pathlib import Path
 
-from scripts.support.output_files import check_free
+from scripts.support.output_files import check_different_files, check_free
 
 MAX_IMAGES = 10_000
+FEATURES = {".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}  # suffix -> what Pillow calls it: not every build has all
 
 
 def check_flags(options: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit together, and for files that are missing or cannot be written."""
+    from PIL import features
+
     if not 1 <= options.n <= MAX_IMAGES:
         raise ValueError(f"--n should be from 1 to {MAX_IMAGES}, not {options.n}.")
     for flag, value in (("--mask", options.mask), ("--strength", options.strength)):
@@ -34,6 +35,9 @@ def check_flags(options: argparse.Namespace) -> None:
         {**files, "--checkpoint": options.checkpoint, "--vae": options.vae},
         {"--out": options.out and Path(options.out), "--film": options.film, "--report": options.report},
     )
+    for flag, path in (("--out", Path(options.out or "")), ("--film", options.film or Path())):
+        if path.suffix.lower() in FEATURES and not features.check(FEATURES[path.suffix.lower()]):
+            raise ValueError(f"{flag} should have another suffix, not {path.suffix}: this Pillow cannot write it.")
     if options.film:
         if options.film.suffix.lower() not in (".webp", ".gif"):
             raise ValueError(f"--film should be a .webp or .gif file, not {options.film}.")
@@ -44,22 +48,3 @@ def check_flags(options: argparse.Namespace) -> None:
         check_free("--report", options.report, options.overwrite)
         if options.deep_cache not in (None, 1):
             raise ValueError("--report should be used without --deep-cache: it shows every stage at every step.")
-
-
-def check_different_files(read: dict[str, Path | None], written: dict[str, Path | None]) -> None:
-    """Raises ValueError if a file that is to be written is also read, or written twice. Folders do not count."""
-    outputs = [(flag, path) for flag, path in written.items() if path is not None and not path.is_dir()]
-    inputs = [(flag, path) for flag, path in read.items() if path is not None and not path.is_dir()]
-    pairs = [*((other, one) for one in outputs for other in inputs), *combinations(outputs, 2)]
-    for (flag, path), (other_flag, other) in pairs:
-        if same_file(path, other):
-            raise ValueError(f"{other_flag} should be another file than {flag}, not {other} for both.")
-
-
-def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths name one file, also through links. A file that does not exist yet is compared by its name,
-    without regard to case, as some systems do."""
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return os.path.realpath(one).casefold() == os.path.realpath(other).casefold()

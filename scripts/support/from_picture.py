@@ -90,7 +90,5 @@ def _model_notes(options: argparse.Namespace, pairs: dict[str, str]) -> list[str
         if theirs is not None and theirs not in (name, options.vae.name if setting == "VAE" and options.vae else None):
             what, flag = ("model", "--checkpoint") if setting == "Model" else ("VAE", "--vae")
             now = repr(name) if name else "the checkpoint's own"
-            notes.append(
-                f"{options.source} was made with the {what} {theirs!r}, not with {now}; {flag} chooses another."
-            )
+            notes.append(f"{options.source} was made with the {what} {theirs!r}, not {now}; {flag} chooses another.")
     return notes

@@ -46,7 +46,7 @@ def all_prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
         prompts.append(adapted)
         _add_notes(notes, found)
     options.negative, found = adapt(options.negative or "")
-    if "{" in options.negative and "|" in options.negative:
+    if "{" in options.negative and "|" in options.negative and not options.source:
         found["braces"] = "{ } in --negative are read as text: alternatives belong into the prompt."
     _add_notes(notes, found)
     return prompts, list(notes.values())
