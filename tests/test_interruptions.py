@@ -80,12 +80,13 @@ def read_only(tmp_path):
 
 
 BIG = np.random.default_rng(0).integers(0, 256, (200, 250, 3), dtype=np.uint8)  # 150 kB
+NOISE = np.random.default_rng(0).integers(0, 256, (400, 500, 3), dtype=np.uint8)  # over 100 kB in any format
 GREY = np.random.default_rng(0).integers(0, 256, (4, 200, 250, 1), dtype=np.uint8).repeat(3, 3)
 STATE = {"a": torch.randn(50_000)}
 WRITERS = {
     "a.png": lambda path: write_png(path, BIG, overwrite=True),
-    "a.jpg": lambda path: write_image(path, BIG.repeat(2, 0), "x", overwrite=True),
-    "a.webp": lambda path: write_image(path, BIG.repeat(2, 0), "x", overwrite=True),
+    "a.jpg": lambda path: write_image(path, NOISE, "x", overwrite=True),
+    "a.webp": lambda path: write_image(path, NOISE, "x", overwrite=True),
     "a.gif": lambda path: write_animation(path, GREY, overwrite=True),
     "a.ckpt": lambda path: write_checkpoint(path, STATE),
     "a.safetensors": lambda path: write_checkpoint(path, STATE),
