@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shlex
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.support.command_line import demo_command
+from scripts.support.saved_settings import protect, quote
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,11 +38,16 @@ SAMPLER_NAMES = {
 
 def parameters(options: argparse.Namespace, request: Request) -> str:
     """The prompt and settings as one text, in the format that other Stable Diffusion tools read and write."""
-    lines = [request.prompt]
+    lines = [protect(request.prompt)]
     if request.uncond_prompt:
-        lines.append(f"Negative prompt: {request.uncond_prompt}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in _settings(options, request).items()))
+        lines.append(f"Negative prompt: {protect(request.uncond_prompt)}")
+    lines.append(", ".join(f"{key}: {quote(value)}" for key, value in _settings(options, request).items()))
     return "\n".join(lines)
+
+
+def model_name(checkpoint: Path | None) -> str:
+    """What the settings call the model: the name of its file or folder, without the suffix."""
+    return Path(os.path.abspath(checkpoint)).stem if checkpoint else "tiny"
 
 
 def details(options: argparse.Namespace, request: Request, models: Models) -> dict[str, str]:
@@ -57,9 +65,11 @@ def details(options: argparse.Namespace, request: Request, models: Models) -> di
 
 def command(options: argparse.Namespace, request: Request, models: Models) -> str:
     """The command line that makes this image again, quoted for a POSIX shell."""
+    from sd.prompts.alternatives import escape
+
     device, dtype = _place(models)
     # A prompt must not look like a flag. An empty pair of braces adds nothing to it.
-    prompt = "{}" + request.prompt if request.prompt.startswith("-") else request.prompt
+    prompt = "{}" * request.prompt.startswith("-") + escape(request.prompt)
     arguments = [*demo_command(), prompt]
     flags = {
         "--negative": request.uncond_prompt or None,
@@ -111,7 +121,7 @@ def _settings(options: argparse.Namespace, request: Request) -> dict[str, object
         "CFG scale": f"{request.cfg_scale:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
-        "Model": options.checkpoint.stem if options.checkpoint else "tiny",
+        "Model": model_name(options.checkpoint),
     }
     if options.vae:
         pairs["VAE"] = options.vae.stem

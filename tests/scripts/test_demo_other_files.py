@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib
 import io
 import re
 import shlex
@@ -79,6 +80,31 @@ def test_reports(run_demo):
         with Image.open(one) as picture:
             uri = base64.b64decode(page.partition("data:image/png;base64,")[2].partition('"')[0])
             assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(uri))))
+
+
+@pytest.mark.parametrize(
+    "flags, module, function, what, error",
+    [
+        (["--film", "cat.gif"], "sd.inside.film", "frames", "film", KeyError("x")),
+        (["--film", "cat.gif"], "sd.images", "write_animation", "film", OSError("It is full.")),
+        (["--report", "cat.html"], "sd.inside.report", "report", "report", KeyError("x")),
+        (["--report", "cat.html"], "scripts.demo", "details", "report", MemoryError("Too large.")),
+        (["--report", "cat.html"], "sd.inside.report", "write_report", "report", OSError("It is full.")),
+        (["--grid"], "scripts.demo", "grid", "grid", ValueError("It is broken.")),
+    ],
+)
+def test_what_fails_after_drawing_loses_no_picture(run_demo, monkeypatch, flags, module, function, what, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(module), function, fail)
+    code, out, err = run_demo("a cat", "--n", 2, *flags)
+    assert code == 2
+    assert [line.split()[0] for line in out.splitlines()] == ["picture.png", "picture-2.png"]
+    assert names() == ["picture-2.png", "picture.png"]
+    line = "KeyError: 'x'" if isinstance(error, KeyError) else str(error)
+    assert err.count(f"demo.py: no {what}: {line}\n") == (1 if what == "grid" else 2)
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
