@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import numpy as np
+    from PIL import Image
 
     from sd.inside.recording import Recording
     from sd.inside.tracer import Tracer
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.support.captions import DTYPES, command, details, grid, parameters
+from scripts.support.captions import DTYPES, command, details, grid, padding, parameters
 from scripts.support.checks import check_flags
 from scripts.support.command_line import Once, Parser, demo_name, import_torch, run
 from scripts.support.flags import with_flags
@@ -65,6 +66,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--negative", metavar="TEXT", help="what the image should not show")
     add("--image", type=Path, metavar="FILE", help="an image to start from; it is never stretched")
     add("--mask", type=Path, metavar="FILE", help="where to repaint --image: white is repainted, black stays")
+    add("--mask-from-alpha", action="store_true", help="repaint --image where it is transparent: where it was erased")
+    add("--invert-mask", action="store_true", help="exchange black and white in the mask")
+    add(
+        "--only-masked",
+        action="store_true",
+        help="repaint the masked part alone, at full resolution, and paste it back",
+    )
+    add("--padding", type=int, metavar="PIXELS", help="what --only-masked shows the model around the mask (32)")
     add("--feather", type=float, metavar="PIXELS", help="softens the edges of --mask (0)")
     add("--strength", type=float, metavar="S", help="how much of --image may change, up to 1 (0.8)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
@@ -242,7 +251,7 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[
         prompts,
         options.negative,
         input_image=options.image,
-        mask_image=options.mask,
+        mask_image=read_mask(options),
         strength=Request.strength if options.strength is None else options.strength,
         cfg_scale=options.cfg_scale,
         sampler_name=options.sampler,
@@ -251,6 +260,7 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[
         height=options.height,
         width=options.width,
         feather=options.feather or 0,
+        padding_mask_crop=padding(options),
         deep_cache=1 if options.deep_cache is None else options.deep_cache,
     )
     request.check()
@@ -258,12 +268,22 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[
     return prompts, request.read_images(), lines + notes
 
 
+def read_mask(options: argparse.Namespace) -> Path | Image.Image | None:
+    """The mask that --mask, --mask-from-alpha and --invert-mask give."""
+    from PIL import ImageOps
+
+    from sd.images import alpha_mask, read_mask_image
+
+    mask = alpha_mask(options.image) if options.mask_from_alpha else options.mask
+    return ImageOps.invert(read_mask_image(mask)) if options.invert_mask else mask
+
+
 def with_defaults(request: Request, models: Models) -> Request:
     """The request with the model's defaults filled in, for the report and the settings in the file."""
     from sd.samplers import SAMPLERS
 
     defaults, name = models.config.sampling, request.sampler_name
-    image = request.input_image.size if request.input_image else None
+    image = request.input_image.size if request.input_image and request.padding_mask_crop is None else None
     width, height = choose_size(image, request.width, request.height, models.config.image_size)
     default_steps = SAMPLERS[name].default_steps if name else defaults.steps
     return replace(

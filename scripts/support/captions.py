@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # the names of --dtype -> torch's
 
+PADDING = 32  # pixels, as in the AUTOMATIC1111 web UI
+
 # The AUTOMATIC1111 web UI's names; a sampler that is missing keeps ours. `_karras` becomes " Karras".
 SAMPLER_NAMES = {
     "ddpm": "DDPM",
@@ -50,13 +52,22 @@ def model_name(checkpoint: Path | None) -> str:
     return Path(os.path.abspath(checkpoint)).stem if checkpoint else "tiny"
 
 
+def padding(options: argparse.Namespace) -> int | None:
+    """The pixels around the mask that --only-masked shows the model; None without it."""
+    if not options.only_masked:
+        return None
+    return PADDING if options.padding is None else options.padding
+
+
 def details(options: argparse.Namespace, request: Request, models: Models) -> dict[str, str]:
     """The prompt, all settings, the machine, and the versions of the libraries. Empty values are left out."""
     import torch
 
     device, dtype = _place(models)
     pairs = {"Prompt": request.prompt, "Negative prompt": request.uncond_prompt, **_settings(options, request)}
-    pairs |= {"Image": options.image, "Mask": options.mask, "Feather": options.feather}
+    mask = "where the image is transparent" if options.mask_from_alpha else options.mask
+    pairs |= {"Image": options.image, "Mask": mask, "Feather": options.feather}
+    pairs |= {"Inverted mask": "yes" * options.invert_mask, "Only masked, padding": padding(options)}
     pairs |= {"Device": device, "Precision": DTYPES[dtype], "Machine": platform.machine()}
     pairs |= {"Threads": torch.get_num_threads()}
     pairs |= {"Python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "pillow")}
@@ -75,6 +86,10 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--negative": request.uncond_prompt or None,
         "--image": options.image,
         "--mask": options.mask,
+        "--mask-from-alpha": options.mask_from_alpha,
+        "--invert-mask": options.invert_mask,
+        "--only-masked": options.only_masked,
+        "--padding": options.padding,
         "--feather": options.feather,
         "--strength": request.strength if options.image else None,
         "--steps": request.n_inference_steps,
@@ -90,7 +105,9 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--dtype": dtype,
     }
     for flag, value in flags.items():
-        if value is not None:
+        if value is True:
+            arguments.append(flag)
+        elif value is not None and value is not False:  # 0 is a value
             text = str(value)
             arguments += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return shlex.join(arguments)

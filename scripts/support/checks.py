@@ -17,11 +17,18 @@ def check_flags(options: argparse.Namespace) -> None:
 
     if not 1 <= options.n <= MAX_IMAGES:
         raise ValueError(f"--n should be from 1 to {MAX_IMAGES}, not {options.n}.")
-    for flag, value in (("--mask", options.mask), ("--strength", options.strength)):
-        if value is not None and not options.image:
+    alpha = options.mask_from_alpha
+    for flag, given in {"--mask": options.mask, "--strength": options.strength, "--mask-from-alpha": alpha}.items():
+        if given is not None and given is not False and not options.image:
             raise ValueError(f"--image should be given with {flag}: it is the image to change.")
-    if options.feather is not None and not options.mask:
-        raise ValueError("--mask should be given with --feather, which softens its edges.")
+    if alpha and options.mask:
+        raise ValueError("--mask-from-alpha should be given without --mask: it makes the mask of --image itself.")
+    effects = {"--feather": options.feather, "--invert-mask": options.invert_mask, "--only-masked": options.only_masked}
+    for flag, given in effects.items():
+        if given is not None and given is not False and not (options.mask or alpha):
+            raise ValueError(f"--mask should be given with {flag}, or --mask-from-alpha.")
+    if options.padding is not None and not options.only_masked:
+        raise ValueError("--only-masked should be given with --padding, which is the space around the mask.")
     files = {"--image": options.image, "--mask": options.mask, "--from": options.source}
     files["--prompts-file"] = options.prompts_file
     for flag, path in files.items():

@@ -10,6 +10,7 @@ FLAGS = {
     "input_image": "--image",
     "mask_image": "--mask",
     "feather": "--feather",
+    "padding_mask_crop": "--padding",
     "strength": "--strength",
     "n_inference_steps": "--steps",
     "cfg_scale": "--cfg-scale",
@@ -30,6 +31,7 @@ PHRASES = {
     "dtype=torch.bfloat16": "--dtype bf16",
     "torch.bfloat16": "bf16",
     "`vae=`": "--vae",
+    "invert the mask": "add --invert-mask",
 }
 
 

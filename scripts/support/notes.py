@@ -39,7 +39,7 @@ def note_unknown_words(prompts: list[str]) -> None:
 
 def note_crop(options: argparse.Namespace, request: Request) -> None:
     """If cropping --image removes more than a twentieth of it."""
-    if request.input_image is None:
+    if request.input_image is None or request.padding_mask_crop is not None:
         return
     width, height = request.input_image.size
     wanted = request.width / request.height

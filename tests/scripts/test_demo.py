@@ -203,7 +203,7 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--image", "text.png"], "text.png is not an image that can be read"),
         (["--mask", "text.png"], "--image should be given with --mask: it is the image to change."),
         (["--strength", 0.3], "--image should be given with --strength: it is the image to change."),
-        (["--feather", 3], "--mask should be given with --feather, which softens its edges."),
+        (["--feather", 3], "--mask should be given with --feather, or --mask-from-alpha."),
         (
             ["--image", "text.png", "--mask", "text.png", "--feather", -1],
             "--feather should be a number of pixels, 0 or more, not -1.0.",
