@@ -1,7 +1,7 @@
 """Read and write image files, and convert images to tensors and back.
 
-The networks use float32 tensors (B, 3, H, W) in [-1, 1]. Users get uint8 arrays (B, H, W, 3) in 0..255, PNG files and
-animations.
+The networks use float32 tensors (B, 3, H, W) in [-1, 1]. Users get uint8 arrays (B, H, W, 3) in 0..255, PNG, JPEG
+and WebP files, and animations.
 """
 
 from __future__ import annotations

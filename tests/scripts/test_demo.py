@@ -223,7 +223,7 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--from", "none.png"], "--from should be a file: there is none at none.png."),
         (["--prompts-file", "none.txt"], "--prompts-file should be a file: there is none at none.txt."),
         (["-cat"], "unrecognized arguments: -cat; a prompt that begins with a dash stands after --, behind all flags"),
-        (["-hat on a table"], "a prompt that begins with a dash stands after --, behind all flags"),
+        (["-hat"], "a prompt that begins with a dash stands after --, behind all flags"),
         (["--film", "cat.mp4"], "--film should be a .webp or .gif file, not cat.mp4."),
         (["--report", "cat.pdf"], "--report should be a .html file, not cat.pdf."),
         (["--report", "text.png/cat.html"], "text.png is a file."),
