@@ -163,7 +163,7 @@ def write_image(
     if suffix == ".png":
         return write_png(path, image, parameters, overwrite)
     if suffix not in LOSSY:
-        raise ValueError(f"An image should be a .png, {', '.join(LOSSY)} file, not {path}.")
+        raise ValueError(f"An image should be a .png, .jpg, .jpeg or .webp file, not {path}.")
     image = _from_array(image) if isinstance(image, np.ndarray) else image
     options = {"format": LOSSY[suffix], "quality": 95}
     if LOSSY[suffix] == "JPEG":

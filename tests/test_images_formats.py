@@ -34,7 +34,7 @@ def test_an_existing_file_is_kept_and_other_suffixes_are_refused(tmp_path):
             write_image(tmp_path / name, colours())
         assert (tmp_path / name).read_text() == "old"
     for name in ("a.bmp", "a"):
-        with pytest.raises(ValueError, match=r"An image should be a \.png, \.jpg, \.jpeg, \.webp file, not "):
+        with pytest.raises(ValueError, match=r"An image should be a \.png, \.jpg, \.jpeg or \.webp file, not "):
             write_image(tmp_path / name, colours())
     with pytest.raises(ValueError, match="Expected a uint8 array"):
         write_image(tmp_path / "b.jpg", colours().astype(float))
