@@ -51,8 +51,9 @@ PROMPT = "a photograph of an astronaut riding a horse"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("demo.py", __doc__)
+    parser = Parser("demo.py", __doc__, add_help=False)
     add = parser.add_argument
+    add("--help", action="help", help="show this message and stop; so does -h")
     add(
         "prompts",
         nargs="*",
@@ -97,7 +98,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the files that --out, --film and --report name")
     arguments = sys.argv[1:] if arguments is None else arguments
     dashes = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_intermixed_args(arguments[:dashes])  # prompts may stand between the flags
+    # argparse would find -h in the prompt "-hat on a table", too.
+    flags = ["--help" if word == "-h" else word for word in arguments[:dashes]]
+    options = parser.parse_intermixed_args(flags)  # prompts may stand between the flags
     options.prompts += arguments[dashes + 1 :]  # argparse would look for flags among them
     options.saved_prompt = None  # of --from
     if not (options.prompts or options.prompts_file or options.source):
@@ -132,10 +135,10 @@ def make_images(options: argparse.Namespace) -> int:
     import_torch()
     from sd import images  # not before: torch takes a second to import, and bad input should be reported at once
 
-    note_unquoted(options.prompts)
     prompts, request, lines = read_options(options)
     models = load(options)
     request = with_defaults(request, models)
+    note_unquoted(options.prompts)
     for line in lines:
         say(line)
     if options.checkpoint is None:

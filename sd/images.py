@@ -1,7 +1,7 @@
 """Read and write image files, and convert images to tensors and back.
 
-The networks use float32 tensors (B, 3, H, W) in [-1, 1]. Users get uint8 arrays (B, H, W, 3) in 0..255, PNG files and
-animations.
+The networks use float32 tensors (B, 3, H, W) in [-1, 1]. Users get uint8 arrays (B, H, W, 3) in 0..255, PNG, JPEG
+and WebP files, and animations.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def write_image(
     if suffix == ".png":
         return write_png(path, image, parameters, overwrite)
     if suffix not in LOSSY:
-        raise ValueError(f"An image should be a .png, {', '.join(LOSSY)} file, not {path}.")
+        raise ValueError(f"An image should be a .png, .jpg, .jpeg or .webp file, not {path}.")
     image = _from_array(image) if isinstance(image, np.ndarray) else image
     options = {"format": LOSSY[suffix], "quality": 95}
     if LOSSY[suffix] == "JPEG":

@@ -41,12 +41,13 @@ class Once(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """An argument parser that prints an error as one line, without the usage, and keeps the description's layout."""
 
-    def __init__(self, prog: str, description: str, packages: Iterable[str] = PACKAGES):
-        """`packages`: what the script imports later."""
+    def __init__(self, prog: str, description: str, packages: Iterable[str] = PACKAGES, add_help: bool = True):
+        """`packages`: what the script imports later. `add_help`: whether there are the flags -h and --help."""
         open_streams()
         if demo_command() == ["sd"]:
             prog, description = "sd", description.replace("python scripts/demo.py", "sd")
-        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=layout, add_help=add_help)
         self.packages = packages
 
     def parse_args(self, *arguments, **more):
@@ -73,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         super().exit(2 if problem else status, f"{self.prog}: {problem}\n" if problem else message)
 
     def error(self, message: str) -> NoReturn:
-        if self.prog == demo_name() and ("unrecognized arguments: -" in message or "-h/--help: ignored" in message):
+        if self.prog == demo_name() and "unrecognized arguments: -" in message:
             message += "; a prompt that begins with a dash stands after --, behind all flags"
         self.exit(2, f"{self.prog}: {message}\n")
 

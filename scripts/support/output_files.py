@@ -25,8 +25,8 @@ def first_path(out: str | None, overwrite: bool) -> Path:
         return path
     if path.suffix.lower() not in IMAGES:
         raise ValueError(
-            f"--out should be a {', '.join(IMAGES)} file, or a folder, not {out}; the name of a new folder ends in a "
-            f"slash: {out}/"
+            f"--out should be a .png, .jpg, .jpeg or .webp file, or a folder, not {out}; a new folder with a dot in "
+            f"its name ends in a slash: {out}/."
         )
     check_free("--out", path, overwrite)
     return path

@@ -17,6 +17,7 @@ def texts(prompt):
 def test_prompt_editing_and_alternation_are_text(prompt):
     adapted, notes = adapt(f"a {prompt} house")
     assert texts(adapted) == [(f"a {prompt} house", 1.0)]
+    assert adapt(adapted) == (adapted, {})
     assert any(f"{prompt} is read as text" in sentence for sentence in notes.values())
 
 
@@ -64,6 +65,7 @@ def test_faces_are_text(prompt, text):
     adapted, notes = adapt(prompt)
     assert "".join(piece for piece, _ in texts(adapted)) == text
     assert notes == {}
+    assert adapt(adapted) == (adapted, {})
 
 
 @pytest.mark.parametrize(

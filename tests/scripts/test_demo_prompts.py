@@ -69,7 +69,8 @@ def test_missing_quotes(run_demo):
 
 
 def test_prompts_that_begin_with_a_dash():
-    assert parse(["-a house", "b", "--steps", "3"]).prompts == ["-a house", "b"]
+    prompts = ["-a house", "b", "-hat on a table", "--red house"]
+    assert parse([*prompts, "--steps", "3"]).prompts == prompts
     options = parse(["a", "--steps", "3", "--", "-house", "--seed", "-h"])
     assert (options.prompts, options.steps, options.seed) == (["a", "-house", "--seed", "-h"], 3, None)
     assert parse(["--", "--"]).prompts == ["--"]
