@@ -80,6 +80,18 @@ def test_strength_skips_the_noisiest_steps():
     assert sampler.skipped == 49
 
 
+@pytest.mark.parametrize(
+    "steps, strength, visited", [(5, 0.5, 2), (5, 0.7, 3), (3, 0.9, 2), (10, 0.99, 9), (7, 0.25, 1), (4, 0.2, 1)]
+)
+def test_strength_cuts_to_whole_steps(steps, strength, visited):
+    sampler = make_sampler()
+    sampler.set_inference_timesteps(steps)
+    last = sampler.timesteps[steps - visited :].tolist()
+    sampler.set_strength(strength)
+    assert sampler.timesteps.tolist() == last
+    assert sampler.skipped == steps - visited
+
+
 def test_add_noise_is_the_forward_process():
     sampler = make_sampler()
     latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
