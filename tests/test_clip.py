@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sd.clip import CLIPLayer, QuickGELU
+from sd.config import SD15
 from tests.support.definitions import NEAR_EPS, layer_norm, randomize, self_attention
 from tests.support.synthetic import MICRO, random_networks
 
@@ -78,3 +79,9 @@ def test_every_norm_adds_the_same_to_the_variance(clip):
     assert len(norms) == 2 * MICRO.text.layers + 1
     for norm in norms:
         torch.testing.assert_close(norm(x), layer_norm(norm, x, eps=1e-5))
+
+
+def test_sizes_of_stable_diffusion():
+    text = SD15.text
+    assert (text.vocab_size, text.context_length, text.width) == (49408, 77, 768)
+    assert (text.layers, text.heads) == (12, 12)  # no weight's shape shows the number of heads

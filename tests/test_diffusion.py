@@ -68,6 +68,7 @@ def test_attention_where_the_configuration_says():
     assert kinds.count(SpatialTransformer) == 6  # three levels of two
     assert kinds.count(Downsample) == 3
     assert [type(stage[-1]) for stage in unet.up].count(Upsample) == 3
+    assert [type(layer) for layer in unet.middle] == [ResidualBlock, SpatialTransformer, ResidualBlock]
 
 
 @pytest.mark.parametrize("batch, height, width", [(1, 8, 8), (2, 16, 24), (1, 9, 5), (1, 1, 3)])
@@ -101,6 +102,7 @@ def test_geglu_multiplies_its_first_half_by_the_gelu_of_its_second():
 def test_spatial_transformer(scale):
     """Self-attention, cross-attention and a perceptron, each with a norm before it, and each is added."""
     block = randomize(SpatialTransformer(16, heads=4, groups=8, context_width=12))
+    assert block.self_attention.qkv.bias is None
     for layer in (block.proj_in, block.self_attention.out, block.cross_attention.out):
         layer.weight *= scale  # so that the inputs of the inner norms are tiny too
         layer.bias *= scale
@@ -161,3 +163,11 @@ def test_every_residual_block_gets_the_embedded_timestep_and_every_transformer_t
     assert len(got) == len(hooks)
     for module, second_input in got:
         torch.testing.assert_close(second_input, time if isinstance(module, ResidualBlock) else context)
+
+
+def test_sizes_of_stable_diffusion():
+    """Those that no weight's shape shows are the number of heads and of groups."""
+    assert SD15.unet.channels == (320, 640, 1280, 1280)
+    assert SD15.unet.attention == (True, True, True, False)
+    assert (SD15.unet.heads, SD15.unet.groups, SD15.unet.context_width) == (8, 32, 768)
+    assert (SD15.unet.in_channels, SD15.unet.out_channels, SD15.unet.blocks_per_level) == (4, 4, 2)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sd.config import SD15
 from tests.support.definitions import check_group_norms, silu
 from tests.support.synthetic import MICRO, random_networks
 
@@ -62,3 +63,9 @@ def test_every_norm_adds_the_same_to_the_variance(encoder):
 
 def test_blocks_per_level(encoder):
     assert [len(level.blocks) for level in encoder.levels] == [2, 2, 2, 2]
+
+
+def test_sizes_of_stable_diffusion():
+    vae = SD15.vae
+    assert (vae.channels, vae.blocks_per_level, vae.latent_channels) == ((128, 256, 512, 512), 2, 4)
+    assert (vae.groups, vae.scaling_factor, vae.downscale) == (32, 0.18215, 8)
