@@ -156,7 +156,7 @@ def test_a_schedule_may_be_shorter_than_the_default_number_of_steps(name, total)
 def test_default_steps(name):
     sampler = SAMPLERS[name]()
     algorithm = name.removesuffix("_karras")
-    usual = {"ddpm": 50, "ddim": 50, "plms": 50, "heun": 15, "dpm++2m": 20}  # Heun's method calls the U-Net twice a step
+    usual = {"ddpm": 50, "ddim": 50, "plms": 50, "heun": 15, "dpm++2m": 20}  # Heun calls the U-Net twice a step
     assert sampler.default_steps == usual.get(algorithm, 30)
     assert len(set(sampler.timesteps.tolist())) == sampler.default_steps
     assert sampler.timesteps.dtype == (torch.long if sampler.whole_timesteps else torch.float32)
