@@ -6,7 +6,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sd.config import ScheduleConfig
+from sd.ddpm import DDPMSampler
 from sd.samplers import SAMPLERS
+from sd.samplers.ddim import DDIMSampler
+from sd.samplers.dpm_solver import DPMSolverSampler, DPMSolverSDESampler
+from sd.samplers.euler import EulerAncestralSampler, EulerSampler
+from sd.samplers.heun import HeunSampler
+from sd.samplers.lms import LMSSampler
+from sd.samplers.plms import PLMSSampler
 from tests.support.marks import slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
@@ -150,6 +157,27 @@ def test_a_schedule_may_be_shorter_than_the_default_number_of_steps(name, total)
     assert timesteps.max() == total - 1
     sampler.set_inference_timesteps(min(total, sampler.default_steps))
     assert torch.equal(sampler.timesteps, timesteps)
+
+
+@every_sampler
+def test_every_name_is_that_of_its_algorithm(name):
+    algorithm = {
+        "ddpm": DDPMSampler,
+        "ddim": DDIMSampler,
+        "plms": PLMSSampler,
+        "lms": LMSSampler,
+        "euler": EulerSampler,
+        "euler_a": EulerAncestralSampler,
+        "heun": HeunSampler,
+        "dpm++2m": DPMSolverSampler,
+        "dpm++2m_sde": DPMSolverSDESampler,
+    }[name.removesuffix("_karras")]
+    if name.endswith("_karras"):
+        assert SAMPLERS[name].__bases__ == (algorithm,)
+        assert SAMPLERS[name].karras
+    else:
+        assert SAMPLERS[name] is algorithm
+        assert not algorithm.karras
 
 
 @every_sampler
