@@ -3,6 +3,7 @@
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +98,18 @@ def test_strength_cuts_to_whole_steps(steps, strength, visited):
     sampler.set_strength(strength)
     assert sampler.timesteps.tolist() == last
     assert sampler.skipped == steps - visited
+
+
+@pytest.mark.parametrize("number", [float, np.float32])
+@pytest.mark.parametrize("steps", [10, 20, 25, 50, 100])
+def test_a_whole_number_of_steps_is_not_cut_by_rounding(steps, number):
+    """0.58 of 50 steps is 29, although 50 * 0.58 is 28.999999999999996 to a computer."""
+    sampler = make_sampler()
+    sampler.set_inference_timesteps(steps)
+    for percent in range(1, 101):
+        if percent * steps % 100 == 0:
+            sampler.set_strength(number(percent / 100))
+            assert len(sampler.timesteps) == percent * steps // 100
 
 
 def test_add_noise_is_the_forward_process():
