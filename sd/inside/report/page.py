@@ -216,15 +216,11 @@ def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
     ]
     channels, rows, columns = recording.moments[0].latents.shape[1:]
     height, width = recording.image.shape[:2]
-    text = (
-        "Stable Diffusion does not work on pixels but on latents. They are a compressed form of an image: the encoder "
-    )
-    text += "computes them from an image, and the decoder computes the image from them. Here, "
-    text += f"{width} × {height} pixels are {columns} × {rows} positions with {channels} numbers each. Sampling starts "
-    text += (
-        "from noise. " if not recording.sampler.skipped else "from the latents of the input image with noise added. "
-    )
-    text += "At every step, the U&#8209;Net reads the latents and predicts "
+    start = "the latents of the input image with noise added" if recording.sampler.skipped else "noise"
+    text = "Stable Diffusion does not work on pixels but on latents. They are a compressed form of an image: the "
+    text += "encoder computes them from an image, and the decoder computes the image from them. Here, "
+    text += f"{width} × {height} pixels are {columns} × {rows} positions with {channels} numbers each. "
+    text += f"Sampling starts from {start}. At every step, the U&#8209;Net reads the latents and predicts "
     text += "the noise in them. " if noise else "v, a mixture of the noise and the image in them. "
     if guided:
         panels += [
