@@ -214,7 +214,7 @@ def write_extras(
         frames.extend(film.frames(recording))
         if options.film:
             path = save(images.write_animation, films, replaced(options, options.film), frames)
-            print(f"{path}  {len(frames)} frames")
+            print(f"{path}  {frame_count(path)} frames")
 
     def write_page() -> None:
         texts = details(options, request, models), command(options, request, models)
@@ -224,6 +224,14 @@ def write_extras(
 
     complete = attempt("film", write_film)
     return complete & attempt("report", write_page) if options.report and frames else complete
+
+
+def frame_count(film: Path) -> int:
+    """The number of frames in a film's file, where neighbours that look the same are one frame."""
+    from PIL import Image
+
+    with Image.open(film) as file:
+        return file.n_frames
 
 
 def attempt(what: str, write: Callable[[], None]) -> bool:

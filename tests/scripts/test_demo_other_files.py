@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.demo import frame_count
+from sd.images import write_animation
 from tests.support.demo_results import names, prompt_and_seed
 
 
@@ -51,11 +53,21 @@ def test_grid(run_demo, arguments, rows, columns):
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_the_number_of_frames_is_that_of_the_file(tmp_path, suffix):
+    """Pillow joins neighbours that look the same."""
+    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
+    path = tmp_path / f"film{suffix}"
+    write_animation(path, [black, white, white])
+    assert frame_count(path) == 2
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
 def test_film(run_demo, suffix):
     code, out, _ = run_demo("a cat", "--n", 2, "--seed", 5, "--film", f"cat{suffix}")
     assert code == 0
     assert names() == sorted([f"cat-2{suffix}", f"cat{suffix}", "picture-2.png", "picture.png"])
-    assert out.splitlines()[1] == f"cat{suffix}  3 frames"
+    with Image.open(f"cat{suffix}") as film:
+        assert out.splitlines()[1] == f"cat{suffix}  {film.n_frames} frames"
     with Image.open(f"cat-2{suffix}") as film:
         assert film.size == (32, 40)
         assert film.is_animated
