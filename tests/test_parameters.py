@@ -190,7 +190,7 @@ def run_demo(arguments):
     """Returns the exit code, the new images, the lines that demo.py printed, and whether weights were loaded."""
     said = []
     loads = mock.Mock(side_effect=model_loader.load_models)
-    before = set(Path().rglob("*.png"))
+    before = set(Path().rglob("*.[pj][np]g"))
     with (
         mock.patch.object(sys, "argv", ["demo.py", *arguments]),
         mock.patch.object(model_loader, "load_models", loads),
@@ -201,7 +201,7 @@ def run_demo(arguments):
             code = demo.main()
         except SystemExit as stop:
             code = stop.code
-    new = set(Path().rglob("*.png")) - before
+    new = set(Path().rglob("*.[pj][np]g")) - before
     return code, new, [line for line in "".join(said).split("\n") if line.startswith("demo.py: ")], loads.called
 
 
