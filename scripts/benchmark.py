@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts.support.command_line import Parser, exit_status
-from scripts.support.output_files import write_json
+from scripts.support.output_files import check_different_files, check_folder, write_json
 
 MEASURES = {
     "import": "import, beyond torch, s",
@@ -77,6 +77,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--checkpoint should be a file, but {options.checkpoint} is not.")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json should be in an existing folder, but {options.json.parent} is not.")
+    if options.json:
+        try:
+            check_folder("--json", options.json)
+            check_different_files({"--checkpoint": options.checkpoint}, {"--json": options.json})
+        except ValueError as error:
+            parser.error(str(error))
     options.runs = options.runs or (2 if options.quick else 5)
     options.only = options.only or (QUICK if options.quick else USUAL)
     return options

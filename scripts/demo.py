@@ -1,4 +1,4 @@
-"""Makes images from the command line: a prompt, and perhaps an image to start from -> PNG files.
+"""Makes images from the command line: a prompt, and perhaps an image to start from -> PNG, JPEG or WebP files.
 
     python scripts/demo.py "a lighthouse at night"
     python scripts/demo.py "an astronaut" --checkpoint data/v1-5-pruned-emaonly.safetensors --steps 30 --seed 7
@@ -6,8 +6,9 @@
     python scripts/demo.py "a red hat" --image photo.jpg --mask mask.png --feather 8
     python scripts/demo.py "a {red|blue} house" "a white tent" --n 3 --grid
     python scripts/demo.py "a yellow balloon" --film balloon.webp --report balloon.html
+    python scripts/demo.py --from picture.png --seed -1 --n 4
 
-Every prompt is drawn with every seed, and {red|blue} turns one prompt into two. The PNG contains the prompt and the
+Every prompt is drawn with every seed, and {red|blue} turns one prompt into two. The file contains the prompt and the
 settings. Existing files are never overwritten, except with --overwrite.
 """
 
@@ -24,202 +25,289 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Callable, Iterator
 
+    import numpy as np
+    from PIL import Image
+
+    from sd.inside.recording import Recording
+    from sd.inside.tracer import Tracer
     from sd.models import Models
     from sd.request import Request
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.support.captions import DTYPES, command, details, grid, parameters
-from scripts.support.command_line import Parser, demo_command, import_torch
-from scripts.support.output_files import candidates, check_free, first_path, save
+from scripts.support.captions import DTYPES, command, details, grid, padding, parameters
+from scripts.support.checks import check_flags
+from scripts.support.command_line import Once, Parser, demo_name, import_torch, run
+from scripts.support.flags import with_flags
+from scripts.support.notes import note_crop, note_size, note_unknown_words, note_unquoted, say
+from scripts.support.output_files import candidates, first_path, save
+from scripts.support.prompts import all_prompts
+from scripts.support.shape import choose_size
 
 TINY_PROMPT = "a red lighthouse by the sea at sunset, on the right, with the sun"
 PROMPT = "a photograph of an astronaut riding a horse"
 
-MAX_IMAGES = 10_000
-
-# The names of `generate`'s arguments -> the flags here.
-FLAGS = {
-    "uncond_prompt": "--negative",
-    "input_image": "--image",
-    "mask_image": "--mask",
-    "feather": "--feather",
-    "strength": "--strength",
-    "n_inference_steps": "--steps",
-    "cfg_scale": "--cfg-scale",
-    "sampler_name": "--sampler",
-    "deep_cache": "--deep-cache",
-    "seed": "--seed",
-    "width": "--width",
-    "height": "--height",
-    "device": "--device",
-    "prediction_type": "--prediction-type",
-}
-
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("demo.py", __doc__)
+    parser = Parser("demo.py", __doc__, add_help=False)
     add = parser.add_argument
+    add("--help", action="help", help="show this message and stop; so does -h")
     add(
         "prompts",
         nargs="*",
         metavar="prompt",
         help=f'what to draw (default: "{TINY_PROMPT}"; with --checkpoint "{PROMPT}")',
     )
+    add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one in each line; a line with # is a comment")
+    help = "a picture whose prompt and settings to use, of this tool or the AUTOMATIC1111 web UI; flags override it"
+    add("--from", type=Path, metavar="FILE", dest="source", help=help)
     add("--world", action="store_true", help="list the words that the tiny model can draw, and stop")
-    add("--negative", default="", metavar="TEXT", help="what the image should not show")
-    add("--image", type=Path, metavar="FILE", help="an image to start from; it is cropped to --width and --height")
+    add("--negative", metavar="TEXT", help="what the image should not show")
+    add("--image", type=Path, metavar="FILE", help="an image to start from; it is never stretched")
     add("--mask", type=Path, metavar="FILE", help="where to repaint --image: white is repainted, black stays")
+    add("--mask-from-alpha", action="store_true", help="repaint --image where it is transparent: where it was erased")
+    add("--invert-mask", action="store_true", help="exchange black and white in the mask")
+    add(
+        "--only-masked",
+        action="store_true",
+        help="repaint the masked part alone, at full resolution, and paste it back",
+    )
+    add("--padding", type=int, metavar="PIXELS", help="what --only-masked shows the model around the mask (32)")
     add("--feather", type=float, metavar="PIXELS", help="softens the edges of --mask (0)")
     add("--strength", type=float, metavar="S", help="how much of --image may change, up to 1 (0.8)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
     add("--cfg-scale", type=float, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5; tiny model: 5)")
     add("--sampler", metavar="NAME", help="sampling algorithm (dpm++2m)")
-    add("--deep-cache", type=int, default=1, metavar="N", help="2 or 3: faster, and a slightly different image (1)")
-    add("--seed", type=int, metavar="N", help="makes the image repeatable; image i of --n has seed + i - 1")
+    add("--deep-cache", type=int, metavar="N", help="2 or 3: faster, and a slightly different image (1)")
+    add("--seed", type=int, metavar="N", help="makes an image repeatable; image i of --n has seed + i - 1 (-1: random)")
     add("--n", type=int, default=1, metavar="N", help="number of images for each prompt (1)")
     add("--grid", action="store_true", help="also write one sheet of all images, with labels")
-    add("--film", type=Path, metavar="FILE", help="also write a .webp or .gif film of how each image forms")
-    add("--report", type=Path, metavar="FILE", help="also write a .html report on how each image formed")
-    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
-    add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    add("--film", type=Path, action=Once, metavar="FILE", help="also write a .webp or .gif film of each image")
+    add("--report", type=Path, action=Once, metavar="FILE", help="also write a .html report on each image")
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own, in --image's shape)")
+    add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the same)")
     add("--checkpoint", type=Path, metavar="PATH", help="Stable Diffusion 1.x weights (default: the tiny model)")
     add("--vae", type=Path, metavar="PATH", help="a VAE to use instead of the checkpoint's own")
     add("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, if the file does not say (epsilon)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
-    add("--out", type=Path, metavar="PATH", help="a .png file or a folder (default: picture.png or the next free name)")
+    help = "a .png, .jpg or .webp file, or a folder (default: picture.png or the next free name)"
+    add("--out", action=Once, metavar="PATH", help=help)
     add("--overwrite", action="store_true", help="replace the files that --out, --film and --report name")
-    options = parser.parse_intermixed_args(arguments)  # prompts may stand between the flags
-    options.prompts = options.prompts or [PROMPT if options.checkpoint else TINY_PROMPT]
+    arguments = sys.argv[1:] if arguments is None else arguments
+    dashes = arguments.index("--") if "--" in arguments else len(arguments)
+    # argparse would find -h in the prompt "-hat on a table", too.
+    flags = ["--help" if word == "-h" else word for word in arguments[:dashes]]
+    options = parser.parse_intermixed_args(flags)  # prompts may stand between the flags
+    options.prompts += arguments[dashes + 1 :]  # argparse would look for flags among them
+    options.saved_prompt = None  # of --from
+    if not (options.prompts or options.prompts_file or options.source):
+        options.prompts = [PROMPT if options.checkpoint else TINY_PROMPT]
     return options
 
 
 def main() -> int:
     options = parse()
-    sys.stdout.reconfigure(errors="backslashreplace")  # names and prompts may have characters that the terminal lacks
-    warnings.showwarning = lambda message, *_: print(f"{name()}: {message}", file=sys.stderr)
-    try:
-        if options.world:
-            from sd.training.world.vocabulary import describe
+    warnings.showwarning = lambda message, *_: say(with_flags(str(message)))
+    interrupted = "interrupted; the images printed above are complete."
+    return run(demo_name(), lambda: work(options), interrupted, lambda error: with_flags(str(error)))
 
-            print(describe())
-        else:
-            make_images(options)
-    except KeyboardInterrupt:
-        print(f"{name()}: interrupted; the images printed above are complete.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"{name()}: {with_flag(str(error))}", file=sys.stderr)
-        return 2
+
+def work(options: argparse.Namespace) -> int:
+    """Does what the options say. Returns the exit status."""
+    if not options.world:
+        return make_images(options)
+    from sd.training.world.vocabulary import describe
+
+    print(describe())
     return 0
 
 
-def make_images(options: argparse.Namespace) -> None:
-    """Checks everything, loads the weights, and writes one image after the other."""
+def make_images(options: argparse.Namespace) -> int:
+    """Checks everything, loads the weights, and writes one image after the other.
+
+    Returns the exit status: 2 if a grid, film or report could not be made. The images are complete all the same.
+    """
+    check_flags(options)
     first = first_path(options.out, options.overwrite)
-    check_files(options)
     import_torch()
     from sd import images  # not before: torch takes a second to import, and bad input should be reported at once
-    from sd.inside.report import write_report
-    from sd.prompts.alternatives import expand
 
-    prompts = [prompt for text in options.prompts for prompt in expand(text)]
-    request = make_request(options, prompts)
-    models = load(options, prompts)
+    prompts, request, lines = read_options(options)
+    models = load(options)
     request = with_defaults(request, models)
+    note_unquoted(options.prompts)
+    for line in lines:
+        say(line)
+    if options.checkpoint is None:
+        note_unknown_words(prompts)
     note_crop(options, request)
+    note_size(request, models)
     names, films, reports = (candidates(path or first) for path in (first, options.film, options.report))
     drawn, texts = [], []  # for the grid
-
-    def replaced(path: Path | None) -> Path | None:  # only a file that the user named, never one with the default name
-        return path if options.overwrite else None
-
+    complete = True
     seeds = range(request.seed, request.seed + options.n)
     for prompt, seed in itertools.product(prompts, seeds):
         started = time.perf_counter()
         one = replace(request, prompt=prompt, seed=seed)
-        image, frames, page = draw(options, one, models)
         text = parameters(options, one)
-        path = save(images.write_png, names, replaced(options.out), image, text)
+        image, recording, trace = draw(options, one, models)
+        path = save(images.write_image, names, replaced(options, options.out), image, text)
         seconds = time.perf_counter() - started
         print(f"{path}  seed {seed}  {seconds:.1f} s" + (f"  {prompt}" if len(prompts) > 1 else ""))
-        if options.film:
-            print(f"{save(images.write_animation, films, replaced(options.film), frames)}  {len(frames)} frames")
-        if options.report:
-            print(f"{save(write_report, reports, replaced(options.report), page)}  {len(page) / 1e6:.1f} MB")
+        if recording:
+            complete &= write_extras(options, one, models, recording, trace, films, reports)
         if options.grid:
             drawn.append(image)
             texts.append(text)
-    if options.grid:
+
+    def write_grid() -> None:
         sheet = grid(prompts, seeds, drawn)
         names = candidates(first.with_stem(f"{first.stem}-grid"))
-        print(f"{save(images.write_png, names, None, sheet, texts[0])}  {len(drawn)} images")
+        print(f"{save(images.write_image, names, None, sheet, texts[0])}  {len(drawn)} images")
+
+    if options.grid:
+        complete &= attempt("grid", write_grid)
+    return 0 if complete else 2
 
 
-def draw(options: argparse.Namespace, request: Request, models: Models) -> tuple[np.ndarray, list[np.ndarray], str]:
-    """The image, the frames of its film and the page of its report; without these options, the last two are empty."""
+def replaced(options: argparse.Namespace, path: str | Path | None) -> Path | None:
+    """The file that may be replaced: only one that the user named, never one with the default name."""
+    return Path(path) if path and options.overwrite else None
+
+
+def draw(
+    options: argparse.Namespace, request: Request, models: Models
+) -> tuple[np.ndarray, Recording | None, Tracer | None]:
+    """The image, and for --film and --report what was recorded while it was drawn."""
     from sd import pipeline
 
     if not (options.film or options.report):
-        return pipeline.draw(request, models)[0], [], ""
-    from sd.inside import film
+        return pipeline.draw(request, models)[0], None, None
     from sd.inside.recording import record
-    from sd.inside.report import report
     from sd.inside.tracer import Tracer
 
     with Tracer(models, attention=bool(options.report)) as trace:
         recording = record(request, models)
-    frames = film.frames(recording)
-    if not options.report:
-        return recording.image, frames, ""
-    page = report(recording, frames, trace, details(options, request, models), command(options, request, models))
-    return recording.image, frames, page
+    return recording.image, recording, trace
 
 
-def make_request(options: argparse.Namespace, prompts: list[str]) -> Request:
-    """What all images share, with all prompts and the first seed. Raises ValueError as `Request.check` does."""
+def write_extras(
+    options: argparse.Namespace,
+    request: Request,
+    models: Models,
+    recording: Recording,
+    trace: Tracer,
+    films: Iterator[Path],
+    reports: Iterator[Path],
+) -> bool:
+    """Writes the film and the report of an image. Returns False if that failed."""
+    from sd import images
+    from sd.inside import film
+    from sd.inside.report import report, write_report
+
+    frames = []
+
+    def write_film() -> None:
+        frames.extend(film.frames(recording))
+        if options.film:
+            path = save(images.write_animation, films, replaced(options, options.film), frames)
+            print(f"{path}  {frame_count(path)} frames")
+
+    def write_page() -> None:
+        texts = details(options, request, models), command(options, request, models)
+        page = report(recording, frames, trace, *texts)
+        path = save(write_report, reports, replaced(options, options.report), page)
+        print(f"{path}  {len(page) / 1e6:.1f} MB")
+
+    complete = attempt("film", write_film)
+    return complete & attempt("report", write_page) if options.report and frames else complete
+
+
+def frame_count(film: Path) -> int:
+    """The number of frames in a film's file, where neighbours that look the same are one frame."""
+    from PIL import Image
+
+    with Image.open(film) as file:
+        return file.n_frames
+
+
+def attempt(what: str, write: Callable[[], None]) -> bool:
+    """Calls `write`. If it fails, prints one line and returns False: other images may still be to draw."""
+    try:
+        write()
+    except Exception as error:
+        known = isinstance(error, (ValueError, OSError, MemoryError))
+        say(f"no {what}: {with_flags(str(error)) if known else f'{type(error).__name__}: {error}'}")
+        return False
+    return True
+
+
+def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[str]]:
+    """All prompts, the request that their images share, with the first seed, and sentences for the user.
+
+    Raises ValueError as `Request.check` does.
+    """
     from sd.request import Request
 
+    lines = []
+    if options.source:
+        from scripts.support.from_picture import fill
+
+        lines = fill(options)
+    prompts, notes = all_prompts(options)
     request = Request(
         prompts,
         options.negative,
         input_image=options.image,
-        mask_image=options.mask,
+        mask_image=read_mask(options),
         strength=Request.strength if options.strength is None else options.strength,
         cfg_scale=options.cfg_scale,
         sampler_name=options.sampler,
         n_inference_steps=options.steps,
-        seed=random.randrange(2**32) if options.seed is None else options.seed,
+        seed=random.randrange(2**32) if options.seed in (None, -1) else options.seed,
         height=options.height,
         width=options.width,
         feather=options.feather or 0,
-        deep_cache=options.deep_cache,
+        padding_mask_crop=padding(options),
+        deep_cache=1 if options.deep_cache is None else options.deep_cache,
     )
     request.check()
     replace(request, seed=request.seed + options.n - 1).check()
-    return request.read_images()
+    return prompts, request.read_images(), lines + notes
+
+
+def read_mask(options: argparse.Namespace) -> Path | Image.Image | None:
+    """The mask that --mask, --mask-from-alpha and --invert-mask give."""
+    from PIL import ImageOps
+
+    from sd.images import alpha_mask, read_mask_image
+
+    mask = alpha_mask(options.image) if options.mask_from_alpha else options.mask
+    return ImageOps.invert(read_mask_image(mask)) if options.invert_mask else mask
 
 
 def with_defaults(request: Request, models: Models) -> Request:
     """The request with the model's defaults filled in, for the report and the settings in the file."""
     from sd.samplers import SAMPLERS
 
-    defaults, name, side = models.config.sampling, request.sampler_name, models.config.image_size
+    defaults, name = models.config.sampling, request.sampler_name
+    image = request.input_image.size if request.input_image and request.padding_mask_crop is None else None
+    width, height = choose_size(image, request.width, request.height, models.config.image_size)
     default_steps = SAMPLERS[name].default_steps if name else defaults.steps
     return replace(
         request,
         sampler_name=name or defaults.sampler,
         n_inference_steps=request.n_inference_steps or default_steps,
         cfg_scale=defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale,
-        height=request.height or side,
-        width=request.width or side,
+        height=height,
+        width=width,
     )
 
 
-def load(options: argparse.Namespace, prompts: list[str]) -> Models:
+def load(options: argparse.Namespace) -> Models:
     """Loads the models for the options, and prints how long that took."""
     import torch
 
@@ -230,72 +318,8 @@ def load(options: argparse.Namespace, prompts: list[str]) -> Models:
     models = model_loader.load_models(
         options.checkpoint, options.device, dtype, vae=options.vae, prediction_type=options.prediction_type
     )
-    if options.checkpoint is None:
-        hint(" ".join(prompts))
     print(f"loaded in {time.perf_counter() - started:.1f} s on {models.device}", file=sys.stderr)
     return models
-
-
-def note_crop(options: argparse.Namespace, request: Request) -> None:
-    """Prints a line if cropping --image removes more than a twentieth of it."""
-    if request.input_image is None:
-        return
-    width, height = request.input_image.size
-    wanted = request.width / request.height
-    if min(wanted * height / width, width / height / wanted) < 0.95:
-        print(
-            f"{name()}: {options.image}, {width} x {height}, is cropped around its centre to the shape of "
-            f"{request.width} x {request.height}; --width and --height choose another.",
-            file=sys.stderr,
-        )
-
-
-def hint(prompt: str) -> None:
-    """Prints a line if the prompt has words that the tiny model was never trained on."""
-    from sd.training.world.vocabulary import unknown_words
-
-    if words := unknown_words(prompt):
-        unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
-        print(f"{name()}: the tiny model was not trained on {unknown}: --world lists its words.", file=sys.stderr)
-
-
-def check_files(options: argparse.Namespace) -> None:
-    """Raises ValueError for what can be checked without loading anything."""
-    if not 1 <= options.n <= MAX_IMAGES:
-        raise ValueError(f"--n should be from 1 to {MAX_IMAGES}, not {options.n}.")
-    for flag, value in (("--mask", options.mask), ("--strength", options.strength)):
-        if value is not None and not options.image:
-            raise ValueError(f"--image should be given with {flag}: it is the image to change.")
-    if options.feather is not None and not options.mask:
-        raise ValueError("--mask should be given with --feather, which softens its edges.")
-    for flag, path in (("--image", options.image), ("--mask", options.mask)):
-        if path is not None and not path.is_file():
-            raise ValueError(f"{flag} should be a file: there is none at {path}.")
-    for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
-        if path is not None and not path.exists():
-            remedy = "; `python scripts/download.py` fetches the real weights" if flag == "--checkpoint" else ""
-            raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{remedy}.")
-    if options.film:
-        if options.film.suffix.lower() not in (".webp", ".gif"):
-            raise ValueError(f"--film should be a .webp or .gif file, not {options.film}.")
-        check_free("--film", options.film, options.overwrite)
-    if options.report:
-        if options.report.suffix.lower() != ".html":
-            raise ValueError(f"--report should be a .html file, not {options.report}.")
-        check_free("--report", options.report, options.overwrite)
-        if options.deep_cache != 1:
-            raise ValueError("--report should be used without --deep-cache: it shows every stage at every step.")
-
-
-def name() -> str:
-    """What was started, as errors call it: demo.py, or the command sd."""
-    return Path(demo_command()[-1]).name
-
-
-def with_flag(message: str) -> str:
-    """An error message of `generate`, with the flag in place of the argument's name."""
-    name, _, rest = message.partition(" ")
-    return f"{FLAGS.get(name, name)} {rest}"
 
 
 if __name__ == "__main__":

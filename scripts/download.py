@@ -26,7 +26,7 @@ except ImportError:  # Windows, where two downloads of one file at the same time
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.support.command_line import Parser
+from scripts.support.command_line import Parser, run
 from scripts.support.transfer import DownloadError, HashedFile, fetch
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -154,19 +154,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--url", metavar="ADDRESS", help="download the file from this address instead")
     options = parser.parse_args(arguments)
     weights = WEIGHTS[options.which]
-    try:
+
+    def explain(error: Exception) -> str:
+        wrong = isinstance(error, OSError)
+        return f"{options.out} cannot be written to ({error.strerror or error})." if wrong else str(error)
+
+    def work() -> None:
         print(download(weights, options.out, options.url or weights.url))
-    except DownloadError as error:
-        print(f"download.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"download.py: {options.out} cannot be written to ({error.strerror or error}).", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        message = "\ndownload.py: interrupted; the next run resumes the download."
-        print(message, file=sys.stderr)
-        return 130
-    return 0
+
+    return run("download.py", work, "interrupted; the next run resumes the download.", explain)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.support.command_line import Parser, exit_status
+from scripts.support.flags import with_flags
 from scripts.support.output_files import make_folder, write_json
 
 if TYPE_CHECKING:
@@ -96,8 +97,7 @@ def check(options: argparse.Namespace) -> None:
                 Request("", sampler_name=sampler, cfg_scale=scale, **settings).check()
                 check_models(None, None, options.device, None)
             except ValueError as error:
-                name, _, rest = str(error).partition(" ")
-                raise ValueError(f"{FLAGS[name]} {rest}") from None
+                raise ValueError(with_flags(str(error), FLAGS)) from None
 
 
 def evaluate(options: argparse.Namespace) -> None:

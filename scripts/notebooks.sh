@@ -3,7 +3,15 @@
 # The first run makes a Python environment in .venv, if there is none, and installs Jupyter and matplotlib into it.
 set -eu
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+script=$0
+while [ -L "$script" ]; do # started through a symbolic link
+    target=$(readlink "$script")
+    case $target in
+        /*) script=$target ;;
+        *) script=$(dirname "$script")/$target ;;
+    esac
+done
+root=$(CDPATH= cd -P "$(dirname "$script")/.." && pwd)
 . "$root/scripts/support/setup.sh"
 
 make_environment

@@ -11,7 +11,7 @@ while [ -L "$script" ]; do # started through a symbolic link
         *) script=$(dirname "$script")/$target ;;
     esac
 done
-root=$(cd -P "$(dirname "$script")/.." && pwd)
+root=$(CDPATH= cd -P "$(dirname "$script")/.." && pwd)
 . "$root/scripts/support/setup.sh"
 
 make_environment

@@ -7,6 +7,9 @@
 The stages are vae, text, diffusion and decoder, in this order; `all` runs all four. To resume a run that was stopped,
 run the same command again. A run with other images, another --seed or another --start needs another --out. With
 --start, the U-Net of a finished model is trained further.
+
+Your own images need captions: those of cat.png in cat.txt, one a line, or those of all images in captions.jsonl, with
+lines such as {"file": "cat.png", "caption": "a cat"}. sd/training/README.md says more.
 """
 
 from __future__ import annotations
@@ -21,7 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.support.command_line import Parser, exit_status
 
+log = logging.getLogger("train_tiny")
+
 SHARES = {"vae": 0.295, "text": 0.093, "diffusion": 0.568, "decoder": 0.044}  # of the minutes given to `all`
+
+# Measured on two CPU cores. The first is how long a run took whose images followed their prompts.
+ENOUGH_MINUTES = 45
+IMAGES_ENCODED_PER_MINUTE = 1500
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=96, metavar="N", help="training time, without drawing and encoding (96)")
     add("--steps", type=int, metavar="N", help="number of steps of each stage, instead of --minutes")
     add("--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="folder for all files (runs/tiny)")
-    add("--folder", type=Path, metavar="DIR", help="your own images, such as cat.png with its captions in cat.txt")
+    add("--folder", type=Path, metavar="DIR", help="your own images, with captions")
     add("--start", type=Path, metavar="FILE", help="train the U-Net of this model further (only stage diffusion)")
     add("--scenes", type=int, default=20000, metavar="N", help="number of scenes to train on, without --folder (20000)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first available one)")
@@ -73,11 +82,24 @@ def train(options: argparse.Namespace, names: list[str]) -> None:
             options.save_every,
             start=options.start,
         )
+        if options.stage == "all" and not options.steps and not any(run.out.glob("*.state")):
+            log.info(forecast(options.minutes, len(run.train_set), run.device.type == "cpu"))
         for name in names:
             minutes = options.minutes * (SHARES[name] if options.stage == "all" else 1)
             run.train(name, minutes, options.steps)
         if run.complete:
             print(run.write_checkpoint())
+
+
+def forecast(minutes: float, images: int, on_cpu: bool) -> str:
+    """What to expect of a new run of all stages: how long it takes, and whether that is long enough."""
+    more = 0.5 + minutes / 20  # to start, and to draw samples
+    if on_cpu:
+        more += images / IMAGES_ENCODED_PER_MINUTE
+    text = f"Training takes about {minutes:g} minutes, and encoding images and drawing samples about {more:.0f} more."
+    if on_cpu and minutes < ENOUGH_MINUTES:
+        text += f" So few minutes give noise or blurs: on two CPU cores, {ENOUGH_MINUTES} or more are needed."
+    return text
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Read and write image files, and convert images to tensors and back.
 
-The networks use float32 tensors (B, 3, H, W) in [-1, 1]. Users get uint8 arrays (B, H, W, 3) in 0..255, PNG files and
-animations.
+The networks use float32 tensors (B, 3, H, W) in [-1, 1]. Users get uint8 arrays (B, H, W, 3) in 0..255, PNG, JPEG
+and WebP files, and animations.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageCms, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from sd.files import write_whole
@@ -23,6 +24,8 @@ from sd.files import write_whole
 # An allow-list. Pillow supports more formats, but each one adds risk: its EPS reader, for example, runs Ghostscript.
 FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]
 FORMATS += ["PPM", "TGA", "ICO", "PCX", "SGI", "QOI"]
+LOSSY = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+MAX_COMMENT = 64_000  # bytes: a segment of a JPEG file has at most 65,535
 ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
 
 ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
@@ -191,6 +194,32 @@ def write_png(
     write_whole(Path(path), lambda file: image.save(file, format="PNG", pnginfo=text), overwrite)
 
 
+def write_image(
+    path: str | os.PathLike, image: np.ndarray | Image.Image, parameters: str | None = None, overwrite: bool = False
+) -> None:
+    """Write an image as PNG, JPEG or WebP, by the suffix of `path`: .png, .jpg, .jpeg or .webp.
+
+    JPEG and WebP have a quality of 95. Their `parameters` go into the EXIF tag UserComment in UTF-16, where the
+    AUTOMATIC1111 web UI reads them. JPEG has room for 32,000 characters, and more are cut off. The rest is as in
+    `write_png`.
+
+    Raises the errors of `write_png`, and ValueError for another suffix.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".png":
+        return write_png(path, image, parameters, overwrite)
+    if suffix not in LOSSY:
+        raise ValueError(f"An image should be a .png, .jpg, .jpeg or .webp file, not {path}.")
+    image = _from_array(image) if isinstance(image, np.ndarray) else image
+    options = {"format": LOSSY[suffix], "quality": 95}
+    if LOSSY[suffix] == "JPEG":
+        options["subsampling"] = 0  # keeps the edges between colours
+    if parameters is not None:
+        options["exif"] = _user_comment(parameters)
+    return write_whole(path, lambda file: image.save(file, **options), overwrite)
+
+
 def write_animation(
     path: str | os.PathLike,
     frames: Sequence[np.ndarray],
@@ -216,6 +245,15 @@ def write_animation(
     if kind == "WEBP":
         options["quality"] = 90
     write_whole(path, lambda file: first.save(file, format=kind, **options), overwrite)
+
+
+def _user_comment(text: str) -> bytes:
+    """EXIF data with one tag, UserComment. Pillow would write it as a list of numbers, which other tools reject."""
+    comment = b"UNICODE\0" + text.encode("utf-16-be", "replace")[:MAX_COMMENT]
+    header = b"Exif\0\0MM\0*" + struct.pack(">I", 8)  # offsets count from "MM"; the first directory is at 8
+    pointer = struct.pack(">HHHIII", 1, ExifTags.IFD.Exif, 4, 1, 26, 0)  # 1 entry: a 32-bit offset; no next directory
+    entry = struct.pack(">HHHIII", 1, ExifTags.Base.UserComment, 7, len(comment), 44, 0)  # 1 entry: bytes at 44
+    return header + pointer + entry + comment
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -76,9 +76,9 @@ class Request:
         _require(self.feather <= MAX_FEATHER, "feather", self.feather, f"at most {MAX_FEATHER} pixels")
         padding = self.padding_mask_crop
         _require(padding is None or self.mask_image is not None, "mask_image", None, "given with padding_mask_crop")
-        _check_number(
-            "padding_mask_crop", padding or 0, 0, MAX_PIXELS, f"a whole number of pixels, 0 to {MAX_PIXELS}", True
-        )
+        if padding is not None:
+            allowed = f"a whole number of pixels, 0 to {MAX_PIXELS}"
+            _check_number("padding_mask_crop", padding, 0, MAX_PIXELS, allowed, whole=True)
         scale = 1 if self.cfg_scale is None else self.cfg_scale
         _check_number("cfg_scale", scale, -math.inf, math.inf, "a number; 1 to 14 is usual")
         _require(abs(scale) <= MAX_SCALE, "cfg_scale", scale, f"from -{MAX_SCALE} to {MAX_SCALE}")

@@ -1,10 +1,10 @@
-"""The bricks that the VAE and the U-Net share."""
+"""The building blocks of the VAE and the U-Net, against their definitions."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from sd.blocks import Downsample, ResidualBlock, Upsample
+from sd.blocks import AttentionBlock, Downsample, ResidualBlock, Upsample, middle
+from tests.support.definitions import NEAR_EPS, group_norm, randomize, self_attention, silu
 
 
 @pytest.mark.parametrize("out_channels", [16, 24])
@@ -17,16 +17,40 @@ def test_residual_block_adds_its_input(out_channels):
     assert block(x).shape == (2, out_channels, 5, 7)
 
 
-def test_residual_block_adds_the_time_to_every_pixel():
-    block = ResidualBlock(16, 16, groups=8, eps=1e-5, time_width=32)
-    x, time = torch.randn(2, 16, 4, 4), torch.randn(2, 32)
-    h = block.conv1(F.silu(block.norm1(x))) + block.time(F.silu(time)).reshape(2, 16, 1, 1)
-    torch.testing.assert_close(block(x, time), x + block.conv2(F.silu(block.norm2(h))))
+@pytest.mark.parametrize("scale", [1, NEAR_EPS])
+@pytest.mark.parametrize("out_channels, time_width", [(16, 32), (24, 32), (16, None), (24, None)])
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+def test_residual_block(out_channels, time_width, eps, scale):
+    block = randomize(ResidualBlock(16, out_channels, 8, eps, time_width))
+    block.conv1.weight *= scale  # so that the input of the second norm is tiny too
+    block.conv1.bias *= scale
+    x, time = scale * torch.randn(2, 16, 4, 4), None
+    h = block.conv1(silu(group_norm(block.norm1, x, 8, eps)))
+    if time_width:
+        block.time.weight *= scale
+        block.time.bias *= scale
+        time = torch.randn(2, time_width)
+        h = h + (silu(time) @ block.time.weight.T + block.time.bias)[:, :, None, None]  # the same for every pixel
+    h = block.conv2(silu(group_norm(block.norm2, h, 8, eps)))
+    if out_channels != 16:
+        x_out = torch.einsum("oi,bihw->bohw", block.shortcut.weight[:, :, 0, 0], x)
+        x_out = x_out + block.shortcut.bias[:, None, None]
+    else:
+        x_out = x
+    torch.testing.assert_close(block(x, time), x_out + h, rtol=1e-4, atol=1e-5)
 
 
-def test_residual_block_uses_its_eps():
-    block = ResidualBlock(16, 16, groups=8, eps=1e-6)
-    assert block.norm1.eps == block.norm2.eps == 1e-6
+@pytest.mark.parametrize("scale", [1, NEAR_EPS])
+def test_attention_block(scale):
+    block = randomize(AttentionBlock(16, groups=4))
+    x = scale * torch.randn(2, 16, 3, 5)
+    tokens = group_norm(block.norm, x, 4, 1e-6).reshape(2, 16, 15).transpose(1, 2)
+    out = self_attention(block.attention, tokens, heads=1).transpose(1, 2).reshape(2, 16, 3, 5)
+    torch.testing.assert_close(block(x), x + out, rtol=1e-4, atol=1e-5)
+
+
+def test_the_middle_is_a_residual_block_an_attention_block_and_a_residual_block():
+    assert [type(block) for block in middle(16, 8)] == [ResidualBlock, AttentionBlock, ResidualBlock]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

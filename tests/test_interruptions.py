@@ -15,7 +15,7 @@ import torch
 from scripts import download
 from sd import files
 from sd.checkpoints.files import read_state_dict, write_checkpoint
-from sd.images import read_image, write_animation, write_png
+from sd.images import read_image, write_animation, write_image, write_png
 from sd.training.loop import load_state, save_atomically
 from tests import ROOT
 from tests.support.killer import frame
@@ -80,10 +80,13 @@ def read_only(tmp_path):
 
 
 BIG = np.random.default_rng(0).integers(0, 256, (200, 250, 3), dtype=np.uint8)  # 150 kB
+NOISE = np.random.default_rng(0).integers(0, 256, (400, 500, 3), dtype=np.uint8)  # over 100 kB in any format
 GREY = np.random.default_rng(0).integers(0, 256, (4, 200, 250, 1), dtype=np.uint8).repeat(3, 3)
 STATE = {"a": torch.randn(50_000)}
 WRITERS = {
     "a.png": lambda path: write_png(path, BIG, overwrite=True),
+    "a.jpg": lambda path: write_image(path, NOISE, "x", overwrite=True),
+    "a.webp": lambda path: write_image(path, NOISE, "x", overwrite=True),
     "a.gif": lambda path: write_animation(path, GREY, overwrite=True),
     "a.ckpt": lambda path: write_checkpoint(path, STATE),
     "a.safetensors": lambda path: write_checkpoint(path, STATE),

@@ -72,6 +72,15 @@ def test_a_generator_per_image_gives_what_it_gives_alone():
         draw_noise((3, 4, 8, 8), [torch.Generator()])
 
 
+def test_without_a_seed_every_run_has_its_own():
+    """Below 2^32, so that any other tool takes it too."""
+    seeds = {make_generators(None, 1)[0].initial_seed() for _ in range(20)}
+    assert len(seeds) == 20
+    assert max(seeds) < 2**32
+    first, second = make_generators(None, 2)
+    assert second.initial_seed() == first.initial_seed() + 1
+
+
 def test_add_noise_by_hand():
     """sqrt(0.25) * 4 + sqrt(0.75) * 2, and 4 or 2 alone at the ends."""
     x_0, noise = torch.full((3, 1, 1, 1), 4.0), torch.full((3, 1, 1, 1), 2.0)

@@ -30,7 +30,7 @@ def test_the_command_sd_is_the_demo(tmp_path):
     code = "import sys; from sd_command.scripts.demo import main; sys.argv[0] = 'bin/sd'; sys.exit(main())"
     command = [sys.executable, "-S", "-c", code, "--help"]  # without torch
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout.startswith("usage: sd [-h]"), result.stderr
+    assert result.stdout.startswith("usage: sd [--help]"), result.stderr
     assert '\n    sd "a lighthouse at night"\n' in result.stdout
 
 

@@ -28,7 +28,8 @@ from sd.tokenizer import Tokenizer
 from tests.support.synthetic import MICRO, random_models
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-MASK = Image.new("L", (40, 24), 200)
+MASK = Image.new("L", (40, 24), 100)
+MASK.paste(200, (4, 6, 18, 20))
 pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
 
 TOKENIZER = Tokenizer()
@@ -81,6 +82,7 @@ INVALID = {
     | st.integers(min_value=1025).map(lambda n: 8 * n),
     "width": no_count | st.integers(max_value=0) | st.integers(min_value=1025).map(lambda n: 8 * n),
     "feather": no_number | st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1001),
+    "padding_mask_crop": no_count.filter(lambda value: value != 0) | st.integers(min_value=8193),
     "cfg_rescale": no_number | st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1, exclude_min=True),
     "deep_cache": no_number | no_count | st.integers(min_value=1001) | st.integers(max_value=0),
 }
@@ -109,8 +111,11 @@ def check_valid(data):
     if data.draw(st.booleans()):
         arguments["input_image"] = data.draw(st.sampled_from([PICTURE, Image.fromarray(PICTURE)]))
         arguments["mask_image"] = data.draw(st.sampled_from([None, MASK]))
+        if arguments["mask_image"] and data.draw(st.booleans()):
+            arguments["padding_mask_crop"] = data.draw(st.sampled_from([0, 5, 8192, np.uint8(3)]))
     image = generate(texts, models=models(), **arguments)
     size = (int(arguments["height"]), int(arguments["width"]), 3)
+    size = PICTURE.shape if "padding_mask_crop" in arguments else size
     assert image.shape == (size if isinstance(texts, str) else (len(texts), *size))
     assert image.dtype == np.uint8
 
@@ -118,11 +123,12 @@ def check_valid(data):
 def check_invalid(name, value):
     """The error is one sentence that begins with the argument's name, and comes before any weights are loaded."""
     asked = "input_image" if value is PICTURE else name  # a mask needs an image
+    extra = {"input_image": PICTURE, "mask_image": MASK} if name == "padding_mask_crop" else {}
     with (
         mock.patch.object(model_loader, "load_models", side_effect=AssertionError("loaded before checking")),
         pytest.raises(ValueError, match=f"^{asked} should ") as error,
     ):
-        generate(**({"prompt": "a cat"} | {name: value}))
+        generate(**({"prompt": "a cat"} | extra | {name: value}))
     message = str(error.value)
     assert message.endswith(".") or "character itself" in message
     assert "\n" not in message
@@ -159,7 +165,7 @@ def test_thousands_of_invalid_requests(name, data):
 
 def test_every_argument_is_covered():
     assert set(INVALID) == set(inspect.signature(generate).parameters)
-    others = {"prompt", "uncond_prompt", "input_image", "mask_image", "models", "height", "width"}
+    others = {"prompt", "uncond_prompt", "input_image", "mask_image", "models", "height", "width", "padding_mask_crop"}
     assert set(INVALID) == set(VALID) | others
 
 
@@ -190,7 +196,7 @@ def run_demo(arguments):
     """Returns the exit code, the new images, the lines that demo.py printed, and whether weights were loaded."""
     said = []
     loads = mock.Mock(side_effect=model_loader.load_models)
-    before = set(Path().rglob("*.png"))
+    before = set(Path().rglob("*.[pj][np]g"))
     with (
         mock.patch.object(sys, "argv", ["demo.py", *arguments]),
         mock.patch.object(model_loader, "load_models", loads),
@@ -201,7 +207,7 @@ def run_demo(arguments):
             code = demo.main()
         except SystemExit as stop:
             code = stop.code
-    new = set(Path().rglob("*.png")) - before
+    new = set(Path().rglob("*.[pj][np]g")) - before
     return code, new, [line for line in "".join(said).split("\n") if line.startswith("demo.py: ")], loads.called
 
 

@@ -3,12 +3,13 @@
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from scripts import demo
 from sd.checkpoints.files import write_checkpoint
-from sd.config import ScheduleConfig
+from sd.config import SD15, ScheduleConfig
 from sd.ddpm import DDPMSampler
 from sd.sampler import at_karras_levels
 from sd.samplers import SAMPLERS
@@ -27,6 +28,13 @@ def test_alphas_cumprod_fall_from_almost_one_to_almost_zero():
     # The largest sigma of seeds' LMS table, sqrt((1 - a) / a) at timestep 999.
     assert ((1 - a[-1]) / a[-1]).sqrt().item() == pytest.approx(14.6146, abs=1e-3)
     assert (a.diff() < 0).all()
+
+
+def test_defaults_of_stable_diffusion():
+    sampling, schedule = SD15.sampling, SD15.schedule
+    assert (sampling.sampler, sampling.steps, sampling.cfg_scale) == ("dpm++2m", 20, 7.5)
+    assert (schedule.num_training_steps, schedule.beta_start, schedule.beta_end) == (1000, 0.00085, 0.012)
+    assert (schedule.beta_schedule, schedule.prediction_type) == ("scaled_linear", "epsilon")
 
 
 def test_timesteps_lead():
@@ -78,6 +86,30 @@ def test_strength_skips_the_noisiest_steps():
     sampler.set_strength(0.001)
     assert sampler.timesteps.tolist() == [0]
     assert sampler.skipped == 49
+
+
+@pytest.mark.parametrize(
+    "steps, strength, visited", [(5, 0.5, 2), (5, 0.7, 3), (3, 0.9, 2), (10, 0.99, 9), (7, 0.25, 1), (4, 0.2, 1)]
+)
+def test_strength_cuts_to_whole_steps(steps, strength, visited):
+    sampler = make_sampler()
+    sampler.set_inference_timesteps(steps)
+    last = sampler.timesteps[steps - visited :].tolist()
+    sampler.set_strength(strength)
+    assert sampler.timesteps.tolist() == last
+    assert sampler.skipped == steps - visited
+
+
+@pytest.mark.parametrize("number", [float, np.float32])
+@pytest.mark.parametrize("steps", [10, 20, 25, 50, 100])
+def test_a_whole_number_of_steps_is_not_cut_by_rounding(steps, number):
+    """0.58 of 50 steps is 29, although 50 * 0.58 is 28.999999999999996 to a computer."""
+    sampler = make_sampler()
+    sampler.set_inference_timesteps(steps)
+    for percent in range(1, 101):
+        if percent * steps % 100 == 0:
+            sampler.set_strength(number(percent / 100))
+            assert len(sampler.timesteps) == percent * steps // 100
 
 
 def test_add_noise_is_the_forward_process():

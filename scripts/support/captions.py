@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shlex
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.support.command_line import demo_command
+from scripts.support.saved_settings import protect, quote
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from sd.request import Request
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # the names of --dtype -> torch's
+
+PADDING = 32  # pixels, as in the AUTOMATIC1111 web UI
 
 # The AUTOMATIC1111 web UI's names; a sampler that is missing keeps ours. `_karras` becomes " Karras".
 SAMPLER_NAMES = {
@@ -35,11 +40,23 @@ SAMPLER_NAMES = {
 
 def parameters(options: argparse.Namespace, request: Request) -> str:
     """The prompt and settings as one text, in the format that other Stable Diffusion tools read and write."""
-    lines = [request.prompt]
+    lines = [protect(request.prompt)]
     if request.uncond_prompt:
-        lines.append(f"Negative prompt: {request.uncond_prompt}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in _settings(options, request).items()))
+        lines.append(f"Negative prompt: {protect(request.uncond_prompt)}")
+    lines.append(", ".join(f"{key}: {quote(value)}" for key, value in _settings(options, request).items()))
     return "\n".join(lines)
+
+
+def model_name(checkpoint: Path | None) -> str:
+    """What the settings call the model: the name of its file or folder, without the suffix."""
+    return Path(os.path.abspath(checkpoint)).stem if checkpoint else "tiny"
+
+
+def padding(options: argparse.Namespace) -> int | None:
+    """The pixels around the mask that --only-masked shows the model; None without it."""
+    if not options.only_masked:
+        return None
+    return PADDING if options.padding is None else options.padding
 
 
 def details(options: argparse.Namespace, request: Request, models: Models) -> dict[str, str]:
@@ -48,7 +65,9 @@ def details(options: argparse.Namespace, request: Request, models: Models) -> di
 
     device, dtype = _place(models)
     pairs = {"Prompt": request.prompt, "Negative prompt": request.uncond_prompt, **_settings(options, request)}
-    pairs |= {"Image": options.image, "Mask": options.mask, "Feather": options.feather}
+    mask = "where the image is transparent" if options.mask_from_alpha else options.mask
+    pairs |= {"Image": options.image, "Mask": mask, "Feather": options.feather}
+    pairs |= {"Inverted mask": "yes" * options.invert_mask, "Only masked, padding": padding(options)}
     pairs |= {"Device": device, "Precision": DTYPES[dtype], "Machine": platform.machine()}
     pairs |= {"Threads": torch.get_num_threads()}
     pairs |= {"Python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "pillow")}
@@ -57,14 +76,20 @@ def details(options: argparse.Namespace, request: Request, models: Models) -> di
 
 def command(options: argparse.Namespace, request: Request, models: Models) -> str:
     """The command line that makes this image again, quoted for a POSIX shell."""
+    from sd.prompts.alternatives import escape
+
     device, dtype = _place(models)
     # A prompt must not look like a flag. An empty pair of braces adds nothing to it.
-    prompt = "{}" + request.prompt if request.prompt.startswith("-") else request.prompt
+    prompt = "{}" * request.prompt.startswith("-") + escape(request.prompt)
     arguments = [*demo_command(), prompt]
     flags = {
         "--negative": request.uncond_prompt or None,
         "--image": options.image,
         "--mask": options.mask,
+        "--mask-from-alpha": options.mask_from_alpha,
+        "--invert-mask": options.invert_mask,
+        "--only-masked": options.only_masked,
+        "--padding": options.padding,
         "--feather": options.feather,
         "--strength": request.strength if options.image else None,
         "--steps": request.n_inference_steps,
@@ -80,7 +105,9 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--dtype": dtype,
     }
     for flag, value in flags.items():
-        if value is not None:
+        if value is True:
+            arguments.append(flag)
+        elif value is not None and value is not False:  # 0 is a value
             text = str(value)
             arguments += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return shlex.join(arguments)
@@ -111,7 +138,7 @@ def _settings(options: argparse.Namespace, request: Request) -> dict[str, object
         "CFG scale": f"{request.cfg_scale:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
-        "Model": options.checkpoint.stem if options.checkpoint else "tiny",
+        "Model": model_name(options.checkpoint),
     }
     if options.vae:
         pairs["VAE"] = options.vae.stem

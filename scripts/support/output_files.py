@@ -10,21 +10,32 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
-def first_path(out: Path | None, overwrite: bool) -> Path:
-    """The file that --out names, picture.png if it names a folder. Raises ValueError if it cannot be written."""
-    if out is None or out.is_dir() or not out.suffix:
-        path = (out or Path()) / "picture.png"
+
+def first_path(out: str | None, overwrite: bool) -> Path:
+    """The file that --out names, or picture.png in the folder that it names. Raises ValueError if it cannot be written.
+
+    A name is a folder if there is one, if it ends in a slash, or if it has no suffix.
+    """
+    path = Path(out or "")
+    if path.is_dir() or (out or "").endswith(("/", os.sep)) or not path.suffix:
+        path = path / "picture.png"
         check_folder("--out", path)
         return path
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out should be a .png file or a folder, not {out}.")
-    check_free("--out", out, overwrite)
-    return out
+    if path.suffix.lower() not in IMAGES:
+        raise ValueError(
+            f"--out should be a .png, .jpg, .jpeg or .webp file, or a folder, not {out}; a new folder with a dot in "
+            f"its name ends in a slash: {out}/."
+        )
+    check_free("--out", path, overwrite)
+    return path
 
 
 def check_free(flag: str, path: Path, overwrite: bool) -> None:
     """Raises ValueError if the file exists and may not be replaced, or if its folder cannot be written to."""
+    if path.is_dir():
+        raise ValueError(f"{flag} should be a file: {path} is a folder.")
     if path.exists() and not overwrite:
         raise ValueError(f"{flag} {path} already exists: choose another name, or add --overwrite to replace it.")
     check_folder(flag, path)
@@ -36,6 +47,25 @@ def check_folder(flag: str, path: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         reason = "is write-protected" if folder.is_dir() else "is a file"
         raise ValueError(f"{flag} should be in a folder that you can write to: {folder} {reason}.")
+
+
+def check_different_files(read: dict[str, Path | None], written: dict[str, Path | None]) -> None:
+    """Raises ValueError if a file that is to be written is also read, or written twice. Folders do not count."""
+    outputs = [(flag, path) for flag, path in written.items() if path is not None and not path.is_dir()]
+    inputs = [(flag, path) for flag, path in read.items() if path is not None and not path.is_dir()]
+    pairs = [*((other, one) for one in outputs for other in inputs), *itertools.combinations(outputs, 2)]
+    for (flag, path), (other_flag, other) in pairs:
+        if same_file(path, other):
+            raise ValueError(f"{other_flag} should be another file than {flag}, not {other} for both.")
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths name one file, also through links. A file that does not exist yet is compared by its name,
+    without regard to case, as some systems do."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one).casefold() == os.path.realpath(other).casefold()
 
 
 def make_folder(flag: str, folder: Path) -> None:

@@ -29,7 +29,7 @@ LONGEST_WAIT = 300  # seconds: give up if the server asks for a longer wait
 LARGEST = 20 << 30  # bytes: give up beyond this if the server does not state the file's size
 
 
-class DownloadError(Exception):
+class DownloadError(ValueError):
     """The file cannot be downloaded. The message is one sentence for the user."""
 
 

@@ -17,6 +17,9 @@ def frames(recording: Recording) -> list[np.ndarray]:
     """The image that the U-Net expected (x_0) at each recorded step, then the final image: each uint8 (H, W, 3).
 
     A small decoder decodes every frame. SD 1.x's decoder takes longer than a step, so its frames are previews.
+
+    The last two often look the same: what is expected at the last step is the final image. WebP and GIF files store
+    such frames as one.
     """
     models, inpainting = recording.models, recording.inpainting
     draw = _preview if shows_previews(models) else pipeline.decode_latents

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import signal
@@ -24,15 +25,13 @@ from tqdm import tqdm
 
 from sd.files import whole_file
 from sd.images import from_uint8, image_to_tensor, read_image, tensor_to_array
+from sd.training.captions import DataError, read_captions, unreadable_images
 from sd.training.world.render import render
 from sd.training.world.scenes import scene_and_captions
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+log = logging.getLogger(__name__)
+
 CAPTIONS_PER_SCENE = 6
-
-
-class DataError(ValueError):
-    """The images or captions cannot be used for training. The message is one sentence."""
 
 
 @dataclass
@@ -111,31 +110,20 @@ def _reserve(file: BinaryIO, size: int) -> None:
 
 
 def load_folder(folder: Path, cache: Path, size: int) -> CaptionedImages:
-    """Load your own images, cropped to a centred square and resized to (size, size).
+    """Load your own images, cropped to a centred square and resized to (size, size), with their captions.
 
-    Captions are read from `captions.jsonl` if the folder has one: a line {"file": "cat.png", "caption": "a cat"} for
-    each caption. Otherwise each image, such as `cat.png`, has a text file, `cat.txt`, with one caption per line.
-
-    Raises DataError if the folder does not exist or has no images, or if an image has no caption or cannot be read;
-    OSError if the cache cannot be written.
+    Logs a line if the folder has images in other formats. Raises the errors of `read_captions`, DataError for an image
+    that is missing or cannot be read, and OSError if the cache cannot be written.
     """
     captions = read_captions(folder)
+    if left_out := unreadable_images(folder):
+        names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
+        log.warning("Images of %s that are left out, because their format cannot be read: %s", folder, names)
     images = (_read_image(folder / name, size) for name in captions)
     path = cache / "folder.npy"
     cache.mkdir(parents=True, exist_ok=True)
     _write_pixels(path, images, len(captions), size, "reading images")
     return CaptionedImages(np.load(path, mmap_mode="r"), list(captions.values()))
-
-
-def read_captions(folder: Path) -> dict[str, list[str]]:
-    """The captions of each image in a folder, by file name. Raises DataError as `load_folder` does."""
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}: choose one with images and captions.")
-    listed = folder / "captions.jsonl"
-    captions = _read_jsonl(listed) if listed.exists() else _read_texts(folder)
-    if not captions:
-        raise DataError(f"{folder} has no captioned images: add some, such as cat.png with its caption in cat.txt.")
-    return captions
 
 
 def fingerprint(folder: Path, captions: dict[str, list[str]]) -> str:
@@ -157,29 +145,3 @@ def _read_image(path: Path, size: int) -> np.ndarray:
         return tensor_to_array(image_to_tensor(read_image(path), size, size))[0]
     except (ValueError, OSError) as error:
         raise DataError(str(error)) from error
-
-
-def _read_jsonl(path: Path) -> dict[str, list[str]]:
-    captions: dict[str, list[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, caption = entry["file"], entry["caption"]
-        except (ValueError, KeyError, TypeError) as error:
-            expected = '{"file": "cat.png", "caption": "a cat"}'
-            raise DataError(f"Line {number} of {path} should be like {expected}, not {line[:60]!r}.") from error
-        captions.setdefault(str(name), []).append(str(caption))
-    return captions
-
-
-def _read_texts(folder: Path) -> dict[str, list[str]]:
-    captions = {}
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
-        text = path.with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
-        captions[path.name] = [line.strip() for line in lines if line.strip()]
-        if not captions[path.name]:
-            raise DataError(f"{path} has no caption: write one in {text.name} in the same folder.")
-    return captions

@@ -27,7 +27,7 @@ from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 from sd.training.data import CaptionedImages
 from sd.training.loop import load_state
-from sd.training.text import CaptionEncoder, PictureEncoder, retrieval, shrink
+from sd.training.text import CaptionEncoder, ImageEncoder, retrieval, shrink
 from sd.training.vae import psnr, reconstruct
 from sd.training.world.render import SUNS
 from sd.training.world.scenes import ATTRIBUTES, Scene, caption, random_scene
@@ -63,7 +63,7 @@ class JudgeStage:
         self.config = {"attributes": {name: list(values) for name, values in ATTRIBUTES.items()}}
         self.small = shrink(dataset)  # uint8 (N, 3, 64, 64)
         self.targets = torch.tensor([targets(scene) for scene in scenes])  # (N, 7)
-        self.networks = nn.ModuleDict({"judge": PictureEncoder(sum(CLASSES))})
+        self.networks = nn.ModuleDict({"judge": ImageEncoder(sum(CLASSES))})
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random renders with some noise, (B, 3, 64, 64), and their classes, (B, 7)."""
@@ -79,7 +79,7 @@ class JudgeStage:
 
 
 @torch.no_grad()
-def judge_accuracy(judge: PictureEncoder, images: Tensor, wanted: Tensor) -> dict[str, float]:
+def judge_accuracy(judge: ImageEncoder, images: Tensor, wanted: Tensor) -> dict[str, float]:
     """Images (N, 3, H, W) in [-1, 1] and the classes they should show (N, 7) -> for each attribute the share, in 0..1,
     of images in which it is right.
 
@@ -158,9 +158,9 @@ def interval(share: float, count: int) -> float:
     return z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
 
 
-def load_judge(path: Path) -> PictureEncoder:
+def load_judge(path: Path) -> ImageEncoder:
     """Load the judge from a checkpoint file. Raises the errors of `read_state_dict`."""
-    judge = PictureEncoder(sum(CLASSES))
+    judge = ImageEncoder(sum(CLASSES))
     judge.load_state_dict({name: tensor.float() for name, tensor in read_state_dict(path).items()})
     return judge.eval().requires_grad_(False)
 
@@ -177,16 +177,16 @@ def load_encoders(text_state: Path, models: Models) -> nn.ModuleDict | None:
     # Stage 3 zeroed some token embeddings, so compare the position embeddings. A checkpoint has them in float16.
     if not torch.equal(state["captions.clip.position_embedding.weight"].half().to(own.dtype), own):
         return None
-    networks = nn.ModuleDict({"pictures": PictureEncoder(), "captions": CaptionEncoder(models.config.text)}).eval()
+    networks = nn.ModuleDict({"pictures": ImageEncoder(), "captions": CaptionEncoder(models.config.text)}).eval()
     networks.load_state_dict({name: tensor for name, tensor in state.items() if name != "log_scale"})
     return networks
 
 
 @torch.no_grad()
-def second_opinion(encoders: nn.ModuleDict, tokenizer: Tokenizer, pictures: Tensor, prompts: list[str]) -> float:
+def second_opinion(encoders: nn.ModuleDict, tokenizer: Tokenizer, images: Tensor, prompts: list[str]) -> float:
     """The share, in 0..1, of N images whose own prompt is the most similar of all N, according to these encoders.
 
-    pictures (N, 3, H, W) in [-1, 1].
+    images (N, 3, H, W) in [-1, 1].
     """
-    seen = torch.cat([encoders["pictures"](part) for part in pictures.split(64)])
+    seen = torch.cat([encoders["pictures"](part) for part in images.split(64)])
     return retrieval(seen, encoders["captions"](tokenizer(prompts)))

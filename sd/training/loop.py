@@ -28,7 +28,7 @@ from sd.training.muon import Muon
 from sd.training.precision import mixed_precision
 
 WARMUP = 100  # steps during which the learning rate rises
-CALIBRATION = 10  # steps to skip, and then steps to time, to find out how many fit into the given minutes
+CALIBRATION = 20  # steps after which it is decided how many fit into the given minutes
 
 
 class Stage(Protocol):
@@ -85,7 +85,8 @@ class Training:
         """
         self.stage, self.device, self.record = stage, device, record
         self.state_path = out / f"{stage.name}.state"
-        self.minutes, self.total, self.step, self.seconds, self.loss = minutes, steps, 0, 0.0, math.nan
+        self.minutes, self.total, self.step, self.loss = minutes, steps, 0, math.nan
+        self.times: list[float] = []  # seconds of each step, until the number of steps is decided
         self.networks = stage.networks.to(device)
         self.average = copy.deepcopy(self.networks).requires_grad_(False)
         self.parameters = list(self.networks.parameters())
@@ -168,12 +169,16 @@ class Training:
             torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
 
     def _calibrate(self, elapsed: float) -> None:
-        """Decide once how many steps fit into the given minutes. Resuming does not change it, because the learning rate
-        depends on it."""
-        if self.total is None and self.step > CALIBRATION:
-            self.seconds += elapsed
-            if self.step == 2 * CALIBRATION:
-                self.total = max(self.step, int(60 * self.minutes * CALIBRATION / self.seconds))
+        """Decide once how many steps fit into the given minutes: after `CALIBRATION` steps, or half of the time.
+
+        Resuming does not change the number, because the learning rate depends on it.
+        """
+        if self.total is None:
+            self.times.append(elapsed)
+            left = 60 * self.minutes - sum(self.times)
+            if len(self.times) == CALIBRATION or left < 30 * self.minutes:
+                usual = self.times[len(self.times) // 2 :]  # the first steps are slower
+                self.total = self.step + max(0, round(left * len(usual) / sum(usual)))
 
     def save(self) -> None:
         """Write the state atomically. Raises OSError if it cannot be written."""
@@ -182,7 +187,7 @@ class Training:
             "record": self.record,
             "step": self.step,
             "total": self.total,
-            "seconds": self.seconds,
+            "times": self.times,
             "networks": self.networks.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -201,7 +206,7 @@ class Training:
         for optimizer, values in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(values)
         self.generator.set_state(state["generator"])
-        self.step, self.total, self.seconds = state["step"], state["total"], state["seconds"]
+        self.step, self.total, self.times = state["step"], state["total"], state.get("times", [])
 
 
 class StoredAttention(TorchFunctionMode):
@@ -221,7 +226,7 @@ def make_optimizers(networks: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for most matrices, AdamW for vectors and for the first and last layers.
 
     These layers are chosen by name: embeddings, the first and last layers of the autoencoder, the last layer of the
-    U-Net and that of the caption encoder. The first layers of the U-Net and of the picture encoder use Muon.
+    U-Net and that of the caption encoder. The first layers of the U-Net and of the image encoder use Muon.
     """
     inner, outer = [], []
     for name, parameter in networks.named_parameters():

@@ -7,6 +7,7 @@ the layout of the published Stable Diffusion checkpoints.
 from __future__ import annotations
 
 import logging
+import warnings
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,8 +65,12 @@ class TrainingRun:
         U-Net further, and its text encoder and autoencoder are not changed.
 
         Raises FileNotFoundError or CheckpointError if `start` cannot be read, ValueError if the images cannot be used
-        or `out` has another run, OSError if `out` cannot be written.
+        or `out` has them or another run, OSError if `out` cannot be written.
         """
+        if folder and out.exists() and folder.exists() and out.samefile(folder):
+            raise TrainingError(
+                f"{out} has the training images, and samples would mix with them: choose another --out."
+            )
         self.out, self.seed, self.save_every = out, seed, save_every
         self.device = best_device(device)
         self.start = start and load_models(start, "cpu", torch.float32, tuned=False)
@@ -142,6 +147,11 @@ class TrainingRun:
         return tokenise(self.train_set, self.tokenizer)
 
     @cached_property
+    def test_tokens(self) -> list[Tensor]:
+        """The captions of the test images as token ids, like `tokens`."""
+        return tokenise(self.test_set, self.tokenizer)
+
+    @cached_property
     def vae(self) -> tuple[Encoder, Decoder]:
         """The trained autoencoder that makes the U-Net's latents. Loaded once, when it is first needed."""
         return (self.start.encoder, self.start.decoder) if self.start else self._finished_vae()
@@ -200,7 +210,7 @@ class TrainingRun:
     def _show_text(self, training: Training) -> str:
         """Measure how often a test image is matched with its own caption. Returns a line for the log."""
         captions: CaptionEncoder = training.average["captions"]
-        tokens = self.tokenizer([choices[0] for choices in self.test_set.captions]).to(self.device)
+        tokens = torch.stack([choices[0] for choices in self.test_tokens]).long().to(self.device)
         images = self.test_set.batch(torch.arange(len(self.test_set))).to(self.device)
         share = retrieval(training.average["pictures"](images), captions(tokens))
         return f"text, step {training.step}: {share:.0%} of {len(tokens)} test images are matched with their caption"
@@ -211,12 +221,15 @@ class TrainingRun:
         prompts = [max(choices, key=len) for choices in self.test_set.captions[:16]]
         sampler = SAMPLERS["ddpm"](torch.Generator().manual_seed(0), schedule=self.config.schedule)
         sampler.set_inference_timesteps(20)
-        context = encode_prompt(models, prompts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # long captions are truncated here too
+            context = encode_prompt(models, prompts, plain=True)  # a bracket in a caption is not a weight
         latents = get_latents(models, len(prompts), seed=0)
         for step in denoise(models, latents, context, sampler, cfg_scale=5.0):
             latents = step.latents
         self._grid("diffusion", decode_latents(models, latents))
-        (self.out / "diffusion.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        lines = "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)
+        (self.out / "diffusion.txt").write_text(lines, encoding="utf-8")
         return f"diffusion, step {training.step}: see {self.out / 'diffusion.png'}"
 
     def _models(self, unet: Diffusion) -> Models:

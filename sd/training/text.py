@@ -1,10 +1,13 @@
 """Stage 2, the text encoder, trained as in CLIP (2103.00020): images and captions are mapped to the same space.
 
-In: images with captions. Out: a text encoder whose end token summarises the caption. The picture encoder is needed only
+In: images with captions. Out: a text encoder whose end token summarises the caption. The image encoder is needed only
 for this training and for evaluation; generating images does not use it.
 """
 
 from __future__ import annotations
+
+import logging
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +21,12 @@ from sd.tokenizer import Tokenizer
 from sd.training.data import CaptionedImages
 from sd.training.losses import contrastive_loss
 
+log = logging.getLogger(__name__)
+
 WIDTH = 128  # dimensions of the space that images and captions share
 
 
-class PictureEncoder(nn.Module):
+class ImageEncoder(nn.Module):
     """Images -> vectors: a small convolutional network. Its output depends on where things are in the image."""
 
     def __init__(self, out_width: int = WIDTH):
@@ -66,7 +71,7 @@ def end_states(clip: CLIP, tokens: Tensor) -> Tensor:
 
 
 class TextStage:
-    """Picture encoder and caption encoder, trained together so that an image and its caption get similar vectors."""
+    """Image encoder and caption encoder, trained together so that an image and its caption get similar vectors."""
 
     name = "text"
     learning_rate = 2e-3
@@ -79,7 +84,8 @@ class TextStage:
         self.batch_size = min(batch_size, len(dataset))
         self.tokens = tokens
         self.small = shrink(dataset)
-        self.networks = nn.ModuleDict({"pictures": PictureEncoder(), "captions": CaptionEncoder(config)})
+        # "pictures" is the name that state files have for it.
+        self.networks = nn.ModuleDict({"pictures": ImageEncoder(), "captions": CaptionEncoder(config)})
         self.networks.log_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as in 2103.00020, section 2.5
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -95,15 +101,18 @@ class TextStage:
 
 
 def tokenise(dataset: CaptionedImages, tokenizer: Tokenizer) -> list[Tensor]:
-    """The captions as token ids: for each image int32 (number of captions, 77)."""
-    known: dict[str, Tensor] = {}
-    rows = []
-    for captions in dataset.captions:
-        for caption in captions:
-            if caption not in known:
-                known[caption] = tokenizer([caption])[0].int()
-        rows.append(torch.stack([known[caption] for caption in captions]))
-    return rows
+    """The captions as token ids: for each image int32 (number of captions, 77).
+
+    Long captions are truncated. Logs a line with their number, instead of the tokenizer's warning for each.
+    """
+    texts = list(dict.fromkeys(caption for captions in dataset.captions for caption in captions))
+    with warnings.catch_warnings(record=True) as truncated:
+        warnings.simplefilter("always")
+        known = {text: tokenizer([text])[0].int() for text in texts}
+    if truncated:
+        counts = len(truncated), len(texts), tokenizer.context_length - 2
+        log.warning("%d of %d captions have more than %d tokens: their ends are not used.", *counts)
+    return [torch.stack([known[caption] for caption in captions]) for captions in dataset.captions]
 
 
 def pick_captions(tokens: list[Tensor], indices: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,7 +122,7 @@ def pick_captions(tokens: list[Tensor], indices: Tensor, generator: torch.Genera
 
 
 def shrink(dataset: CaptionedImages, side: int = 64) -> Tensor:
-    """All images at the size that the picture encoder uses, uint8 (N, 3, side, side)."""
+    """All images at the size that the image encoder uses, uint8 (N, 3, side, side)."""
     batches = torch.arange(len(dataset)).split(256)
     return torch.cat([to_uint8(resize(dataset.batch(indices), side)) for indices in batches])
 

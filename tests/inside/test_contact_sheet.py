@@ -77,3 +77,9 @@ def test_bad_labels(rows, labels):
     rows = [[noise(0) for _ in row] for row in rows]
     with pytest.raises(ValueError, match="labels should be one for each image, in rows of one image or more."):
         contact_sheet(rows, labels)
+
+
+def test_labels_without_spaces_go_on_in_the_next_line():
+    picture = noise(0, width=120)
+    heights = [find(contact_sheet([[picture]], [[label]]), picture)[1] for label in ("w" * 5, "w" * 20, "w" * 100)]
+    assert heights[0] < heights[1] < heights[2]

@@ -113,6 +113,21 @@ def test_without_scripts_the_step_shown_first_is_complete(page):
     assert page.one(id="noise-dot")["style"] == f"{left};top:{100 - 100 * step['noise']:.2f}%"
 
 
+def test_latents_are_explained_where_they_first_appear(models, page):
+    text = " ".join(" ".join(page.texts["main"]).split())
+    first = text.index("latents")
+    assert text[first:].startswith("latents. They are a compressed form of an image: the encoder computes them from")
+    assert "40 × 32 pixels are 5 × 4 positions with 4 numbers each. Sampling starts from noise." in text
+    _, late = make(models, input_image=RED, strength=0.7)
+    assert "Sampling starts from the latents of the input image with noise added." in late
+
+
+def test_play_is_hidden_until_the_script_runs(page):
+    play = page.one(id="play")
+    assert play["type"] == "button"
+    assert "hidden" in play
+
+
 def test_without_scripts_the_page_says_what_does_not_work_and_shows_the_shares(page):
     tags = [tag for tag, a in page.elements if tag in ("noscript", "input") or "token" in a.get("class", "").split()]
     shares = ["button", "noscript"] * 5  # start, a, red, cat, end

@@ -112,7 +112,7 @@ def tokens(page) -> list:
 
 def test_the_slider_moves_pictures_and_mark(page):
     slider, steps = page.find_element(By.ID, "step"), data(page)["steps"]
-    slider.send_keys(Keys.HOME)
+    assert slider.get_attribute("value") == "0"  # it opens at the first step
     for index, step in enumerate(steps):
         seen = state(page)
         names = ("expected", "latents", "uncond", "cond", "push")
@@ -126,7 +126,54 @@ def test_the_slider_moves_pictures_and_mark(page):
     assert until(lambda: state(page)["loaded"])
 
 
+@pytest.mark.parametrize("key", [Keys.ENTER, Keys.SPACE])
+def test_play_shows_all_steps_and_stops_at_the_last(page, key):
+    play, slider, titles = page.find_element(By.ID, "play"), page.find_element(By.ID, "step"), titles_shown(page)
+    expected = [step["title"] for step in data(page)["steps"]]
+    for _ in range(2):  # from the end, it starts again
+        play.send_keys(key)
+        assert (play.text, page.find_element(By.ID, "now").get_attribute("aria-live")) == ("Pause", "off")
+        assert until(lambda: play.text == "Play")
+        assert page.find_element(By.ID, "now").get_attribute("aria-live") is None
+        assert state(page)["now"] == expected[-1] == slider.get_attribute("aria-valuetext")
+        assert slider.get_attribute("value") == "3"
+    time.sleep(1.2)  # twice the time of a step: it has stopped
+    assert titles() == [*expected[1:], *expected]
+
+
+def titles_shown(page):
+    """A function that returns all titles that the page has shown since."""
+    page.execute_script(
+        """window.titles = [];
+        new MutationObserver(() => window.titles.push(document.getElementById("now").textContent))
+            .observe(document.getElementById("now"), {childList: true})"""
+    )
+    return lambda: page.execute_script("return window.titles")
+
+
+@pytest.mark.parametrize("how", ["button", "slider"])
+def test_playing_can_be_stopped(page, how):
+    play, slider = page.find_element(By.ID, "play"), page.find_element(By.ID, "step")
+    play.click()
+    play.click() if how == "button" else slider.send_keys(Keys.ARROW_RIGHT)
+    assert play.text == "Play"
+    before = state(page)
+    time.sleep(1.2)
+    assert state(page) == before
+    assert before["now"] != data(page)["steps"][-1]["title"]
+
+
+def test_nothing_plays_for_readers_who_want_less_motion(page):
+    assert page.find_element(By.ID, "play").is_displayed()
+    features = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    assert not page.find_element(By.ID, "play").is_displayed()
+    page.find_element(By.ID, "step").send_keys(Keys.ARROW_RIGHT)  # the slider works as before
+    assert state(page)["now"] == data(page)["steps"][1]["title"]
+
+
 def test_without_scripts_the_middle_step_is_shown(page):
+    page.find_element(By.ID, "step").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     before = state(page)
     mixture = page.find_element(By.ID, "mixture").text
     switch = lambda off: page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": off})  # noqa: E731
@@ -137,6 +184,7 @@ def test_without_scripts_the_middle_step_is_shown(page):
         assert (after["now"].text, after["mixture"].text) == (before["now"], mixture)
         lines = page.find_element(By.CLASS_NAME, "player").text.splitlines()
         assert lines[0].startswith("The slider needs JavaScript.")
+        assert not page.find_element(By.ID, "play").is_displayed()
         for token in tokens(page):
             assert token.text.splitlines()[-1] in token.get_attribute("data-says")
         for name, wanted in zip(("signal-dot", "noise-dot"), before["dots"], strict=True):
@@ -193,7 +241,7 @@ def test_by_keyboard_alone(page):
     maps = data(page)["maps"]
     press = lambda key: ActionChains(page).send_keys(key).perform()  # noqa: E731
     reached = []
-    for _ in range(len(maps) + 7):
+    for _ in range(len(maps) + 8):
         press(Keys.TAB)
         active = page.switch_to.active_element
         assert active.value_of_css_property("outline-style") != "none"
@@ -206,7 +254,7 @@ def test_by_keyboard_alone(page):
             assert active.get_attribute("aria-pressed") == "false"
     assert reached[0] == "skip-link"
     assert sum(name.startswith("token") for name in reached) == len(maps)
-    assert {"step", "wide", "summary", "command"} <= set(reached)
+    assert {"step", "play", "wide", "summary", "command"} <= set(reached)
     assert lit(page) is None  # the focus has moved on
 
 

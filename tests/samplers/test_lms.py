@@ -38,6 +38,13 @@ def test_weights_integrate_polynomials_exactly(order):
         assert sum(w * d for w, d in zip(weights, slopes)) == pytest.approx(expected)
 
 
+def test_the_default_order_is_4():
+    sampler = LMSSampler()
+    for t in sampler.timesteps[:6]:
+        sampler.step(t, torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2))
+    assert sampler.order == len(sampler.history) == 4
+
+
 def test_order_1_is_euler():
     lms, euler = LMSSampler(order=1), EulerSampler()
     ours = theirs = torch.randn(1, 4, 8, 8)

@@ -6,7 +6,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sd.config import ScheduleConfig
+from sd.ddpm import DDPMSampler
 from sd.samplers import SAMPLERS
+from sd.samplers.ddim import DDIMSampler
+from sd.samplers.dpm_solver import DPMSolverSampler, DPMSolverSDESampler
+from sd.samplers.euler import EulerAncestralSampler, EulerSampler
+from sd.samplers.heun import HeunSampler
+from sd.samplers.lms import LMSSampler
+from sd.samplers.plms import PLMSSampler
 from tests.support.marks import slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts")
@@ -153,9 +160,32 @@ def test_a_schedule_may_be_shorter_than_the_default_number_of_steps(name, total)
 
 
 @every_sampler
+def test_every_name_is_that_of_its_algorithm(name):
+    algorithm = {
+        "ddpm": DDPMSampler,
+        "ddim": DDIMSampler,
+        "plms": PLMSSampler,
+        "lms": LMSSampler,
+        "euler": EulerSampler,
+        "euler_a": EulerAncestralSampler,
+        "heun": HeunSampler,
+        "dpm++2m": DPMSolverSampler,
+        "dpm++2m_sde": DPMSolverSDESampler,
+    }[name.removesuffix("_karras")]
+    if name.endswith("_karras"):
+        assert SAMPLERS[name].__bases__ == (algorithm,)
+        assert SAMPLERS[name].karras
+    else:
+        assert SAMPLERS[name] is algorithm
+        assert not algorithm.karras
+
+
+@every_sampler
 def test_default_steps(name):
     sampler = SAMPLERS[name]()
-    assert 10 <= sampler.default_steps <= 50
+    algorithm = name.removesuffix("_karras")
+    usual = {"ddpm": 50, "ddim": 50, "plms": 50, "heun": 15, "dpm++2m": 20}  # Heun calls the U-Net twice a step
+    assert sampler.default_steps == usual.get(algorithm, 30)
     assert len(set(sampler.timesteps.tolist())) == sampler.default_steps
     assert sampler.timesteps.dtype == (torch.long if sampler.whole_timesteps else torch.float32)
 

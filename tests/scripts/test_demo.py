@@ -76,6 +76,76 @@ def test_a_picture_that_loses_much_is_a_line(run_demo):
     assert "cropped" not in run_demo("a", "--image", "nearly.png")[2]
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp"])
+def test_the_suffix_chooses_the_format(run_demo, suffix):
+    code, out, _ = run_demo("a cat", "--n", 2, "--grid", "--out", f"cat{suffix}")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == [f"cat{suffix}", f"cat-2{suffix}", f"cat-grid{suffix}"]
+    for name in names():
+        with Image.open(name) as picture:
+            assert picture.format == ("WEBP" if suffix == ".webp" else "JPEG")
+
+
+@pytest.mark.parametrize("out", ["pics.v1/", "pics.v1"])
+def test_a_folder_with_a_dot(run_demo, out):
+    if not out.endswith("/"):
+        Path(out).mkdir()
+    assert run_demo("a cat", "--out", out)[0] == 0
+    assert Path("pics.v1/picture.png").exists()
+
+
+def test_a_random_seed(run_demo):
+    seeds = [int(run_demo("a cat", "--seed", -1)[1].split()[2]) for _ in range(2)]
+    assert len({*seeds, -1}) == 3
+
+
+def test_an_image_keeps_its_own_shape(run_demo, demo_checkpoint):
+    Image.new("RGB", (900, 600), "red").save("wide.png")
+    for given, size in (([], (72, 48)), (["--width", 48], (48, 32)), (["--height", 48], (72, 48))):
+        sys.argv = ["demo.py", "a", "--steps", "1", "--device", "cpu", "--checkpoint", str(demo_checkpoint)]
+        sys.argv += ["--image", "wide.png", "--out", "out.png", "--overwrite", *map(str, given)]
+        assert demo.main() == 0
+        assert Image.open("out.png").size == size
+
+
+def test_a_size_far_above_the_models_is_a_line(run_demo):
+    line = "96 x 96 is 2.25 times the 64 x 64 pixels that the model was trained on: expect repeated objects, and steps"
+    assert line in run_demo("a", "--width", 96, "--height", 96)[2]
+    assert "times the" not in run_demo("a", "--width", 64, "--height", 96)[2]
+
+
+def test_a_mask_of_another_shape_is_named_by_its_flags(run_demo):
+    Image.new("RGB", (32, 40), "red").save("red.png")
+    Image.new("L", (40, 40)).save("mask.png")
+    code, _, err = run_demo("a", "--image", "red.png", "--mask", "mask.png")
+    assert code == 2
+    assert err == "demo.py: --mask should have the shape of --image, 32 x 40, not 40 x 40 pixels.\n"
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+@pytest.mark.parametrize("flag", ["--image", "--from"])
+def test_a_file_that_is_read_is_never_written(run_demo, flag, link):
+    run_demo("a cat", "--out", "cat.png")
+    content = Path("cat.png").read_bytes()
+    if link:
+        link("cat.png", "other.png")
+    out = "other.png" if link else "cat.png"
+    code, _, err = run_demo("a", flag, "./cat.png", "--out", out, "--overwrite")
+    assert code == 2
+    assert err == f"demo.py: --out should be another file than {flag}, not {out} for both.\n"
+    assert Path("cat.png").read_bytes() == content
+
+
+def test_a_sampler_that_is_added_to_the_registry(run_demo, monkeypatch):
+    from sd.samplers import SAMPLERS
+
+    monkeypatch.setitem(SAMPLERS, "mine", type("MySampler", (SAMPLERS["euler"],), {}))
+    assert run_demo("a cat", "--sampler", "mine", "--seed", 1)[0] == 0
+    assert "Sampler: mine, " in Image.open("picture.png").text["parameters"]
+    assert run_demo("--from", "picture.png", "--out", "again.png")[0] == 0
+    assert np.array_equal(np.asarray(Image.open("picture.png")), np.asarray(Image.open("again.png")))
+
+
 def test_letters_that_the_terminal_has_not(tmp_path):
     settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONIOENCODING": "ascii"}, "capture_output": True}
     ran = subprocess.run(
@@ -125,7 +195,7 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--image", "text.png", "--strength", 2], "--strength should be a number above 0 and at most 1, not 2.0."),
         (["--cfg-scale", "nan"], "--cfg-scale should be a number; 1 to 14 is usual, not nan."),
         (["--sampler", "magic"], "--sampler should be one of ddpm, "),
-        (["--seed", -1], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
+        (["--seed", -2], "--seed should be a whole number from 0 to 2**63 - 1, not -2."),
         (["--n", 0], "--n should be from 1 to 10000, not 0."),
         (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
         (["--device", "gpu"], "--device should be one that torch can use here, such as 'cpu', not 'gpu'."),
@@ -133,7 +203,7 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--image", "text.png"], "text.png is not an image that can be read"),
         (["--mask", "text.png"], "--image should be given with --mask: it is the image to change."),
         (["--strength", 0.3], "--image should be given with --strength: it is the image to change."),
-        (["--feather", 3], "--mask should be given with --feather, which softens its edges."),
+        (["--feather", 3], "--mask should be given with --feather, or --mask-from-alpha."),
         (
             ["--image", "text.png", "--mask", "text.png", "--feather", -1],
             "--feather should be a number of pixels, 0 or more, not -1.0.",
@@ -145,7 +215,15 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--vae", "none.pt"], "--vae should be a file or a folder: there is none at none.pt."),
         (["--prediction-type", "x_0"], "--prediction-type should be one of epsilon, v_prediction, not 'x_0'."),
         (["--checkpoint", "page.ckpt"], "web page (HTML)"),
-        (["--out", "picture.jpg"], "--out should be a .png file or a folder, not picture.jpg."),
+        (["--out", "picture.bmp"], "--out should be a .png, .jpg, .jpeg or .webp file, or a folder, not picture.bmp"),
+        (["--out", "folder.v1"], "a new folder with a dot in its name ends in a slash: folder.v1/."),
+        (["--out", "a.png", "--out", "b.png"], "--out should be given once, not twice."),
+        (["--out", "cat.webp", "--film", "CAT.webp"], "--film should be another file than --out, not CAT.webp for"),
+        (["--from", "text.png"], "--from should be a PNG, JPEG or WebP picture, and text.png is none of these."),
+        (["--from", "none.png"], "--from should be a file: there is none at none.png."),
+        (["--prompts-file", "none.txt"], "--prompts-file should be a file: there is none at none.txt."),
+        (["-cat"], "unrecognized arguments: -cat; a prompt that begins with a dash stands after --, behind all flags"),
+        (["-hat"], "a prompt that begins with a dash stands after --, behind all flags"),
         (["--film", "cat.mp4"], "--film should be a .webp or .gif file, not cat.mp4."),
         (["--report", "cat.pdf"], "--report should be a .html file, not cat.pdf."),
         (["--report", "text.png/cat.html"], "text.png is a file."),

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib
 import io
 import re
 import shlex
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.demo import frame_count
+from sd.images import write_animation
 from tests.support.demo_results import names, prompt_and_seed
 
 
@@ -50,11 +53,21 @@ def test_grid(run_demo, arguments, rows, columns):
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_the_number_of_frames_is_that_of_the_file(tmp_path, suffix):
+    """Pillow joins neighbours that look the same."""
+    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
+    path = tmp_path / f"film{suffix}"
+    write_animation(path, [black, white, white])
+    assert frame_count(path) == 2
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
 def test_film(run_demo, suffix):
     code, out, _ = run_demo("a cat", "--n", 2, "--seed", 5, "--film", f"cat{suffix}")
     assert code == 0
     assert names() == sorted([f"cat-2{suffix}", f"cat{suffix}", "picture-2.png", "picture.png"])
-    assert out.splitlines()[1] == f"cat{suffix}  3 frames"
+    with Image.open(f"cat{suffix}") as film:
+        assert out.splitlines()[1] == f"cat{suffix}  {film.n_frames} frames"
     with Image.open(f"cat-2{suffix}") as film:
         assert film.size == (32, 40)
         assert film.is_animated
@@ -79,6 +92,31 @@ def test_reports(run_demo):
         with Image.open(one) as picture:
             uri = base64.b64decode(page.partition("data:image/png;base64,")[2].partition('"')[0])
             assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(uri))))
+
+
+@pytest.mark.parametrize(
+    "flags, module, function, what, error",
+    [
+        (["--film", "cat.gif"], "sd.inside.film", "frames", "film", KeyError("x")),
+        (["--film", "cat.gif"], "sd.images", "write_animation", "film", OSError("It is full.")),
+        (["--report", "cat.html"], "sd.inside.report", "report", "report", KeyError("x")),
+        (["--report", "cat.html"], "scripts.demo", "details", "report", MemoryError("Too large.")),
+        (["--report", "cat.html"], "sd.inside.report", "write_report", "report", OSError("It is full.")),
+        (["--grid"], "scripts.demo", "grid", "grid", ValueError("It is broken.")),
+    ],
+)
+def test_what_fails_after_drawing_loses_no_picture(run_demo, monkeypatch, flags, module, function, what, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(module), function, fail)
+    code, out, err = run_demo("a cat", "--n", 2, *flags)
+    assert code == 2
+    assert [line.split()[0] for line in out.splitlines()] == ["picture.png", "picture-2.png"]
+    assert names() == ["picture-2.png", "picture.png"]
+    line = "KeyError: 'x'" if isinstance(error, KeyError) else str(error)
+    assert err.count(f"demo.py: no {what}: {line}\n") == (1 if what == "grid" else 2)
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

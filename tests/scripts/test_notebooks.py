@@ -10,15 +10,8 @@ import pytest
 
 from sd.checkpoints.files import write_checkpoint
 from sd.config import TextConfig
-from tests.support.run_notebooks import FOLDER, NOTEBOOKS, execute
+from tests.support.run_notebooks import FOLDER, NOTEBOOKS, execute, has_tag, solution
 from tests.support.synthetic import MICRO, random_state
-
-PATH_CELL = """\
-import sys
-from pathlib import Path
-
-root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "sd").is_dir())
-sys.path.insert(0, str(root))"""
 
 # Parts that take long, and shorter ones that still show that the notebook runs.
 SHORTER = {
@@ -89,7 +82,7 @@ def test_it_is_a_plain_notebook_of_modest_size(path):
 
 def test_it_finds_the_repository_and_runs_on_any_checkpoint(path):
     sources = [cell.source for cell in cells(read(path), "code")]
-    assert sources[0] == PATH_CELL
+    assert sources[0] == cells(read(NOTEBOOKS[0]), "code")[0].source  # tests/scripts/test_notebooks_elsewhere.py
     assert sum(bool(re.search(r"^CHECKPOINT = None\b", source, re.MULTILINE)) for source in sources) == 1
     assert not any(re.search(r"^\s*[%!]", source, re.MULTILINE) for source in sources)  # no magic commands
 
@@ -110,16 +103,32 @@ def test_it_shows_no_error_and_no_trace_of_a_machine(path):
         assert trace not in text
 
 
-def test_it_ends_with_three_exercises_that_can_be_checked(path):
-    notebook = read(path)
-    places = {}
-    for place, cell in enumerate(notebook.cells):
-        if cell.cell_type == "markdown":
-            places |= dict.fromkeys(re.findall(r"(?m)^\*\*(\d)\.\*\*", cell.source), place)
-    assert list(places) == ["1", "2", "3"]
-    first, second, third = places.values()
-    for start, end in ((first, second), (second, third), (third, None)):
-        assert any("assert " in cell.source for cell in notebook.cells[start:end] if cell.cell_type == "code")
+def test_it_ends_with_three_exercises_that_are_open(path):
+    """A question, a cell for the answer, a check, and a solution that is folded away and does not run by itself."""
+    every = read(path).cells
+    places = [place for place, cell in enumerate(every) if has_tag(cell, "exercise")]
+    assert len(places) == 3
+    for number, place in enumerate(places, 1):
+        question, exercise, check, solved = every[place - 1 : place + 3]
+        assert question.cell_type == solved.cell_type == "markdown"
+        assert re.search(rf"(?m)^\*\*{number}\.\*\*", question.source)
+        assert "# your answer" in exercise.source
+        assert has_tag(check, "check")
+        assert "assert " in check.source
+        assert has_tag(solved, "solution")
+        compile(solution(solved), "solution", "exec")
+
+
+def said(cell):
+    """What a cell printed."""
+    return "".join(output.text for output in cell.outputs if kinds(output) == "stdout")
+
+
+def test_its_checks_say_in_one_sentence_what_is_still_missing(path):
+    checks = [cell for cell in read(path).cells if has_tag(cell, "check")]
+    for number, check in enumerate(checks, 1):
+        assert re.fullmatch(rf"Exercise {number}: `.+` (is still None|still returns .+)\.\n", said(check))
+        assert shown(check) == ["stdout"]
 
 
 @pytest.fixture
@@ -141,13 +150,19 @@ def test_its_imports_work(path):
                 exec(ast.unparse(statement), {})
 
 
-def test_it_runs_and_shows_what_is_committed(path, changes, request):
+def test_it_runs_shows_what_is_committed_and_its_solutions_pass_the_checks(path, changes, request):
     """Only the kinds of outputs are compared: numbers and pixels depend on the processor."""
     if path.stem in LONGEST and not request.config.getoption("--slow"):
         pytest.skip("takes long: runs with --slow")
-    executed = execute(path, changes)
-    for cell, committed in zip(cells(executed, "code"), cells(read(path), "code")):
+    executed = cells(execute(path, changes, solve=True), "code")
+    for cell in executed:
         assert "".join(o.text for o in cell.outputs if kinds(o) == "stderr") == ""
+    solved = [cell for cell in executed if has_tag(cell, "solved")]
+    assert len(solved) == 6
+    assert not any("still" in said(cell) for cell in solved)
+    for cell, committed in zip(
+        [cell for cell in executed if cell not in solved], cells(read(path), "code"), strict=True
+    ):
         assert shown(cell) == shown(committed), cell.source
 
 
@@ -155,4 +170,4 @@ def test_it_runs_and_shows_what_is_committed(path, changes, request):
 def test_it_runs_in_half_precision(path):
     """float16 is the default on a GPU."""
     half = {"load_models(CHECKPOINT)": "load_models(CHECKPOINT, dtype=__import__('torch').float16)"}
-    execute(path, SHORTER.get(path.stem, {}) | half)
+    execute(path, SHORTER.get(path.stem, {}) | half, solve=True)

@@ -6,6 +6,7 @@ so a second run changes nothing.
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
 
 from tests import ROOT
 
@@ -21,12 +23,15 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 TIMEOUT = 900  # seconds for the kernel to start, and for each cell; long, because the machine may be busy
 
 
-def execute(path: Path, changes: dict[str, str] | None = None) -> NotebookNode:
+def execute(path: Path, changes: dict[str, str] | None = None, solve: bool = False) -> NotebookNode:
     """Returns a copy of the notebook with new outputs. Raises CellExecutionError at the first cell that fails.
 
-    `changes` maps texts to their replacements. Each text should occur in exactly one code cell.
+    `changes` maps texts to their replacements. Each text should occur in exactly one code cell. With `solve`, every
+    exercise is also done: two code cells with the tag `solved` follow each solution, the solution and the check.
     """
     notebook = nbformat.read(path, as_version=4)
+    if solve:
+        notebook.cells = [cell for given in zip([None, *notebook.cells], notebook.cells) for cell in _solved(*given)]
     for old, new in (changes or {}).items():
         (cell,) = (cell for cell in notebook.cells if cell.cell_type == "code" and old in cell.source)
         cell.source = cell.source.replace(old, new)
@@ -42,6 +47,26 @@ def execute(path: Path, changes: dict[str, str] | None = None) -> NotebookNode:
     client.execute(env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     notebook.metadata = nbformat.from_dict(metadata)  # without the kernel's Python version
     return notebook
+
+
+def has_tag(cell: NotebookNode, tag: str) -> bool:
+    """Whether a cell has a tag. An exercise is three cells: `exercise`, `check` and `solution`."""
+    return tag in cell.metadata.get("tags", ())
+
+
+def solution(cell: NotebookNode) -> str:
+    """The code that a cell with the tag `solution` folds away."""
+    return re.fullmatch(
+        r"<details><summary>Solution</summary>\n\n```python\n(.+)\n```\n\n</details>", cell.source, re.DOTALL
+    )[1]
+
+
+def _solved(before: NotebookNode | None, cell: NotebookNode) -> list[NotebookNode]:
+    """The cell; a solution is followed by its code and by the check, which is the cell before it."""
+    if not has_tag(cell, "solution"):
+        return [cell]
+    sources = (solution(cell), before.source)
+    return [cell, *(new_code_cell(source, metadata={"tags": ["solved"]}) for source in sources)]
 
 
 def main(names: list[str]) -> None:

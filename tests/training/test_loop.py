@@ -104,10 +104,37 @@ def test_a_finished_run_does_nothing_more(tmp_path):
 
 
 def test_the_number_of_steps_is_decided_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "CALIBRATION", 3)
+    monkeypatch.setattr(loop, "CALIBRATION", 6)
     _, training = train(tmp_path, stop_after=10, steps=None, minutes=0.02)
     _, resumed = train(tmp_path, stop_after=1, steps=None, minutes=60.0)
     assert resumed.total == training.total > 6
+
+
+@pytest.mark.parametrize("seconds, slow", [(0.05, 0), (0.5, 0), (2, 3), (5, 0), (40, 0)])
+def test_training_takes_the_minutes_that_were_given(tmp_path, monkeypatch, seconds, slow):
+    """Here 30 seconds, to the nearest step, however long a step takes and even if the first ones take longer."""
+    clock = [0.0]
+
+    class Slow(Line):
+        divisible = False
+
+        def loss(self, x):
+            clock[0] += seconds + slow * math.exp(-clock[0])
+            return super().loss(x)
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    train(tmp_path, stage=Slow(), steps=None, minutes=0.5, save_every=1000)
+    assert clock[0] == pytest.approx(30, abs=max(seconds, 0.1))
+
+
+def test_a_state_of_an_earlier_version_resumes(tmp_path):
+    """It has the seconds of some steps as one number."""
+    whole, _ = train(tmp_path / "whole")
+    begun, _ = train(tmp_path / "halves", stop_after=17)
+    state = loop.load_state(tmp_path / "halves/line.state")
+    del state["times"]
+    loop.save_atomically(state | {"seconds": 0.5}, tmp_path / "halves/line.state")
+    assert begun + train(tmp_path / "halves")[0] == whole
 
 
 def test_another_configuration_does_not_resume(tmp_path):

@@ -222,3 +222,24 @@ def test_a_folder_that_cannot_be_used_leaves_nothing_behind(tmp_path):
     with pytest.raises(DataError, match=r"There is no file .*z\.png"):
         make_run(tmp_path / "out", folder=mine)
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_are_not_mixed_with_the_training_images(tmp_path, monkeypatch):
+    mine = make_folder(tmp_path / "mine")
+    before = content(mine)
+    (tmp_path / "link").symlink_to(mine)
+    monkeypatch.chdir(mine)
+    for out in (mine, tmp_path / "link", Path(), Path("../mine")):
+        with pytest.raises(
+            TrainingError, match="has the training images, and samples would mix with them: choose another"
+        ):
+            make_run(out, folder=mine)
+    assert content(mine) == before
+
+
+def test_a_run_in_a_subfolder_of_its_images_resumes(tmp_path):
+    """Its samples are not taken for training images."""
+    mine = make_folder(tmp_path / "mine")
+    make_run(mine / "out", folder=mine).train("vae", minutes=1, steps=1)
+    assert (mine / "out/vae.png").exists()
+    assert len(make_run(mine / "out", folder=mine).train_set) == 9

@@ -198,6 +198,57 @@ def test_training_on_your_own_folder(tmp_path):
     assert run.clip(Tokenizer()(["red"])).isfinite().all()
 
 
+def test_captions_of_strangers_train_and_are_sampled(tmp_path, caplog, recwarn):
+    """Brackets without their pair, line ends in JSON, and more tokens than fit, which is one line in the log."""
+    captions = ["a (cat :)", "[dog", "two\nlines", "a " * 80, "a b " * 60, "(bad:1.2.3)", "a | b", "{", "猫", "x"]
+    with open(tmp_path / "captions.jsonl", "w") as file:
+        for i, caption in enumerate(captions):
+            Image.new("RGB", (64, 64), (25 * i, 0, 0)).save(tmp_path / f"{i}.png")
+            file.write(json.dumps({"file": f"{i}.png", "caption": [caption, caption + "!"]}) + "\n")
+    run = TrainingRun(tmp_path / "out", tmp_path, device="cpu", config=SMALL)
+    run.test_set.captions = run.test_set.captions + run.train_set.captions
+    run.test_set.pixels = np.concatenate([run.test_set.pixels, run.train_set.pixels])
+    for name in ("vae", "text", "diffusion"):
+        run.train(name, minutes=1, steps=1)
+    lines = (tmp_path / "out/diffusion.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 10
+    assert "two lines!" in lines
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert messages == [f"4 of {n} captions have more than 75 tokens: their ends are not used." for n in (18, 20)]
+    assert [str(w.message) for w in recwarn if "tokens fit" in str(w.message)] == []
+
+
+def test_the_names_in_a_text_state_stay_those_of_earlier_versions(trained):
+    names = {name.partition(".")[0] for name in load_state(trained / "text.state")["average"]}
+    assert names == {"pictures", "captions", "log_scale"}
+
+
+@pytest.mark.parametrize(
+    "minutes, images, on_cpu, more, enough",
+    [(3, 36, True, 1, False), (96, 20000, True, 19, True), (3, 20000, False, 1, True), (44, 1500, True, 4, False)],
+)
+def test_what_to_expect_is_said_before_training(minutes, images, on_cpu, more, enough):
+    text = train_tiny.forecast(minutes, images, on_cpu)
+    assert text.startswith(
+        f"Training takes about {minutes} minutes, and encoding images and drawing samples about {more}"
+    )
+    assert ("give noise" in text) != enough
+
+
+def test_the_forecast_is_for_new_runs_of_all_stages(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(TrainingRun, "train", lambda *_: None)
+    said = []
+    for more in (["all"], ["vae"], ["all", "--steps", "3"], ["all"]):
+        caplog.clear()
+        arguments = ["--scenes", "12", "--minutes", "3", "--device", "cpu", "--out", str(tmp_path)]
+        assert train_tiny.main([*more, *arguments]) == 0
+        said.append("about 3 minutes" in caplog.text)
+        if len(said) == 3:  # as if it had begun
+            (tmp_path / "latents.state").write_bytes(b"")
+    assert said == [True, False, False, False]
+
+
 def further(out, trained, name="diffusion", steps=2):
     """A run that starts from the finished checkpoint, after some steps."""
     run = TrainingRun(out, scenes=40, device="cpu", start=trained / "tiny.ckpt")

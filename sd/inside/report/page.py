@@ -212,12 +212,15 @@ def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
     other = "with the negative prompt" if recording.uncond_prompt else "without the prompt"
     panels = [
         ("expected", "Expected image", "The final image, as predicted at this step"),
-        ("latents", "Latents", "The input of the U-Net"),
+        ("latents", "Latents", "The compressed image with its noise, the input of the U-Net"),
     ]
     channels, rows, columns = recording.moments[0].latents.shape[1:]
-    text = "Stable Diffusion does not work on pixels but on latents: a compressed form of the image, here "
-    text += f"{columns} × {rows} positions with {channels} channels each. At every step, the U&#8209;Net reads the "
-    text += "latents and predicts "
+    height, width = recording.image.shape[:2]
+    start = "the latents of the input image with noise added" if recording.sampler.skipped else "noise"
+    text = "Stable Diffusion does not work on pixels but on latents. They are a compressed form of an image: the "
+    text += "encoder computes them from an image, and the decoder computes the image from them. Here, "
+    text += f"{width} × {height} pixels are {columns} × {rows} positions with {channels} numbers each. "
+    text += f"Sampling starts from {start}. At every step, the U&#8209;Net reads the latents and predicts "
     text += "the noise in them. " if noise else "v, a mixture of the noise and the image in them. "
     if guided:
         panels += [
@@ -233,7 +236,6 @@ def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
     figures = []
     for name, heading, caption in panels:
         kind = "expected" if name == "expected" else "pixels"
-        height, width = recording.image.shape[:2]
         figures.append(
             f'<figure class="{kind}"><img id="{name}" class="{kind}" src="{shown[name]}" width="{width}" '
             f'height="{height}" alt="{heading} at this step: {caption[0].lower()}{caption[1:]}">'

@@ -40,20 +40,47 @@ for (const token of tokens) {
 }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") choose(null); });
 
-// The slider: shows everything that belongs to one step.
+// The slider, and the button that moves it through all steps: they show everything that belongs to one step.
+const slider = at("step");
+const play = at("play");
+const last = data.steps.length - 1;
+const pace = Math.min(500, Math.max(100, 5000 / data.steps.length));  // milliseconds for each step
+let timer = null;  // while it plays
+
 function show(index) {
   const step = data.steps[index];
+  slider.value = index;
   for (const image of document.querySelectorAll(".panels img")) image.src = step[image.id];
   at("now").textContent = step.title;
-  at("step").setAttribute("aria-valuetext", step.title);
+  slider.setAttribute("aria-valuetext", step.title);
   at("mixture").textContent = step.mixture;
   at("mark").style.left = at("signal-dot").style.left = at("noise-dot").style.left = `${step.x}%`;
   at("signal-dot").style.top = `${100 - 100 * step.signal}%`;
   at("noise-dot").style.top = `${100 - 100 * step.noise}%`;
 }
 
-at("step").addEventListener("input", (event) => show(Number(event.target.value)));
-show(Number(at("step").value));
+function stop() {
+  clearInterval(timer);
+  timer = null;
+  play.textContent = "Play";
+  at("now").removeAttribute("aria-live");
+}
+
+function advance() {
+  show(Number(slider.value) + 1);
+  if (Number(slider.value) === last) stop();
+}
+
+slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
+play.addEventListener("click", () => {
+  if (timer !== null) { stop(); return; }
+  if (Number(slider.value) === last) show(0);
+  timer = setInterval(advance, pace);
+  play.textContent = "Pause";
+  at("now").setAttribute("aria-live", "off");  // otherwise a screen reader would read every step aloud
+});
+play.hidden = last === 0;
+show(0);  // the page itself shows the middle step, for readers without JavaScript
 
 if (navigator.clipboard) {
   at("copy").hidden = false;
