@@ -112,24 +112,25 @@ def test_what_trainers_store_beside_the_tensors_is_ignored(tmp_path, saver, monk
     state = make_state() | {"note": "text", "step": 5, "callback": callback, "array": np.ones(2)}
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "absent_trainer", package)
-        SAVERS[saver](extras | {"state_dict": state, "config": CONFIG}, tmp_path / "a.ckpt")
+        SAVERS[saver](extras | {"state_dict": state, "sd_config": CONFIG}, tmp_path / "a.ckpt")
     checkpoint = read_checkpoint(tmp_path / "a.ckpt")
     assert_same(checkpoint.state, make_state())
     assert checkpoint.config == CONFIG
     assert "absent_trainer" not in sys.modules
 
 
+@pytest.mark.parametrize("name", ["sd_config", "config"])
 @pytest.mark.parametrize(
     "config", [None, "text", [1], 5, {"set": {1}}, {"tensor": torch.ones(1)}, {"x": "x" * 100_000}]
 )
-def test_a_config_that_is_not_plain_is_none(tmp_path, config):
-    torch.save({"state_dict": make_state(), "config": config}, tmp_path / "a.ckpt")
+def test_a_config_that_is_not_plain_is_none(tmp_path, config, name):
+    torch.save({"state_dict": make_state(), name: config}, tmp_path / "a.ckpt")
     assert read_checkpoint(tmp_path / "a.ckpt").config is None
 
 
 @pytest.mark.parametrize("text", ["null", "[1]", "no JSON", "[" * 100_000, '"text"'])
 def test_a_safetensors_config_that_is_not_a_dict_is_none(tmp_path, text):
-    save_file(make_state(), tmp_path / "a.safetensors", metadata={"config": text})
+    save_file(make_state(), tmp_path / "a.safetensors", metadata={"sd_config": text})
     assert read_checkpoint(tmp_path / "a.safetensors").config is None
 
 
@@ -194,9 +195,9 @@ def test_what_is_written_is_read(tmp_path, suffix, config):
         expected["strided"] = expected["strided"].contiguous()
         assert_same({key: load_file(path)[key] for key in expected}, expected)
         with safe_open(path, "pt") as file:
-            assert file.metadata() == {"format": "pt"} | ({} if config is None else {"config": json.dumps(config)})
+            assert file.metadata() == {"format": "pt"} | ({} if config is None else {"sd_config": json.dumps(config)})
     else:
-        assert torch.load(path, weights_only=True)["config"] == config
+        assert torch.load(path, weights_only=True)["sd_config"] == config
     assert_same(checkpoint.state, expected)
     assert checkpoint.config == config
     assert os.listdir(tmp_path) == [path.name]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sd.checkpoints.checkpoint import CheckpointError
-from sd.checkpoints.variants import averaged, identify, recognise, standard_layout, vae_layout
+from sd.checkpoints.variants import averaged, identify, recognise, standard_layout, vae_layout, warn_of_unknown
 from sd.config import SD15, SD15_INPAINTING
 from sd.model_converter import from_compvis
 from tests.support.synthetic import MICRO, random_state
@@ -70,16 +70,23 @@ def test_what_trainers_store_beside_the_weights_is_dropped():
 def test_unknown_tensors_are_dropped_with_a_warning():
     state = random_state(MICRO)
     unknown = {f"extra.{i}": torch.zeros(1) for i in range(9)} | {"x" * 10_000: torch.zeros(1)}
+    assert same(standard_layout(state | unknown), state)
     with pytest.warns(UserWarning, match=r"Left out, .*: extra\.0, extra\.1, extra\.2, extra\.3, extra\.4, \.\.\.$"):
-        assert same(standard_layout(state | unknown), state)
+        warn_of_unknown(state | unknown, state.keys())
     with pytest.warns(UserWarning, match="Left out") as caught:
-        standard_layout(state | {"x" * 10_000: torch.zeros(1)})
+        warn_of_unknown(state | {"x" * 10_000: torch.zeros(1)}, state.keys())
     assert len(str(caught[0].message)) < 400
 
 
-def test_unknown_keys_in_a_network_are_kept_for_the_converter_to_refuse():
-    key = UNET + "input_blocks.99.0.weight"
-    assert key in standard_layout(random_state(MICRO) | {key: torch.zeros(1)})
+def test_an_odd_key_in_a_network_is_dropped_where_its_keys_are_known():
+    key, state = UNET + "trainer.note", random_state(MICRO)
+    assert key in standard_layout(state | {key: torch.zeros(1)})
+    assert same(standard_layout(state | {key: torch.zeros(1)}, known=state.keys()), state)
+
+
+def test_further_blocks_of_a_network_are_kept_for_the_converter_to_refuse():
+    key, state = UNET + "input_blocks.99.0.weight", random_state(MICRO)
+    assert key in standard_layout(state | {key: torch.zeros(1)}, known=state.keys())
 
 
 def test_text_encoder_without_text_model():
