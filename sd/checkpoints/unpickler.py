@@ -96,8 +96,8 @@ class Unpickler:
     """Reads pickles that follow one another in `data`, each at most MAX_PICKLE_BYTES long.
 
     `data` is bytes, or anything that is indexed, sliced and searched like bytes, such as a mapped file. A larger file,
-    of `file_size` bytes, may have more instructions: a compressed pickle of few bytes never runs for long.
-    `position` is the first byte after the last pickle read. `storages` holds every storage that the pickles referred to, by key.
+    of `file_size` bytes, may have more instructions: a compressed pickle of few bytes never runs for long. `position`
+    is the first byte after the last pickle read. `storages` holds every storage that the pickles referred to, by key.
     """
 
     def __init__(self, data: Any, file_size: int) -> None:
