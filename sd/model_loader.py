@@ -47,8 +47,8 @@ def load_models(
     it says: its configuration, marks, metadata, or a yaml beside it).
 
     Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x checkpoint, TypeError for a
-    path of another type, and ValueError for an invalid device, dtype or prediction type. The files must not change while
-    the models are in use.
+    path of another type, and ValueError for an invalid device, dtype or prediction type. The files must not change
+    while the models are in use.
     """
     device = best_device(device)
     dtype = best_dtype(device, dtype)

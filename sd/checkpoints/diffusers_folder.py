@@ -17,6 +17,7 @@ input_blocks.0 to 11. diffusers counts levels, and in each level its residual bl
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.files import read_checkpoint
 from sd.checkpoints.folder_files import class_name, find_weights, read_added_words, read_json
 from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Value, rename, without_wrappers
+from sd.checkpoints.self_description import warn_of_unnamed_words
 from sd.checkpoints.shards import read_shards
 from sd.config import ModelConfig, TextConfig, UNetConfig
 
@@ -145,11 +147,7 @@ def read_folder(path: Path) -> Checkpoint:
             "the layout of diffusers, with unet, vae and text_encoder."
         )
     config = _read_config(path)
-    words = read_added_words(path / "tokenizer", TextConfig.vocab_size)
-    for word, token in words.items():
-        if token >= config.text.vocab_size:
-            vectors = f"text_encoder has {config.text.vocab_size} vectors"
-            raise CheckpointError(f"{path / 'tokenizer'} has the word {word!r:.80} as token {token}, but {vectors}.")
+    words = _added_words(path, config.text)
     files = {name: _read_network(path / name, name) for name in NETWORKS}
     state, unreadable, mappings = {}, {}, ()
     for name, file in files.items():
@@ -213,6 +211,19 @@ def _read_network(folder: Path, name: str) -> Checkpoint:
     """The weights of one network, from one file or several."""
     path = find_weights(folder, name)
     return read_shards(path) if path.suffix == ".json" else read_checkpoint(path)
+
+
+def _added_words(path: Path, config: TextConfig) -> dict[str, int]:
+    """The words that textual inversion has added. Warns of words without a vector, and of vectors without a word."""
+    if config.vocab_size < TextConfig.vocab_size:
+        raise _foreign(path / "text_encoder", "vocab_size", f"{TextConfig.vocab_size} or more", config.vocab_size)
+    words = read_added_words(path / "tokenizer", TextConfig.vocab_size)
+    known = {word: token for word, token in words.items() if token < config.vocab_size}
+    for word in sorted(words.keys() - known.keys())[:1]:
+        warnings.warn(f"The text encoder has no vector for the word {word!r:.80}: it is read as letters.", stacklevel=4)
+    if config.vocab_size > TextConfig.vocab_size and not words:
+        warn_of_unnamed_words(config.vocab_size)
+    return known
 
 
 def _read_config(path: Path) -> ModelConfig:

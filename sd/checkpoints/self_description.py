@@ -17,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from sd.config import ModelConfig
+from sd.config import ModelConfig, TextConfig
 
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors without elements, which mark a model
 MARKS = (V_PREDICTION, ZERO_SNR)
@@ -51,6 +51,12 @@ def yaml_beside(path: Path) -> str:
         return ""
     with open(beside, encoding="utf-8-sig", errors="replace") as file:
         return file.read(MAX_YAML_CHARACTERS)
+
+
+def warn_of_unnamed_words(vectors: int) -> None:
+    """Says that a text encoder has vectors of added words that nothing names."""
+    more = vectors - TextConfig.vocab_size
+    warnings.warn(f"The text encoder has {more} added words, but no tokenizer names them: none is used.", stacklevel=5)
 
 
 def _prediction(keys: Collection[str], metadata: dict[str, str], yaml: str) -> str | None:

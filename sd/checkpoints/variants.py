@@ -16,13 +16,14 @@ from torch import Tensor
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.diffusers_folder import is_diffusers_vae, vae_names
 from sd.checkpoints.key_rules import CLIP_PREFIX, POSITION_IDS, UNET_PREFIX, VAE_PREFIX
-from sd.checkpoints.self_description import MARKS, described
+from sd.checkpoints.self_description import MARKS, described, warn_of_unnamed_words
 from sd.config import SD15, SD15_INPAINTING, ModelConfig
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 NETWORK_PREFIXES = (UNET_PREFIX, f"{CLIP_PREFIX}text_model.", *(VAE_PREFIX + part for part in VAE_PARTS))
 NUMBER = re.compile(r"\d+")
 FIRST_WEIGHT = f"{UNET_PREFIX}input_blocks.0.0.weight"
+TOKEN_TABLE = re.compile(re.escape(CLIP_PREFIX) + r"(text_model\.)?embeddings\.token_embedding\.weight$")
 AVERAGED_PREFIX = "model_ema.diffusion_model"
 MAX_NAMED = 5  # tensors that the warning about unknown ones names
 
@@ -56,9 +57,9 @@ OTHER_FILES = [
 
 # How wide the prompt's context is for the U-Net of other models.
 CONTEXT_WIDTHS = {
-    1024: "is a Stable Diffusion 2 checkpoint",
-    1280: "is a Stable Diffusion XL refiner",
-    2048: "is a Stable Diffusion XL checkpoint",
+    (1024,): "is a Stable Diffusion 2 checkpoint",
+    (1280,): "is a Stable Diffusion XL refiner",
+    (2048,): "is a Stable Diffusion XL checkpoint",
 }
 
 
@@ -71,13 +72,17 @@ def recognise(state: dict[str, Tensor], metadata: dict[str, str] | None = None, 
     """
     identify(state)
     for key, tensor in state.items():
-        if key.endswith("attn2.to_k.weight") and (description := CONTEXT_WIDTHS.get(tensor.shape[-1])):
-            raise _other_file(description)
+        if key.startswith(UNET_PREFIX) and key.endswith("attn2.to_k.weight") and tensor.shape[1:2] in CONTEXT_WIDTHS:
+            raise _other_file(CONTEXT_WIDTHS[tensor.shape[1:2]])
     first = state.get(FIRST_WEIGHT, state.get(averaged_name(FIRST_WEIGHT)))
     channels = None if first is None else tuple(first.shape[1:2])
     if channels == (8,):
         raise CheckpointError("This file is an InstructPix2Pix model, whose U-Net takes a second image.")
     config = SD15_INPAINTING if channels == (9,) else SD15
+    words = max((len(tensor) for key, tensor in state.items() if TOKEN_TABLE.match(key) and tensor.ndim), default=0)
+    if words > config.text.vocab_size:
+        warn_of_unnamed_words(words)
+        config = replace(config, text=replace(config.text, vocab_size=words))
     return described(config, state.keys(), metadata, yaml)
 
 
