@@ -44,6 +44,11 @@ STORAGE_DTYPES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.int8,  # the numbers behind quantized tensors, which are not read
+    "QUInt8Storage": torch.uint8,
+    "QInt32Storage": torch.int32,
     "UntypedStorage": torch.uint8,  # bytes, for the dtypes below
 }
 NEWER_DTYPES = {
