@@ -141,7 +141,7 @@ def from_compvis(
     warn_of_unknown(state, weights)
     ours = {}
     for key, tensor in weights.items():
-        tensor = tensor.half() if tensor.dtype.itemsize == 1 else tensor  # float8, whose numbers float16 has too
+        tensor = _from_float8(key, tensor, state)
         tensor = tensor.reshape(shapes[key])  # some files store 1x1 kernels as matrices, others matrices as kernels
         ours[to_our_name(key)] = tensor.flatten(1) if CONVOLUTIONS_1X1.search(key) else tensor
     states = {name: {} for name in RULES}
@@ -168,6 +168,19 @@ def compvis_shapes(config: ModelConfig, networks: dict[str, nn.Module] | None = 
     """The keys and shapes of a checkpoint of this configuration; `networks` as in `from_compvis`."""
     networks = networks or empty_networks(config)
     return {key: tensor.shape for key, tensor in to_compvis(SimpleNamespace(**networks)).items()}
+
+
+def _from_float8(key: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Float8 numbers as float16, which has all of them, times the scale that ComfyUI stores with some. Other tensors
+    are returned as they are."""
+    if tensor.dtype.itemsize > 1:
+        return tensor
+    scale = state.get(f"{key.removesuffix('weight')}scale_weight")
+    if scale is None:
+        return tensor.half()
+    if scale.numel() != 1:
+        raise CheckpointError(f"The scale of {key} should be one number, not a tensor of {tuple(scale.shape)}.")
+    return (tensor.float() * scale.float().reshape(())).half()
 
 
 def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:

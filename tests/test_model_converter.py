@@ -202,3 +202,16 @@ def test_wrapped_keys():
     networks = from_compvis({"module." + key: t for key, t in random_state(MICRO).items()}, MICRO)
     expected = from_compvis(random_state(MICRO), MICRO)
     assert all(torch.equal(networks[name][key], t) for name in expected for key, t in expected[name].items())
+
+
+def test_scaled_float8():
+    """ComfyUI's scaled float8: weight = float8 * scale_weight. The scales are no unknown tensors."""
+    state = random_state(MICRO)
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    scale, extras = state[key].abs().max() / 448, {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    extras |= {key: (state[key] / scale).to(torch.float8_e4m3fn), key.replace("weight", "scale_weight"): scale}
+    weight = from_compvis(state | extras, MICRO)["diffusion"]["down.1.1.self_attention.qkv.weight"]
+    torch.testing.assert_close(weight[:16].float(), state[key], rtol=0.07, atol=0.01)
+    extras[key.replace("weight", "scale_weight")] = torch.ones(5)
+    with pytest.raises(CheckpointError, match=r"scale of .* should be one number, not a tensor of \(5,\)"):
+        from_compvis(state | extras, MICRO)

@@ -137,7 +137,10 @@ def read_folder(path: Path) -> Checkpoint:
     """
     if is_vae_folder(path):
         if class_name(path) not in ("AutoencoderKL", None):
-            raise CheckpointError(f"{path} is the folder of one network, {class_name(path)}; give the folder above it.")
+            raise CheckpointError(
+                f"{path} is the folder of one network, {class_name(path)}; give the folder of a whole model, or of an "
+                "AutoencoderKL as vae=."
+            )
         file = _read_network(path, "vae")
         config = {"vae": _fields(path, "vae")}
         return Checkpoint(_compvis_names("vae", file.state, ModelConfig()), config, file.mappings)

@@ -45,6 +45,7 @@ FOREIGN_FILES = [  # first bytes, what the file is and what to do
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"Rar!", "a rar archive; unpack it first"),
+    (b"\0\5\x16\7", "a hidden file of macOS; give the file of the same name without `._`"),
     (b"GGUF", "a GGUF file; give the model's .ckpt or .safetensors file"),
 ]
 

@@ -27,10 +27,11 @@ TOKEN_TABLE = re.compile(re.escape(CLIP_PREFIX) + r"(text_model\.)?embeddings\.t
 AVERAGED_PREFIX = "model_ema.diffusion_model"
 MAX_NAMED = 5  # tensors that the warning about unknown ones names
 
-# What trainers store beside the weights: the noise schedule, averaged copies, losses, CLIP's image encoder.
+# What trainers store beside the weights: the noise schedule, averaged copies, losses, CLIP's image encoder, and the
+# scales of float8 weights.
 EXTRAS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|(sqrt|log)_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|ddim_sigmas"
-    r"|model_ema\..*|(first_stage_model\.)?loss\..*|first_stage_model\.(model_ema\..*|logvar)|embedding_manager\..*"
+    r"|scaled_fp8|.*\.(scale_weight|scale_input)|model_ema\..*|(first_stage_model\.)?loss\..*|first_stage_model\.(model_ema\..*|logvar)|embedding_manager\..*"
     r"|cond_stage_model\.(logit_scale|text_projection.*"
     r"|transformer\.(text_model\.)?(logit_scale|text_projection.*|vision_model\..*|visual_projection.*)))$"
 )

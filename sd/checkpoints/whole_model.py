@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,7 @@ def read_model(
     configuration says. Raises FileNotFoundError, CheckpointError, TypeError for a path of another type, and ValueError
     for an unknown `prediction_type`.
     """
-    for name, value in {"path": path, "vae": vae or path}.items():
+    for name, value in {"path": path, "vae": path if vae is None else vae}.items():
         if not isinstance(value, str | os.PathLike):
             raise TypeError(f"{name} should be the path of a file or a folder, not {value!r:.80}.")
     if prediction_type not in (None, *PREDICTION_TYPES):
@@ -44,6 +45,12 @@ def read_model(
             checkpoint, config = _with_vae(checkpoint, config, _read(Path(vae)))
     with name_in_errors(path, vae):
         check_config(config)
+    if config.schedule.rescale_betas_zero_snr and config.schedule.prediction_type == "epsilon":
+        warnings.warn(
+            "This model starts from noise alone (zero-terminal SNR), where a U-Net that predicts noise shows nothing: "
+            "prediction_type should be v_prediction.",
+            stacklevel=3,
+        )
     return checkpoint, config
 
 

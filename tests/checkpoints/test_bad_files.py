@@ -74,6 +74,7 @@ BAD_FILES = {
     "JPEG": (b"\xff\xd8\xff\xe0" + bytes(50), "a JPEG image"),
     "gzip": (b"\x1f\x8b\x08" + bytes(50), "a gzip archive; unpack it first"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "a 7z archive; unpack it first"),
+    "AppleDouble": (b"\0\5\x16\7\0\2" + bytes(50), "a hidden file of macOS; give the file of the same name without"),
     "rar": (b"Rar!\x1a\x07\x01\0" + bytes(50), "a rar archive; unpack it first"),
     "tar": (tar_file(), "a tar archive; unpack it first"),
     "JSON": (b'{"weight_map": {"a": "model-00001.safetensors"}}', "a JSON file; give"),

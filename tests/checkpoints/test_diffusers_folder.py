@@ -259,5 +259,7 @@ def test_zero_terminal_snr(folder):
 
 @pytest.mark.parametrize("network, name", [("unet", "UNet2DConditionModel"), ("text_encoder", "CLIPTextModel")])
 def test_the_folder_of_another_network_is_named(folder, network, name):
-    with pytest.raises(CheckpointError, match=f"is the folder of one network, {name}; give the folder above it"):
+    with pytest.raises(
+        CheckpointError, match=f"is the folder of one network, {name}; give the folder of a whole model"
+    ):
         load_models(folder / network, "cpu")

@@ -113,7 +113,8 @@ def test_whole_files(tmp_path):
     _, config = read_model(path)
     assert config.schedule.prediction_type == "v_prediction"
     assert config.schedule.rescale_betas_zero_snr
-    assert read_model(path, prediction_type="epsilon")[1].schedule.prediction_type == "epsilon"
+    with pytest.warns(UserWarning, match="prediction_type should be v_prediction"):
+        assert read_model(path, prediction_type="epsilon")[1].schedule.prediction_type == "epsilon"
 
     torch.save({"state_dict": state}, path)
     assert read_model(path)[1] == SD15
