@@ -55,8 +55,9 @@ def load_models(
     path = TINY_CHECKPOINT if path is None else path
     if path == TINY_CHECKPOINT and not TINY_CHECKPOINT.exists():
         raise FileNotFoundError(
-            f"The tiny model, {path}, is missing: `git checkout data/tiny.ckpt` or a new clone brings it back, and "
-            "`python scripts/train_tiny.py` trains another."
+            f"The tiny model, {path}, is missing: `git checkout data/tiny.ckpt` brings it back, and so does cloning or "
+            "installing again; `python scripts/train_tiny.py` trains another, and `python scripts/download.py` fetches "
+            "Stable Diffusion 1.5 (4.3 GB)."
         )
     checkpoint, config = read_model(path, vae, prediction_type)
     with name_in_errors(path, vae):

@@ -131,9 +131,9 @@ VAE_LEVEL = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d{1,3})\.(.+)")
 def read_folder(path: Path) -> Checkpoint:
     """The weights and the configuration of a folder, mapped into memory like `read_checkpoint` does.
 
-    The folder of a lone VAE gives a checkpoint of the VAE only. Raises CheckpointError, which names the file, if a
-    network or its config.json is missing or damaged, or does not belong to Stable Diffusion 1.x; and whatever
-    `read_checkpoint` raises.
+    The folder of a lone VAE gives a checkpoint of the VAE only, and a model's folder may lack its VAE. Raises
+    CheckpointError, which names the file, if another network or a config.json is missing or damaged, or does not belong
+    to Stable Diffusion 1.x; and whatever `read_checkpoint` raises.
     """
     if is_vae_folder(path):
         if class_name(path) not in ("AutoencoderKL", None):
@@ -144,14 +144,15 @@ def read_folder(path: Path) -> Checkpoint:
         file = _read_network(path, "vae")
         config = {"vae": _fields(path, "vae")}
         return Checkpoint(_compvis_names("vae", file.state, ModelConfig()), config, file.mappings)
-    if missing := [name for name in NETWORKS if not (path / name / "config.json").is_file()]:
+    networks = [name for name in NETWORKS if (path / name / "config.json").is_file()]
+    if missing := [name for name in NETWORKS if name not in networks and name != "vae"]:
         raise CheckpointError(
             f"{path} is a folder without {missing[0]}/config.json; give a .ckpt or .safetensors file, or a folder in "
             "the layout of diffusers, with unet, vae and text_encoder."
         )
-    config = _read_config(path)
+    config = _read_config(path, networks)
     words = _added_words(path, config.text)
-    files = {name: _read_network(path / name, name) for name in NETWORKS}
+    files = {name: _read_network(path / name, name) for name in networks}
     state, unreadable, mappings = {}, {}, ()
     for name, file in files.items():
         state |= _compvis_names(name, file.state, config)
@@ -229,10 +230,11 @@ def _added_words(path: Path, config: TextConfig) -> dict[str, int]:
     return known
 
 
-def _read_config(path: Path) -> ModelConfig:
-    parts = {name: _fields(path / name, name) for name in (*NETWORKS, "scheduler")}
+def _read_config(path: Path, networks: list[str]) -> ModelConfig:
+    parts = {name: _fields(path / name, name) for name in (*networks, "scheduler")}
     side = parts["unet"].pop("side", None)
-    values = {"text": parts["text_encoder"], "schedule": parts["scheduler"], "unet": parts["unet"], "vae": parts["vae"]}
+    values = {"text": parts["text_encoder"], "schedule": parts["scheduler"], "unet": parts["unet"]}
+    values["vae"] = parts.get("vae", {})
     config = ModelConfig.from_dict(values)
     return replace(config, image_size=side * config.vae.downscale) if type(side) is int and side > 0 else config
 

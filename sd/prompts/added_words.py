@@ -30,8 +30,8 @@ class TokenizerWithWords(Tokenizer):
         for word, tokens in self.added.items():
             while (more := words.get(f"{word}_{len(tokens)}")) is not None:
                 tokens.append(more)
-        longest_first = sorted(words, key=len, reverse=True)
-        self.added_word = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
+        longest_first = map(regex.escape, sorted(words, key=len, reverse=True))
+        self.added_word = regex.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) never matches
 
     def encode(self, text: str) -> list[int]:
         """All ids of a prompt, as `Tokenizer.encode` gives them, and those of added words."""

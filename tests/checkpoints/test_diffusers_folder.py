@@ -263,3 +263,10 @@ def test_the_folder_of_another_network_is_named(folder, network, name):
         CheckpointError, match=f"is the folder of one network, {name}; give the folder of a whole model"
     ):
         load_models(folder / network, "cpu")
+
+
+def test_a_folder_without_a_vae(folder):
+    (folder / "vae").rename(folder.parent / "vae")
+    with pytest.raises(CheckpointError, match="This checkpoint has no VAE: give one with --vae"):
+        load_models(folder, "cpu")
+    assert same(load_models(folder, "cpu", torch.float32, vae=folder.parent / "vae"), random_state(MICRO))

@@ -82,3 +82,7 @@ def test_the_same_ids_as_transformers(tmp_path, tokenizer, plain):
     ours = TokenizerWithWords({"<dog>": 49408, "zqx": 49409})
     for text in ("a <dog> on grass", "<dog>!", "a photo of zqx, red", "two <dog> <dog>", "a cat", "(<dog>)"):
         assert [49406, *ours.encode(text), 49407] == theirs(text).input_ids
+
+
+def test_no_words_at_all(plain):
+    assert TokenizerWithWords({}).encode("a cat") == plain.encode("a cat")
