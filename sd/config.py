@@ -68,6 +68,7 @@ class ScheduleConfig:
     beta_end: float = 0.0120
     beta_schedule: str = "scaled_linear"  # or "linear"
     prediction_type: str = "epsilon"  # one of PREDICTION_TYPES
+    rescale_betas_zero_snr: bool = False  # whether the last timestep is noise alone (2305.08891)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class ModelConfig:
     image_size: int = 512  # pixels along one side of the training images
 
     def to_dict(self) -> dict:
-        """Plain dicts, tuples and numbers, as a checkpoint stores them under `config`."""
+        """Plain dicts, tuples and numbers, as a checkpoint stores them under `sd_config`."""
         return asdict(self)
 
     @classmethod

@@ -16,8 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from sd.checkpoints.checkpoint import CheckpointError
-from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, inverse, rename
-from sd.checkpoints.variants import recognise, standard_layout
+from sd.checkpoints.key_rules import (
+    CLIP_PREFIX,
+    POSITION_IDS,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    inverse,
+    rename,
+    without_wrappers,
+)
+from sd.checkpoints.variants import recognise, standard_layout, warn_of_unknown
 from sd.config import ModelConfig
 from sd.models import empty_networks
 
@@ -93,7 +101,9 @@ RULES = {"clip": CLIP_RULES, "encoder": ENCODER_RULES, "decoder": DECODER_RULES,
 # Weights of 1x1 convolutions in their files, (out, in, 1, 1), and of linear layers here, (out, in).
 CONVOLUTIONS_1X1 = re.compile(r"(proj_in|proj_out|attn_1\.[qkv])\.weight$")
 
-POSITION_IDS = f"{CLIP_PREFIX}text_model.embeddings.position_ids"  # 0..76: a constant, not a weight
+PARTS = {UNET_PREFIX: "U-Net", CLIP_PREFIX: "text encoder", VAE_PREFIX: "VAE"}
+NETWORKS = {"clip": "text encoder", "encoder": "VAE's encoder", "decoder": "VAE's decoder", "diffusion": "U-Net"}
+MAX_LISTED = 3  # problems of one kind in one network that an error names
 
 
 def to_our_name(key: str) -> str:
@@ -112,21 +122,26 @@ def from_compvis(
     config: ModelConfig | None = None,
     ema: bool = False,
     networks: dict[str, nn.Module] | None = None,
+    unreadable: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """A CompVis state dict -> the state dicts of our four networks, {"clip": {...}, "encoder": ..., ...}.
 
     Without `config`, it is recognised from the tensors' shapes. `ema` takes the averaged U-Net weights, `model_ema.*`.
-    `networks` are empty networks of this configuration: passing them saves building them again. No tensors are copied
-    except the fused matrices. Raises CheckpointError, which lists unknown and missing keys, wrong shapes and dtypes.
+    `networks` are empty networks of this configuration: passing them saves building them again. `unreadable` are
+    tensors of the file that could not be read, and why. Tensors that no network uses are left out, with a warning. None
+    are copied except the fused matrices and those in float8, in which torch computes nothing: they become float16.
+    Raises CheckpointError, which sums up missing keys, wrong shapes and dtypes for each network.
     """
+    state = without_wrappers(state)
     config = config or recognise(state)
-    state = standard_layout(state, ema)
-    state.pop(POSITION_IDS, None)
     shapes = compvis_shapes(config, networks)
     del shapes[POSITION_IDS]
-    _check(state, shapes)
+    weights = standard_layout(state, ema, shapes.keys())
+    _check(weights, shapes, unreadable or {})
+    warn_of_unknown(state, weights)
     ours = {}
-    for key, tensor in state.items():
+    for key, tensor in weights.items():
+        tensor = _from_float8(key, tensor, state)
         tensor = tensor.reshape(shapes[key])  # some files store 1x1 kernels as matrices, others matrices as kernels
         ours[to_our_name(key)] = tensor.flatten(1) if CONVOLUTIONS_1X1.search(key) else tensor
     states = {name: {} for name in RULES}
@@ -155,6 +170,19 @@ def compvis_shapes(config: ModelConfig, networks: dict[str, nn.Module] | None = 
     return {key: tensor.shape for key, tensor in to_compvis(SimpleNamespace(**networks)).items()}
 
 
+def _from_float8(key: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Float8 numbers as float16, which has all of them, times the scale that ComfyUI stores with some. Other tensors
+    are returned as they are."""
+    if tensor.dtype.itemsize > 1:
+        return tensor
+    scale = state.get(f"{key.removesuffix('weight')}scale_weight")
+    if scale is None:
+        return tensor.half()
+    if scale.numel() != 1:
+        raise CheckpointError(f"The scale of {key} should be one number, not a tensor of {tuple(scale.shape)}.")
+    return (tensor.float() * scale.float().reshape(())).half()
+
+
 def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """qkv.q, qkv.k and qkv.v (each (width, ...)) -> one qkv (3 width, ...)."""
     fused = {}
@@ -179,20 +207,40 @@ def _split(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
-def _check(state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+def _check(state: dict[str, Tensor], shapes: dict[str, torch.Size], unreadable: dict[str, str]) -> None:
     """Raises CheckpointError unless `state` has exactly these keys and shapes, in floating point."""
-    problems = [f"missing key {key}" for key in shapes if key not in state]
-    for key, tensor in state.items():
-        if key not in shapes:
-            problems.append(f"unknown key {key}")
-        elif _without_ones(tensor.shape) != _without_ones(shapes[key]):
-            problems.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(shapes[key])}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{key} holds {tensor.dtype}, expected floating point")
+    held = {*state, *unreadable}
+    if absent := [part for prefix, part in PARTS.items() if not any(key.startswith(prefix) for key in held)]:
+        vae = "give one with --vae, or with vae= in Python"
+        advice = vae if absent == ["VAE"] else "give the file of a whole model"
+        raise CheckpointError(f"This checkpoint has no {' and no '.join(absent)}: {advice}.")
+    problems: dict[tuple[str, str], list[str]] = {}  # of each network and kind of problem
+    for key in [*shapes, *(key for key in state if key not in shapes)]:
+        network = NETWORKS[rename(key, PREFIXES).split(".")[0]]
+        kind, text = _problem(key, state.get(key), shapes.get(key), unreadable)
+        if text:
+            problems.setdefault((network, kind), []).append(text)
     if problems:
-        raise CheckpointError(
-            f"The checkpoint does not fit the network, {len(problems)} problems:\n  " + "\n  ".join(problems)
-        )
+        count = sum(map(len, problems.values()))
+        lines = [f"\n  {network}: {kind}{_listed(texts)}" for (network, kind), texts in problems.items()]
+        raise CheckpointError(f"The checkpoint does not fit the network, {count} problems:{''.join(lines)}")
+
+
+def _problem(key: str, tensor: Tensor | None, shape: torch.Size | None, unreadable: dict[str, str]) -> tuple[str, str]:
+    """What a list of problems of one kind begins with, and this one's text, which is empty if there is no problem."""
+    if shape is None:
+        return "unknown key ", key
+    if tensor is None:
+        return ("unreadable key ", f"{key} of {unreadable[key]}") if key in unreadable else ("missing key ", key)
+    if _without_ones(tensor.shape) != _without_ones(shape):
+        return "", f"{key} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+    return "", "" if tensor.is_floating_point() else f"{key} holds {tensor.dtype}, expected floating point"
+
+
+def _listed(texts: list[str]) -> str:
+    """The first few of many texts, and how many more there are."""
+    more = [f"and {len(texts) - MAX_LISTED} more"] if len(texts) > MAX_LISTED else []
+    return "; ".join(texts[:MAX_LISTED] + more)
 
 
 def _without_ones(shape: torch.Size) -> tuple[int, ...]:

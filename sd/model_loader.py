@@ -43,20 +43,28 @@ def load_models(
     `ema`: take the averaged U-Net weights that training checkpoints carry.
     `vae`: a second file or folder, whose VAE replaces the checkpoint's own.
     `tuned`, `compiled`: faster, see `sd.runtime.speed`. Compiled, the first image takes minutes, and rounding differs.
-    `prediction_type`: "v_prediction" if the U-Net predicts v. Folders and our checkpoints record it, others seldom do.
+    `prediction_type`: "v_prediction" if the U-Net predicts v and the file does not say so (`sd.checkpoints` reads what
+    it says: its configuration, marks, metadata, or a yaml beside it).
 
-    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x checkpoint, and ValueError
-    for an invalid device, dtype or prediction type. The files must not change while the models are in use.
+    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x checkpoint, TypeError for a
+    path of another type, and ValueError for an invalid device, dtype or prediction type. The files must not change
+    while the models are in use.
     """
     device = best_device(device)
     dtype = best_dtype(device, dtype)
     path = TINY_CHECKPOINT if path is None else path
+    if path == TINY_CHECKPOINT and not TINY_CHECKPOINT.exists():
+        raise FileNotFoundError(
+            f"The tiny model, {path}, is missing: `git checkout data/tiny.ckpt` brings it back, and so does cloning or "
+            "installing again; `python scripts/train_tiny.py` trains another, and `python scripts/download.py` fetches "
+            "Stable Diffusion 1.5 (4.3 GB)."
+        )
     checkpoint, config = read_model(path, vae, prediction_type)
     with name_in_errors(path, vae):
         if config.sampling.sampler not in SAMPLERS:
             raise ValueError(f"config.sampling.sampler should be one of {', '.join(SAMPLERS)}.")
         networks = empty_networks(config)
-        weights = from_compvis(checkpoint.state, config, ema, networks)
+        weights = from_compvis(checkpoint.state, config, ema, networks, checkpoint.unreadable)
     if tuned and device.type == "cpu":
         speed.keep_freed_memory()
     for name, network in networks.items():
@@ -68,7 +76,15 @@ def load_models(
     checkpoint.release()  # tensors that were joined or converted are not read again
     if compiled:
         speed.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)
-    return Models(**networks, tokenizer=Tokenizer(), config=config, device=device)
+    return Models(**networks, tokenizer=_tokenizer(checkpoint.added_words), config=config, device=device)
+
+
+def _tokenizer(added_words: dict[str, int]) -> Tokenizer:
+    if not added_words:
+        return Tokenizer()
+    from sd.prompts.added_words import TokenizerWithWords  # only here: hardly any model has such words
+
+    return TokenizerWithWords(added_words)
 
 
 def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device = None) -> Models:

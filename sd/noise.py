@@ -15,6 +15,8 @@ from sd.config import ScheduleConfig
 
 Generators = torch.Generator | list[torch.Generator] | None
 
+LAST_ALPHA_BAR = 2**-24  # of a schedule that ends in noise alone
+
 
 def make_generators(seed: int | None, batch_size: int) -> list[torch.Generator]:
     """One random generator per image, seeded with seed, seed + 1, ...; with a random seed if it is None."""
@@ -45,10 +47,29 @@ def make_betas(schedule: ScheduleConfig) -> Tensor:
     """
     start, end, n = schedule.beta_start, schedule.beta_end, schedule.num_training_steps
     if schedule.beta_schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, n) ** 2
-    if schedule.beta_schedule == "linear":
-        return torch.linspace(start, end, n)
-    raise ValueError(f'beta_schedule should be "scaled_linear" or "linear", not {schedule.beta_schedule!r}.')
+        betas = torch.linspace(start**0.5, end**0.5, n) ** 2
+    elif schedule.beta_schedule == "linear":
+        betas = torch.linspace(start, end, n)
+    else:
+        raise ValueError(f'beta_schedule should be "scaled_linear" or "linear", not {schedule.beta_schedule!r}.')
+    return rescale_to_zero_snr(betas) if schedule.rescale_betas_zero_snr else betas
+
+
+def rescale_to_zero_snr(betas: Tensor) -> Tensor:
+    """The variances (1000,), changed so that the last timestep is noise alone (2305.08891, algorithm 1).
+
+    sqrt(a_t) is shifted so that it ends at 0, then scaled so that it begins where it did:
+
+        sqrt(a_t)  ->  (sqrt(a_t) - sqrt(a_T)) sqrt(a_1) / (sqrt(a_1) - sqrt(a_T))
+
+    The last a_t is 2^-24 instead of 0, as in diffusers: samplers divide by its root. It is a signal of 0.02 %.
+    """
+    signal = torch.cumprod(1 - betas, dim=0).sqrt()  # sqrt(a_t)
+    first, last = signal[0], signal[-1]
+    alpha_bar = ((signal - last) * first / (first - last)) ** 2
+    alpha_bar[-1] = LAST_ALPHA_BAR
+    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return 1 - alphas
 
 
 def space_timesteps(n: int, total: int, spacing: str, offset: int = 0) -> np.ndarray:

@@ -135,3 +135,83 @@ def test_rules_have_no_duplicates():
         for side in zip(*rules):
             assert len(set(side)) == len(side)
         assert all(re.fullmatch(r"[a-z_0-9.#]+", text) for pair in rules for text in pair)
+
+
+PARTS = {"U-Net": "model.", "text encoder": "cond_stage_model.", "VAE": "first_stage_model."}
+
+
+@pytest.mark.parametrize(
+    "absent, message",
+    [
+        (["VAE"], "This checkpoint has no VAE: give one with --vae, or with vae= in Python."),
+        (["text encoder"], "This checkpoint has no text encoder: give the file of a whole model."),
+        (["text encoder", "VAE"], "This checkpoint has no text encoder and no VAE: give the file of a whole model."),
+        (["U-Net"], "This checkpoint has no U-Net: give the file of a whole model."),
+    ],
+)
+def test_a_missing_part_is_named_in_one_sentence(absent, message):
+    prefixes = tuple(PARTS[part] for part in absent)
+    state = {key: tensor for key, tensor in random_state(MICRO).items() if not key.startswith(prefixes)}
+    with pytest.raises(CheckpointError) as error:
+        from_compvis(state, MICRO)
+    assert str(error.value) == message
+
+
+def test_many_problems_are_summed_up_for_each_network():
+    state = random_state(MICRO)
+    missing = [key for key in state if ".decoder." in key][:100]
+    shapes = [key for key in state if ".attn1.to_q." in key]
+    state = {key: tensor[:1] if key in shapes else tensor for key, tensor in state.items() if key not in missing}
+    with pytest.raises(CheckpointError) as error:
+        from_compvis(state, MICRO)
+    first, *lines = str(error.value).splitlines()
+    assert first == f"The checkpoint does not fit the network, {100 + len(shapes)} problems:"
+    assert lines == [
+        f"  VAE's decoder: missing key {'; '.join(missing[:3])}; and 97 more",
+        "  U-Net: "
+        + "; ".join(f"{key} has shape (1, {n}), expected ({n}, {n})" for key, n in zip(shapes[:3], [16, 16, 16]))
+        + f"; and {len(shapes) - 3} more",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_becomes_float16_without_a_change(dtype):
+    exact = {key: t.to(dtype) if t.is_floating_point() else t for key, t in random_state(MICRO).items()}
+    networks = from_compvis(exact, MICRO)
+    expected = from_compvis({key: t.float() for key, t in exact.items()}, MICRO)
+    for name, weights in networks.items():
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+        assert all(torch.equal(weights[key].float(), expected[name][key]) for key in weights)
+
+
+def test_an_odd_key_in_a_network_is_left_out():
+    state = random_state(MICRO) | {"model.diffusion_model.trainer.note": torch.zeros(1)}
+    with pytest.warns(UserWarning, match=r"Left out, .*: model\.diffusion_model\.trainer\.note$"):
+        networks = from_compvis(state, MICRO)
+    assert networks["diffusion"].keys() == from_compvis(random_state(MICRO), MICRO)["diffusion"].keys()
+
+
+def test_a_needed_tensor_that_cannot_be_read_is_named():
+    state = random_state(MICRO)
+    del state[LAST]
+    with pytest.raises(CheckpointError, match=rf"VAE's decoder: unreadable key {LAST} of dtype F4$"):
+        from_compvis(state, MICRO, unreadable={LAST: "dtype F4", "another": "dtype F4"})
+
+
+def test_wrapped_keys():
+    networks = from_compvis({"module." + key: t for key, t in random_state(MICRO).items()}, MICRO)
+    expected = from_compvis(random_state(MICRO), MICRO)
+    assert all(torch.equal(networks[name][key], t) for name in expected for key, t in expected[name].items())
+
+
+def test_scaled_float8():
+    """ComfyUI's scaled float8: weight = float8 * scale_weight. The scales are no unknown tensors."""
+    state = random_state(MICRO)
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    scale, extras = state[key].abs().max() / 448, {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    extras |= {key: (state[key] / scale).to(torch.float8_e4m3fn), key.replace("weight", "scale_weight"): scale}
+    weight = from_compvis(state | extras, MICRO)["diffusion"]["down.1.1.self_attention.qkv.weight"]
+    torch.testing.assert_close(weight[:16].float(), state[key], rtol=0.07, atol=0.01)
+    extras[key.replace("weight", "scale_weight")] = torch.ones(5)
+    with pytest.raises(CheckpointError, match=r"scale of .* should be one number, not a tensor of \(5,\)"):
+        from_compvis(state | extras, MICRO)

@@ -1,13 +1,16 @@
 """A path -> networks ready to run."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sd import model_loader
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.files import write_checkpoint
+from sd.checkpoints.variants import averaged_name
 from sd.config import SD15_INPAINTING
 from sd.model_converter import compvis_shapes, to_compvis
 from sd.model_loader import load_models, preload_models_from_standard_weights
@@ -160,3 +163,91 @@ def test_a_vae_that_does_not_fit_is_named(folder, tmp_path):
     write_checkpoint(tmp_path / "other.ckpt", random_state(MICRO), config.to_dict())
     with pytest.raises(CheckpointError, match=r"micro.ckpt with the VAE of .*other.ckpt: The checkpoint does not fit"):
         load_models(folder / "micro.ckpt", "cpu", vae=tmp_path / "other.ckpt")
+
+
+LAYOUTS = {
+    "kohya, everydream": lambda state: {"state_dict": state, "epoch": 3, "global_step": 100},
+    "DataParallel": lambda state: {"model": {f"module.{key}": tensor for key, tensor in state.items()}},
+    "DeepSpeed": lambda state: {"module": state, "param_shapes": {}, "ds_version": "0.9"},
+    "FSDP": lambda state: {"model": {f"_fsdp_wrapped_module.{key}": tensor for key, tensor in state.items()}},
+    "torch.compile": lambda state: {"state_dict": {f"_orig_mod.{key}": tensor for key, tensor in state.items()}},
+    "compiled U-Net": lambda state: {
+        "state_dict": {key.replace("diffusion_model.", "diffusion_model._orig_mod."): t for key, t in state.items()}
+    },
+    "averages alone": lambda state: {
+        "state_dict": {averaged_name(key) if key.startswith("model.") else key: t for key, t in state.items()}
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_trainers(tmp_path, state, layout):
+    torch.save(LAYOUTS[layout](state) | {"sd_config": MICRO.to_dict()}, tmp_path / "micro.ckpt")
+    assert same(load_models(tmp_path / "micro.ckpt", "cpu", torch.float32), state)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_what_no_network_uses_is_not_judged(tmp_path, state, suffix):
+    odd = {
+        "a": torch.zeros(2, dtype=torch.complex64),
+        "b": torch.zeros(2).to(torch.float8_e5m2),
+        "lora_up": torch.ones(1),
+    }
+    if suffix == ".ckpt":
+        odd["sparse"] = torch.zeros(3).to_sparse()
+        torch.save({"state_dict": state | odd, "sd_config": MICRO.to_dict()}, tmp_path / "micro.ckpt")
+    else:
+        save_file(state | odd, tmp_path / "micro.safetensors", metadata={"sd_config": json.dumps(MICRO.to_dict())})
+    with pytest.warns(UserWarning, match="Left out"):
+        assert same(load_models(tmp_path / f"micro{suffix}", "cpu", torch.float32), state)
+
+
+def test_our_older_files_load(tmp_path, state):
+    torch.save({"state_dict": state, "config": MICRO.to_dict()}, tmp_path / "old.ckpt")
+    models = load_models(tmp_path / "old.ckpt", "cpu", torch.float32)
+    assert models.config == MICRO
+    assert same(models, state)
+
+
+def test_a_model_in_several_files(tmp_path, state):
+    names, half = list(state), len(state) // 2
+    parts = {"a-00001-of-00002.safetensors": names[:half], "a-00002-of-00002.safetensors": names[half:]}
+    for name, keys in parts.items():
+        save_file(
+            {key: state[key] for key in keys}, tmp_path / name, metadata={"sd_config": json.dumps(MICRO.to_dict())}
+        )
+    weight_map = {key: name for name, keys in parts.items() for key in keys}
+    index = tmp_path / "a.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert same(load_models(index, "cpu", torch.float32), state)
+    with pytest.raises(
+        CheckpointError, match=r"is one of several files of a model: give .*a\.safetensors\.index\.json"
+    ):
+        load_models(tmp_path / "a-00001-of-00002.safetensors", "cpu")
+
+
+@pytest.mark.parametrize("path", [5, True, b"a", ["a"], 0.5])
+def test_a_path_of_another_type_is_named(folder, path):
+    with pytest.raises(TypeError, match="path should be the path of a file or a folder, not "):
+        load_models(path, "cpu")
+    with pytest.raises(TypeError, match="vae should be the path of a file or a folder, not "):
+        load_models(folder / "micro.ckpt", "cpu", vae=path)
+
+
+def test_errors_of_the_vae_name_it(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"vae: There is no file or folder at .*none\.ckpt\."):
+        load_models(folder / "micro.ckpt", "cpu", vae=tmp_path / "none.ckpt")
+    (tmp_path / "page.ckpt").write_text("<html>")
+    with pytest.raises(CheckpointError, match=r"^vae: .*page\.ckpt is a web page"):
+        load_models(folder / "micro.ckpt", "cpu", vae=tmp_path / "page.ckpt")
+    torch.save({"state_dict": {"a": torch.ones(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match=r"^vae: .*other\.ckpt: This file has no VAE"):
+        load_models(folder / "micro.ckpt", "cpu", vae=tmp_path / "other.ckpt")
+
+
+def test_the_missing_tiny_model_says_how_to_get_it_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_loader, "TINY_CHECKPOINT", tmp_path / "tiny.ckpt")
+    with pytest.raises(
+        FileNotFoundError, match=r"tiny\.ckpt, is missing: `git checkout data/tiny\.ckpt` brings it back"
+    ):
+        load_models()

@@ -92,3 +92,14 @@ def test_generators_count_up_from_the_seed():
     first, second = (torch.randn(4, generator=generator) for generator in make_generators(7, 2))
     assert torch.equal(first, torch.randn(4, generator=torch.Generator().manual_seed(7)))
     assert torch.equal(second, torch.randn(4, generator=torch.Generator().manual_seed(8)))
+
+
+def test_zero_terminal_snr():
+    """2305.08891, algorithm 1: sqrt(a_t) keeps its first value and ends at 0 (here 2^-12), linear in the old one."""
+    plain = torch.cumprod(1 - make_betas(ScheduleConfig()), dim=0).sqrt()
+    signal = torch.cumprod(1 - make_betas(ScheduleConfig(rescale_betas_zero_snr=True)), dim=0).sqrt()
+    torch.testing.assert_close(signal[0], plain[0])
+    torch.testing.assert_close(signal[-1], torch.tensor(2.0**-12), rtol=1e-3, atol=0)
+    expected = (plain - plain[-1]) * plain[0] / (plain[0] - plain[-1])
+    torch.testing.assert_close(signal[:-1], expected[:-1], rtol=1e-4, atol=1e-6)
+    assert (signal.diff() < 0).all()

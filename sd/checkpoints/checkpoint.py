@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from torch import Tensor, UntypedStorage
 from sd.checkpoints.unpickler import MAX_NUMBER
 
 # Real checkpoints stay far below these limits. Without limits, a file of a few kilobytes could demand terabytes.
-MAX_HEADER_BYTES = 8 << 20  # of a pickle or a safetensors header: those of Stable Diffusion are below 1 MB
 MAX_CONFIG_CHARACTERS = 1 << 16  # of JSON: our configuration has 500
 MAX_TENSORS = 20_000  # Stable Diffusion 1.5 has 1,131, and 1,819 with its averaged weights
 MAX_DIMENSIONS = 16
 MAX_REPEATED_ELEMENTS = 1 << 24  # in a tensor that repeats elements of its storage (stride 0)
+
+CONFIG_NAME = "sd_config"  # of our configuration in a file
+OLD_CONFIG_NAME = "config"  # in files that we wrote before
+OUR_SECTIONS = ("text", "vae", "unet", "schedule")  # that every one of those has
 
 
 class CheckpointError(ValueError):
@@ -30,11 +34,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds: tensors by name, and its configuration, or None."""
+    """What a checkpoint file holds: tensors by name, our configuration or None, and what else it says of itself."""
 
     state: dict[str, Tensor]
     config: dict | None
     mappings: tuple[mmap.mmap, ...] = ()  # of the file, or of each file in a folder
+    metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors file
+    unreadable: dict[str, str] = field(default_factory=dict)  # tensors that cannot be represented, and their kind
+    added_words: dict[str, int] = field(default_factory=dict)  # of a folder's tokenizer, with their token ids
 
     def release(self) -> None:
         """Frees the memory of all pages read so far. A page that is needed again is read from the file again.
@@ -61,7 +68,7 @@ def part(mapped: UntypedStorage, start: int, size: int, dtype: torch.dtype) -> U
 
 def check_count(entries: int) -> None:
     if entries > MAX_TENSORS:
-        raise CheckpointError(f"has more than {MAX_TENSORS:,} entries")
+        raise CheckpointError(f"has more than {MAX_TENSORS:,} entries, the limit of this reader")
 
 
 def check_numbers(name: str, numbers: tuple) -> None:
@@ -80,6 +87,19 @@ def view(name: str, storage: UntypedStorage, dtype: torch.dtype, offset: Any, si
     if end > elements or math.prod(max(length, 1) for length in size) > max(elements, MAX_REPEATED_ELEMENTS):
         raise CheckpointError(f"is damaged: tensor {name!r:.80} is larger than its storage")
     return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+
+
+def our_config(entries: dict, parse: Callable[[Any], dict | None]) -> dict | None:
+    """The configuration of a ModelConfig among what a file holds beside its tensors, read by `parse`, or None.
+
+    Our older files have it under a name that trainers also use for theirs. There, only its sections show that it is
+    ours.
+    """
+    if CONFIG_NAME in entries:
+        return parse(entries[CONFIG_NAME])
+    config = parse(entries.get(OLD_CONFIG_NAME))
+    ours = config is not None and all(isinstance(config.get(section), dict) for section in OUR_SECTIONS)
+    return config if ours else None
 
 
 def plain_config(config: Any) -> dict | None:

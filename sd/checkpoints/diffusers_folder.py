@@ -6,6 +6,7 @@ In: a folder with a folder for each network, which holds its weights and its `co
     vae/            diffusion_pytorch_model.safetensors  config.json
     text_encoder/   model.safetensors                    config.json
     scheduler/                                           scheduler_config.json
+    tokenizer/                                           words that textual inversion has added
 
 Out: a `Checkpoint` with the keys of the CompVis file, and the configuration that the four JSON files describe.
 
@@ -15,8 +16,8 @@ input_blocks.0 to 11. diffusers counts levels, and in each level its residual bl
 
 from __future__ import annotations
 
-import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +25,14 @@ from torch import Tensor
 
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.files import read_checkpoint
-from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, rename
-from sd.config import ModelConfig, UNetConfig
+from sd.checkpoints.folder_files import class_name, find_weights, read_added_words, read_json
+from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Value, rename, without_wrappers
+from sd.checkpoints.self_description import warn_of_unnamed_words
+from sd.checkpoints.shards import read_shards
+from sd.config import ModelConfig, TextConfig, UNetConfig
 
 NETWORKS = ("unet", "vae", "text_encoder")
 UNET_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D")  # with attention, and without
-MAX_JSON_BYTES = 1 << 20
 
 # Values in config.json that every Stable Diffusion 1.x has. They may be absent; other values mean other computations.
 FIXED = {
@@ -50,7 +53,7 @@ FIXED = {
     },
     "vae": {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "shift_factor": None, "latents_mean": None},
     "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "scheduler": {"rescale_betas_zero_snr": False, "trained_betas": None},
+    "scheduler": {"trained_betas": None},
 }
 
 # The fields of a ModelConfig: our name, their name.
@@ -86,6 +89,7 @@ FIELDS = {
         "beta_end": "beta_end",
         "beta_schedule": "beta_schedule",
         "prediction_type": "prediction_type",
+        "rescale_betas_zero_snr": "rescale_betas_zero_snr",
     },
 }
 
@@ -127,24 +131,34 @@ VAE_LEVEL = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d{1,3})\.(.+)")
 def read_folder(path: Path) -> Checkpoint:
     """The weights and the configuration of a folder, mapped into memory like `read_checkpoint` does.
 
-    The folder of a lone VAE gives a checkpoint of the VAE only. Raises CheckpointError, which names the file, if a
-    network or its config.json is missing or damaged, or does not belong to Stable Diffusion 1.x; and whatever
-    `read_checkpoint` raises.
+    The folder of a lone VAE gives a checkpoint of the VAE only, and a model's folder may lack its VAE. Raises
+    CheckpointError, which names the file, if another network or a config.json is missing or damaged, or does not belong
+    to Stable Diffusion 1.x; and whatever `read_checkpoint` raises.
     """
     if is_vae_folder(path):
-        file = read_checkpoint(_weights(path))
-        return Checkpoint(_vae_state(file), {"vae": _fields(path, "vae")}, file.mappings)
-    if missing := [name for name in NETWORKS if not (path / name / "config.json").is_file()]:
+        if class_name(path) not in ("AutoencoderKL", None):
+            raise CheckpointError(
+                f"{path} is the folder of one network, {class_name(path)}; give the folder of a whole model, or of an "
+                "AutoencoderKL as vae=."
+            )
+        file = _read_network(path, "vae")
+        config = {"vae": _fields(path, "vae")}
+        return Checkpoint(_compvis_names("vae", file.state, ModelConfig()), config, file.mappings)
+    networks = [name for name in NETWORKS if (path / name / "config.json").is_file()]
+    if missing := [name for name in NETWORKS if name not in networks and name != "vae"]:
         raise CheckpointError(
             f"{path} is a folder without {missing[0]}/config.json; give a .ckpt or .safetensors file, or a folder in "
             "the layout of diffusers, with unet, vae and text_encoder."
         )
-    config = _read_config(path)
-    files = {name: read_checkpoint(_weights(path / name)) for name in NETWORKS}
-    unet = {UNET_PREFIX + unet_name(key, config.unet): tensor for key, tensor in files["unet"].state.items()}
-    text = {CLIP_PREFIX + key: tensor for key, tensor in files["text_encoder"].state.items()}
-    mappings = sum((file.mappings for file in files.values()), ())
-    return Checkpoint(unet | _vae_state(files["vae"]) | text, config.to_dict(), mappings)
+    config = _read_config(path, networks)
+    words = _added_words(path, config.text)
+    files = {name: _read_network(path / name, name) for name in networks}
+    state, unreadable, mappings = {}, {}, ()
+    for name, file in files.items():
+        state |= _compvis_names(name, file.state, config)
+        unreadable |= _compvis_names(name, file.unreadable, config)
+        mappings += file.mappings
+    return Checkpoint(state, config.to_dict(), mappings, unreadable=unreadable, added_words=words)
 
 
 def is_vae_folder(path: Path) -> bool:
@@ -168,7 +182,7 @@ def unet_name(key: str, config: UNetConfig) -> str:
     return f"{'input' if side == 'down' else 'output'}_blocks.{stage}.{slot}.{rest}"
 
 
-def vae_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def vae_names(state: dict[str, Value]) -> dict[str, Value]:
     """The tensors of a VAE, decoder.up_blocks.0.resnets.0.norm1.weight -> decoder.up.3.block.0.norm1.weight."""
     # On the way up, diffusers counts levels from the coarsest; CompVis counts from the finest on both ways.
     last = max((int(level) for level in re.findall(r"\.up_blocks\.(\d{1,3})\.", "\n".join(state))), default=0)
@@ -187,23 +201,40 @@ def is_diffusers_vae(state: dict[str, Tensor]) -> bool:
     return any(key.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for key in state)
 
 
-def _vae_state(file: Checkpoint) -> dict[str, Tensor]:
-    return {VAE_PREFIX + key: tensor for key, tensor in vae_names(file.state).items()}
+def _compvis_names(network: str, entries: dict[str, Value], config: ModelConfig) -> dict[str, Value]:
+    """The entries of one network under the keys of the CompVis file."""
+    entries = without_wrappers(entries)
+    if network == "unet":
+        return {UNET_PREFIX + unet_name(key, config.unet): value for key, value in entries.items()}
+    if network == "vae":
+        return {VAE_PREFIX + key: value for key, value in vae_names(entries).items()}
+    return {CLIP_PREFIX + key: value for key, value in entries.items()}
 
 
-def _weights(folder: Path) -> Path:
-    """The file with a network's weights: safetensors before .bin, full precision before float16."""
-    for suffix in (".safetensors", ".bin"):
-        files = [file for file in folder.glob(f"*{suffix}") if not re.search(r"non_ema|-of-\d+", file.name)]
-        if files:
-            return min(files, key=lambda file: (len(file.name), file.name))  # "model", before "model.fp16"
-    raise CheckpointError(f"{folder} has no weights: it should hold a .safetensors or .bin file that is not split.")
+def _read_network(folder: Path, name: str) -> Checkpoint:
+    """The weights of one network, from one file or several."""
+    path = find_weights(folder, name)
+    return read_shards(path) if path.suffix == ".json" else read_checkpoint(path)
 
 
-def _read_config(path: Path) -> ModelConfig:
-    parts = {name: _fields(path / name, name) for name in (*NETWORKS, "scheduler")}
+def _added_words(path: Path, config: TextConfig) -> dict[str, int]:
+    """The words that textual inversion has added. Warns of words without a vector, and of vectors without a word."""
+    if config.vocab_size < TextConfig.vocab_size:
+        raise _foreign(path / "text_encoder", "vocab_size", f"{TextConfig.vocab_size} or more", config.vocab_size)
+    words = read_added_words(path / "tokenizer", TextConfig.vocab_size)
+    known = {word: token for word, token in words.items() if token < config.vocab_size}
+    for word in sorted(words.keys() - known.keys())[:1]:
+        warnings.warn(f"The text encoder has no vector for the word {word!r:.80}: it is read as letters.", stacklevel=4)
+    if config.vocab_size > TextConfig.vocab_size and not words:
+        warn_of_unnamed_words(config.vocab_size)
+    return known
+
+
+def _read_config(path: Path, networks: list[str]) -> ModelConfig:
+    parts = {name: _fields(path / name, name) for name in (*networks, "scheduler")}
     side = parts["unet"].pop("side", None)
-    values = {"text": parts["text_encoder"], "schedule": parts["scheduler"], "unet": parts["unet"], "vae": parts["vae"]}
+    values = {"text": parts["text_encoder"], "schedule": parts["scheduler"], "unet": parts["unet"]}
+    values["vae"] = parts.get("vae", {})
     config = ModelConfig.from_dict(values)
     return replace(config, image_size=side * config.vae.downscale) if type(side) is int and side > 0 else config
 
@@ -213,7 +244,10 @@ def _fields(folder: Path, name: str) -> dict[str, object]:
     path = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
     if name == "scheduler" and not path.is_file():
         return {}
-    values = _read_json(path, FIXED[name])
+    values = read_json(path)
+    for field, value in FIXED[name].items():
+        if values.get(field, value) != value:
+            raise _foreign(path, field, repr(value), values[field])
     fields = {ours: values[theirs] for ours, theirs in FIELDS[name].items() if theirs in values}
     if name == "unet" and "attention" in fields:
         kinds = fields["attention"]
@@ -221,21 +255,6 @@ def _fields(folder: Path, name: str) -> dict[str, object]:
             raise _foreign(path, FIELDS["unet"]["attention"], f"a list of {UNET_LEVELS}", kinds)
         fields["attention"] = [kind == UNET_LEVELS[0] for kind in kinds]
     return fields
-
-
-def _read_json(path: Path, fixed: dict[str, object]) -> dict:
-    """The values in a JSON file. Raises CheckpointError if it is damaged, or if a value differs from `fixed`."""
-    try:
-        with open(path, "rb") as file:
-            values = json.loads(file.read(MAX_JSON_BYTES))
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is damaged: it should hold a JSON object; download it again.")
-    for name, value in fixed.items():
-        if values.get(name, value) != value:
-            raise _foreign(path, name, repr(value), values[name])
-    return values
 
 
 def _foreign(path: Path, name: str, expected: str, value: object) -> CheckpointError:

@@ -31,8 +31,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from sd.checkpoints.checkpoint import MAX_CONFIG_CHARACTERS, Checkpoint, CheckpointError
-from sd.checkpoints.safetensors import SAFETENSORS_DTYPES, read_safetensors, write_safetensors
+from sd.checkpoints.checkpoint import CONFIG_NAME, MAX_CONFIG_CHARACTERS, Checkpoint, CheckpointError
+from sd.checkpoints.safetensors import WRITTEN_DTYPES, read_safetensors, write_safetensors
 from sd.checkpoints.torch_save import read_legacy, read_zip
 from sd.files import whole_file
 
@@ -45,6 +45,7 @@ FOREIGN_FILES = [  # first bytes, what the file is and what to do
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"Rar!", "a rar archive; unpack it first"),
+    (b"\0\5\x16\7", "a hidden file of macOS; give the file of the same name without `._`"),
     (b"GGUF", "a GGUF file; give the model's .ckpt or .safetensors file"),
 ]
 
@@ -57,9 +58,10 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Map a safetensors or torch file into memory, whatever its suffix.
 
-    `state` holds the tensors under the top-level key `state_dict`, or those of the top level if there is no such dict.
-    `config` is the dict under the top-level key `config` (in safetensors, the JSON text `config` of `__metadata__`), as
-    JSON gives it back: tuples become lists. It is None if there is none, or if JSON cannot express it.
+    `state` holds the tensors under the top-level key `state_dict`, or under another name that trainers use, or those of
+    the top level. `config` is the dict under the top-level key `sd_config` (in safetensors, the JSON text `sd_config`
+    of `__metadata__`), as JSON gives it back: tuples become lists. It is None if there is none, or if JSON cannot
+    express it. A trainer's own configuration is not read.
 
     Raises CheckpointError, in one sentence, for a damaged file or one that is not a checkpoint; FileNotFoundError; and
     PermissionError.
@@ -143,9 +145,9 @@ def write_checkpoint(path: str | os.PathLike, state: dict[str, Tensor], config: 
     try:
         with whole_file(path, overwrite=True) as file:
             if path.suffix == ".safetensors":
-                write_safetensors(file, tensors, {"format": "pt"} | ({} if config is None else {"config": text}))
+                write_safetensors(file, tensors, {"format": "pt"} | ({} if config is None else {CONFIG_NAME: text}))
             else:
-                torch.save({"state_dict": tensors, "config": json.loads(text)}, file)
+                torch.save({"state_dict": tensors, CONFIG_NAME: json.loads(text)}, file)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         reason = getattr(error, "strerror", None) or "is there space left on the disk?"
         raise OSError(f"{path} cannot be written ({reason}); an existing file is kept.") from error
@@ -157,7 +159,7 @@ def _check_state(state: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
         if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, Tensor):
             raise CheckpointError(f"A state dict maps names to tensors, not {name!r:.80} to {type(tensor).__name__}.")
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in SAFETENSORS_DTYPES.values():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in WRITTEN_DTYPES.values():
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise CheckpointError(f"Tensor {name!r:.80} ({kind}) cannot be written; only dense, real numbers can.")
 

@@ -15,13 +15,19 @@ from __future__ import annotations
 import itertools
 import re
 from functools import cache
+from typing import TypeVar
 
 # How the keys of the networks begin in the CompVis layout.
 CLIP_PREFIX = "cond_stage_model.transformer."
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+POSITION_IDS = f"{CLIP_PREFIX}text_model.embeddings.position_ids"  # 0..76: a constant, not a weight
+
+# What DataParallel, torch.compile and FSDP put into the keys of the modules that they wrap.
+WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 Rules = list[tuple[str, str]]
+Value = TypeVar("Value")
 
 
 def rename(key: str, rules: Rules) -> str:
@@ -35,6 +41,19 @@ def rename(key: str, rules: Rules) -> str:
 def inverse(rules: Rules) -> Rules:
     """Rules that undo `rules`: each one reversed, from last to first."""
     return [(new, old) for old, new in reversed(rules)]
+
+
+def without_wrappers(state: dict[str, Value]) -> dict[str, Value]:
+    """The entries under the keys that they had before anything wrapped the model:
+
+    module.model.diffusion_model.a -> model.diffusion_model.a
+    """
+    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    outer = {key.split(UNET_PREFIX)[0] for key in state if UNET_PREFIX in key}
+    if len(outer) != 1:
+        return state
+    prefix = outer.pop()  # "" almost always; the name of a trainer's attribute
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 @cache

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sd.checkpoints.checkpoint import (
-    MAX_HEADER_BYTES,
     Checkpoint,
     CheckpointError,
     check_count,
     check_numbers,
+    our_config,
     parse_config,
     part,
     storage_over,
@@ -28,7 +28,9 @@ from sd.checkpoints.checkpoint import (
 )
 from sd.checkpoints.unpickler import MAX_NAME
 
-SAFETENSORS_DTYPES = {
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library; previews in metadata take megabytes
+
+WRITTEN_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -40,6 +42,18 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPES = WRITTEN_DTYPES | {
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+# The other dtypes of the format, which torch 2.4 lacks, and their bits. No network can use them.
+UNREADABLE_DTYPES = {"F8_E8M0": 8, "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4}
 
 
 def read_safetensors(data: mmap.mmap) -> Checkpoint:
@@ -47,10 +61,12 @@ def read_safetensors(data: mmap.mmap) -> Checkpoint:
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):
         raise CheckpointError(f"is truncated: its header alone has {start - 8:,} bytes; download it again")
-    if start > MAX_HEADER_BYTES:
-        raise CheckpointError(f"is damaged: its safetensors header is too long, {start - 8:,} bytes")
+    if start - 8 > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"has a safetensors header of {start - 8:,} bytes; the limit of the format is {MAX_HEADER_BYTES:,}"
+        )
     header = _parse_header(data[8:start])
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise CheckpointError("is damaged: its __metadata__ is not a dict from text to text")
     check_count(len(header))
@@ -66,11 +82,15 @@ def read_safetensors(data: mmap.mmap) -> Checkpoint:
     if not entries:
         raise CheckpointError("is a safetensors file without tensors")
     mapped = storage_over(data)
-    state = {}
-    for name, (dtype, shape, begin, end) in entries.items():
+    state, unreadable = {}, {}
+    for name, (kind, shape, begin, end) in entries.items():
+        if kind in UNREADABLE_DTYPES:
+            unreadable[name] = f"dtype {kind}"
+            continue
+        dtype = DTYPES[kind]
         stride = tuple(itertools.accumulate(shape[:0:-1], operator.mul, initial=1))[::-1] if shape else ()
         state[name] = view(name, part(mapped, start + begin, end - begin, dtype), dtype, 0, shape, stride)
-    return Checkpoint(state, parse_config(metadata.get("config")))
+    return Checkpoint(state, our_config(metadata, parse_config), metadata=metadata, unreadable=unreadable)
 
 
 def _parse_header(content: bytes) -> dict:
@@ -84,7 +104,8 @@ def _parse_header(content: bytes) -> dict:
 
 
 def _whole(text: str) -> int:
-    _finite(text)
+    if len(text) > 300:
+        _finite(text)
     return int(text)
 
 
@@ -101,25 +122,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _safetensors_entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _safetensors_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """One tensor's dtype, shape, first byte and the byte after its last, checked against each other."""
     if len(name) > MAX_NAME:
-        raise CheckpointError(f"is damaged: it has a tensor with a name of {len(name):,} characters")
+        raise CheckpointError(f"has a tensor with a name of {len(name):,} characters; the limit here is {MAX_NAME:,}")
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
             check_numbers(name, (*shape, begin, end))
         case _:
             raise CheckpointError(f"is damaged: its header lacks dtype, shape or data_offsets of {name!r:.80}")
-    if dtype not in SAFETENSORS_DTYPES:
-        raise CheckpointError(f"has {name!r:.80} in dtype {dtype!r:.20}; known are {', '.join(SAFETENSORS_DTYPES)}")
-    if end - begin != math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
+    if dtype not in DTYPES and dtype not in UNREADABLE_DTYPES:
+        raise CheckpointError(f"has {name!r:.80} in dtype {dtype!r:.20}; known are {', '.join(DTYPES)}")
+    bits = 8 * DTYPES[dtype].itemsize if dtype in DTYPES else UNREADABLE_DTYPES[dtype]
+    if 8 * (end - begin) != math.prod(shape) * bits:
         raise CheckpointError(f"is damaged: tensor {name!r:.80} has more or fewer bytes than its shape needs")
-    return SAFETENSORS_DTYPES[dtype], tuple(shape), begin, end
+    return dtype, tuple(shape), begin, end
 
 
 def write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """The header keeps the order of `tensors`. The data has the widest dtypes first, so that all are aligned."""
-    dtype_names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    dtype_names = {dtype: name for name, dtype in WRITTEN_DTYPES.items()}
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     offsets, end = {}, 0
     for name in order:

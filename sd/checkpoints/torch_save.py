@@ -9,19 +9,21 @@ from typing import Any, BinaryIO
 from torch import UntypedStorage
 
 from sd.checkpoints.checkpoint import (
-    MAX_HEADER_BYTES,
     Checkpoint,
     CheckpointError,
     check_count,
+    our_config,
     part,
     plain_config,
     storage_over,
     view,
 )
-from sd.checkpoints.unpickler import Call, Global, StorageNote, TensorNote, Unpickler
+from sd.checkpoints.unpickler import MAX_PICKLE_BYTES, Call, Global, StorageNote, TensorNote, Unpickler
 from sd.checkpoints.zip_archive import Archive
 
 LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the weights, best first
+MAX_WRAPPERS = 4  # around one another
 
 
 def read_zip(file: BinaryIO, data: mmap.mmap) -> Checkpoint:
@@ -41,7 +43,7 @@ def read_zip(file: BinaryIO, data: mmap.mmap) -> Checkpoint:
             return storage_over(bytearray(archive.read(name)))
         return part(mapped, *archive.place(name), note.dtype)
 
-    return _from_notes(Unpickler(archive.read(pickles[0], MAX_HEADER_BYTES), MAX_HEADER_BYTES).load(), storage_of)
+    return _from_notes(Unpickler(archive.read(pickles[0], MAX_PICKLE_BYTES), len(data)).load(), storage_of)
 
 
 def _check_byteorder(little: bool) -> None:
@@ -51,7 +53,7 @@ def _check_byteorder(little: bool) -> None:
 
 def read_legacy(data: mmap.mmap) -> Checkpoint:
     """Five pickles (magic number, protocol, system, the tensors' notes, the storages' keys), then the storages."""
-    unpickler = Unpickler(data, MAX_HEADER_BYTES)
+    unpickler = Unpickler(data, len(data))
     if unpickler.load() != LEGACY_MAGIC_NUMBER:
         raise CheckpointError("is a Python pickle that torch.save did not write, without readable tensors")
     _protocol, system, root, keys = (unpickler.load() for _ in range(4))
@@ -76,24 +78,49 @@ def _from_notes(root: Any, storage_of: Callable[[StorageNote], UntypedStorage]) 
     `storage_of` gives the storage of a note, and raises KeyError if the file has none.
     """
     top = root if isinstance(root, dict) else {}
-    entries = top["state_dict"] if isinstance(top.get("state_dict"), dict) else top
+    entries = _entries(top)
     check_count(len(entries))
     storages: dict[str, UntypedStorage] = {}  # tied tensors share one
-    state = {}
+    state, unreadable = {}, {}
     for name, note in entries.items():
         if isinstance(note, TensorNote):
-            key, dtype = note.storage.key, note.storage.dtype
+            key = note.storage.key
             try:
                 storages[key] = storages[key] if key in storages else storage_of(note.storage)
             except KeyError:
                 raise CheckpointError(f"is damaged: the storage of tensor {name!r:.80} is missing") from None
-            if storages[key].nbytes() < note.storage.count * dtype.itemsize:
+            if storages[key].nbytes() < note.storage.count * note.storage.dtype.itemsize:
                 raise CheckpointError(f"is damaged: the storage of tensor {name!r:.80} is too small")
-            state[name] = view(name, storages[key], dtype, note.offset, note.size, note.stride)
-        elif isinstance(note, Call) and isinstance(note.function, Global) and note.function.name.startswith("_rebuild"):
-            raise CheckpointError(f"has tensor {name!r:.80} of an unsupported kind: {note.function.name:.80}")
-    if "string_to_param" in top:
-        raise CheckpointError("is a textual inversion embedding; give a Stable Diffusion 1.x checkpoint")
+            state[name] = view(name, storages[key], note.dtype, note.offset, note.size, note.stride)
+        elif _is_unreadable(note):
+            unreadable[name] = f"kind {note.function.name:.80}"
     if not state:
+        if "string_to_param" in top:
+            raise CheckpointError("is a textual inversion embedding; give a Stable Diffusion 1.x checkpoint")
+        for name, kind in unreadable.items():
+            raise CheckpointError(f"has tensor {name!r:.80} of an unsupported {kind}")
         raise CheckpointError("has no tensors by name, at its top level or under `state_dict`; save model.state_dict()")
-    return Checkpoint(state, plain_config(top.get("config")))
+    return Checkpoint(state, our_config(top, plain_config), unreadable=unreadable)
+
+
+def _entries(entries: dict) -> dict:
+    """The dictionary with the tensors: under one or more of the names that trainers use, or `entries` itself."""
+    for _ in range(MAX_WRAPPERS):
+        inner = (
+            wrapped for wrapped in _wrapped(entries) if any(map(_is_tensor, wrapped.values())) or _wrapped(wrapped)
+        )
+        entries = next(inner, entries)
+    return entries
+
+
+def _wrapped(entries: dict) -> list[dict]:
+    return [entries[name] for name in WRAPPERS if isinstance(entries.get(name), dict)]
+
+
+def _is_tensor(note: Any) -> bool:
+    return isinstance(note, TensorNote) or _is_unreadable(note)
+
+
+def _is_unreadable(note: Any) -> bool:
+    """Whether this is a tensor of a kind that the unpickler does not know: sparse, quantized or complex."""
+    return isinstance(note, Call) and isinstance(note.function, Global) and note.function.name.startswith("_rebuild")

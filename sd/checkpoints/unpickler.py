@@ -27,7 +27,9 @@ from typing import Any
 import torch
 
 # Real checkpoints stay far below these limits. Without limits, a small file could keep the reader busy for hours.
-MAX_INSTRUCTIONS = 500_000  # Stable Diffusion 1.5 has 36,000, and four times that with its optimizer's state
+MAX_PICKLE_BYTES = 64 << 20  # Stable Diffusion 1.5 has 0.2 MB; a trainer's log can be longer
+FREE_INSTRUCTIONS = 500_000  # Stable Diffusion 1.5 has 36,000, and four times that with its optimizer's state
+MAX_INSTRUCTIONS = 2_000_000  # of a file of 8 MB or more; a log of a million losses has a million
 MAX_NAME = 1000  # characters in a tensor's name; the longest in Stable Diffusion has 100
 MAX_NUMBER = 1 << 48  # bytes, elements, or the length of one dimension
 
@@ -42,6 +44,16 @@ STORAGE_DTYPES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.int8,  # the numbers behind quantized tensors, which are not read
+    "QUInt8Storage": torch.uint8,
+    "QInt32Storage": torch.int32,
+    "UntypedStorage": torch.uint8,  # bytes, for the dtypes below
+}
+NEWER_DTYPES = {
+    name: getattr(torch, name)
+    for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 }
 
 
@@ -49,7 +61,7 @@ class UnpicklingError(ValueError):
     """The bytes are not a pickle, or not one that a checkpoint would contain."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Global:
     """The name of a class or function, not the class or function itself."""
 
@@ -57,7 +69,7 @@ class Global:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Call:
     """An object that Python's pickle would have made with `function(*arguments)`."""
 
@@ -65,7 +77,7 @@ class Call:
     arguments: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StorageNote:
     """A reference to data outside the pickle: `count` numbers, 0 to MAX_NUMBER, which the file stores under `key`."""
 
@@ -74,7 +86,7 @@ class StorageNote:
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorNote:
     """A view of a storage; offset and strides count elements. None of the values has been checked."""
 
@@ -82,25 +94,27 @@ class TensorNote:
     offset: Any
     size: Any
     stride: Any
+    dtype: torch.dtype
 
 
 class Unpickler:
-    """Reads pickles that follow one another in `data`, each at most `max_size` bytes long.
+    """Reads pickles that follow one another in `data`, each at most MAX_PICKLE_BYTES long.
 
-    `data` is bytes, or anything that is indexed, sliced and searched like bytes, such as a mapped file. `position` is
-    the first byte after the last pickle read. `storages` holds every storage that the pickles referred to, by key.
+    `data` is bytes, or anything that is indexed, sliced and searched like bytes, such as a mapped file. A larger file,
+    of `file_size` bytes, may have more instructions: a compressed pickle of few bytes never runs for long. `position`
+    is the first byte after the last pickle read. `storages` holds every storage that the pickles referred to, by key.
     """
 
-    def __init__(self, data: Any, max_size: int) -> None:
+    def __init__(self, data: Any, file_size: int) -> None:
         self.data = data
-        self.max_size = max_size
         self.position = 0
         self.storages: dict[str, StorageNote] = {}
-        self.budget = iter(range(MAX_INSTRUCTIONS))  # for all pickles together
+        self.limit = min(max(FREE_INSTRUCTIONS, file_size // 4), MAX_INSTRUCTIONS)
+        self.budget = iter(range(self.limit))  # for all pickles together
 
     def load(self) -> Any:
         """The value of the next pickle. Raises UnpicklingError, or another ValueError for text that is not UTF-8."""
-        self.end = min(len(self.data), self.position + self.max_size)
+        self.end = min(len(self.data), self.position + MAX_PICKLE_BYTES)
         self.stack: list[Any] = []
         self.push, self.pop = self.stack.append, self.stack.pop
         self.marks: list[int] = []  # the height of the stack at each open MARK
@@ -116,12 +130,12 @@ class Unpickler:
                 instruction(self)
         except IndexError:
             raise UnpicklingError("the pickle takes a value from an empty stack") from None
-        raise UnpicklingError(f"the pickle has more than {MAX_INSTRUCTIONS:,} instructions")
+        raise UnpicklingError(f"the pickle has more than {self.limit:,} instructions, the limit of this reader")
 
     def read(self, count: int) -> bytes:
         start, self.position = self.position, self.position + count
         if self.position > self.end:
-            raise UnpicklingError("the pickle is cut off, or longer than those of checkpoints")
+            raise UnpicklingError(f"the pickle is cut off, or longer than {MAX_PICKLE_BYTES:,} bytes")
         return self.data[start : self.position]
 
     def read_number(self, width: int) -> int:
@@ -185,7 +199,23 @@ class Unpickler:
                 Global("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2"),
                 (StorageNote() as storage, offset, size, stride, *_),
             ):
-                self.push(TensorNote(storage, offset, size, stride))
+                self.push(TensorNote(storage, offset, size, stride, storage.dtype))
+            case (
+                Global("torch._utils", "_rebuild_tensor_v3"),
+                (StorageNote() as storage, offset, size, stride, _, _, Global("torch", dtype), *_),
+            ) if dtype in NEWER_DTYPES:
+                self.push(TensorNote(storage, offset, size, stride, NEWER_DTYPES[dtype]))
+            case (
+                Global("torch._tensor", "_rebuild_from_type_v2"),  # a tensor with attributes, which are dropped
+                (
+                    Global("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor_v3") as rebuild,
+                    Global("torch", "Tensor"),
+                    arguments,
+                    *_,
+                ),
+            ):
+                self.push(rebuild)
+                self.push_call(arguments)
             case (
                 Global("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state"),
                 (TensorNote() as tensor, *_),
@@ -197,7 +227,7 @@ class Unpickler:
     def push_reference(self) -> None:
         """BINPERSID: a reference to data outside the pickle; torch uses it for the storages of tensors."""
         match reference := self.pop():
-            case ("storage", Global("torch", name), key, _, count, *_) if (
+            case ("storage", Global("torch" | "torch.storage", name), key, _, count, *_) if (
                 name in STORAGE_DTYPES and _is_name(key) and type(count) is int and 0 <= count < MAX_NUMBER
             ):
                 note = StorageNote(key, STORAGE_DTYPES[name], count)

@@ -8,36 +8,46 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from torch import Tensor
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.diffusers_folder import is_diffusers_vae, vae_names
-from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
+from sd.checkpoints.key_rules import CLIP_PREFIX, POSITION_IDS, UNET_PREFIX, VAE_PREFIX
+from sd.checkpoints.self_description import MARKS, described, warn_of_unnamed_words
 from sd.config import SD15, SD15_INPAINTING, ModelConfig
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 NETWORK_PREFIXES = (UNET_PREFIX, f"{CLIP_PREFIX}text_model.", *(VAE_PREFIX + part for part in VAE_PARTS))
+NUMBER = re.compile(r"\d+")
+FIRST_WEIGHT = f"{UNET_PREFIX}input_blocks.0.0.weight"
+TOKEN_TABLE = re.compile(re.escape(CLIP_PREFIX) + r"(text_model\.)?embeddings\.token_embedding\.weight$")
+AVERAGED_PREFIX = "model_ema.diffusion_model"
 MAX_NAMED = 5  # tensors that the warning about unknown ones names
 
-# What trainers store beside the weights: the noise schedule, averaged copies, losses, CLIP's image encoder.
+# What trainers store beside the weights: the noise schedule, averaged copies, losses, CLIP's image encoder, and the
+# scales of float8 weights.
 EXTRAS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|(sqrt|log)_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|ddim_sigmas"
-    r"|model_ema\..*|(first_stage_model\.)?loss\..*|first_stage_model\.(model_ema\..*|logvar)|embedding_manager\..*"
+    r"|scaled_fp8|.*\.(scale_weight|scale_input)|model_ema\..*|(first_stage_model\.)?loss\..*|first_stage_model\.(model_ema\..*|logvar)|embedding_manager\..*"
     r"|cond_stage_model\.(logit_scale|text_projection.*"
     r"|transformer\.(text_model\.)?(logit_scale|text_projection.*|vision_model\..*|visual_projection.*)))$"
 )
-V_PREDICTION = "v_pred"  # the name of an empty tensor with which some trainers mark a U-Net that predicts v
 
-# A pattern in any key of a file, and what such a file is.
+# A pattern in any key of a file, and what such a file is unless it holds a whole model.
 OTHER_FILES = [
     (r"(^|\.)lora_|\.lora_|_lora\.", "is a LoRA, a small change to a model rather than a model"),
     (r"^conditioner\.embedders\.", "is a Stable Diffusion XL checkpoint"),
     (r"\.joint_blocks\.", "is a Stable Diffusion 3 checkpoint"),
     (r"^cond_stage_model\.model\.", "is a Stable Diffusion 2 checkpoint"),
-    (r"(^|\.)control_model\.", "is a ControlNet, an addition to a model rather than a model"),
+    (r"\.double_blocks\.", "is a FLUX checkpoint"),
+    (
+        r"(^|\.)control_model\.|^zero_convs\.|^controlnet_cond_embedding\.",
+        "is a ControlNet, an addition to a model rather than a model",
+    ),
+    (r"^(input_blocks|output_blocks)\.\d", "is a U-Net alone, without a text encoder and a VAE"),
     (
         r"^(encoder\.)?down_blocks\.|^(text_model|unet|vae)\.",
         "is one network of a folder in the layout of diffusers",
@@ -46,19 +56,35 @@ OTHER_FILES = [
 ]
 
 
-def recognise(state: dict[str, Tensor]) -> ModelConfig:
-    """The configuration of a published checkpoint, from its keys and shapes.
+# How wide the prompt's context is for the U-Net of other models.
+CONTEXT_WIDTHS = {
+    (1024,): "is a Stable Diffusion 2 checkpoint",
+    (1280,): "is a Stable Diffusion XL refiner",
+    (2048,): "is a Stable Diffusion XL checkpoint",
+}
 
-    It is SD15 or SD15_INPAINTING, perhaps with v-prediction. Raises CheckpointError for any other file, and says what
+
+def recognise(state: dict[str, Tensor], metadata: dict[str, str] | None = None, yaml: str = "") -> ModelConfig:
+    """The configuration of a published checkpoint, from its keys and shapes, and from what it says of itself.
+
+    It is SD15 or SD15_INPAINTING, perhaps with another prediction type, size or noise schedule. `metadata` is that of a
+    safetensors file, `yaml` the text of the yaml beside it. Raises CheckpointError for any other file, and says what
     the file is.
     """
     identify(state)
-    first = state.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    for key, tensor in state.items():
+        if key.startswith(UNET_PREFIX) and key.endswith("attn2.to_k.weight") and tensor.shape[1:2] in CONTEXT_WIDTHS:
+            raise _other_file(CONTEXT_WIDTHS[tensor.shape[1:2]])
+    first = state.get(FIRST_WEIGHT, state.get(averaged_name(FIRST_WEIGHT)))
     channels = None if first is None else tuple(first.shape[1:2])
     if channels == (8,):
         raise CheckpointError("This file is an InstructPix2Pix model, whose U-Net takes a second image.")
     config = SD15_INPAINTING if channels == (9,) else SD15
-    return with_prediction(config, "v_prediction") if V_PREDICTION in state else config
+    words = max((len(tensor) for key, tensor in state.items() if TOKEN_TABLE.match(key) and tensor.ndim), default=0)
+    if words > config.text.vocab_size:
+        warn_of_unnamed_words(words)
+        config = replace(config, text=replace(config.text, vocab_size=words))
+    return described(config, state.keys(), metadata, yaml)
 
 
 def with_prediction(config: ModelConfig, prediction_type: str) -> ModelConfig:
@@ -67,14 +93,19 @@ def with_prediction(config: ModelConfig, prediction_type: str) -> ModelConfig:
 
 
 def identify(keys: Iterable[str]) -> None:
-    """Raises CheckpointError, which says what the file is, unless these are keys of Stable Diffusion 1.x."""
+    """Raises CheckpointError, which says what the file is, unless these are keys of Stable Diffusion 1.x.
+
+    A file with a U-Net and a text encoder of Stable Diffusion 1.x is a model, whatever else it holds.
+    """
     keys = list(keys)
+    unet = any(key.startswith((UNET_PREFIX, AVERAGED_PREFIX)) for key in keys)
+    text = any(key.startswith(CLIP_PREFIX) for key in keys)
+    if unet and text:
+        return
     for pattern, description in OTHER_FILES:
         if any(re.search(pattern, key) for key in keys):
-            raise CheckpointError(
-                f"This file {description}; give a Stable Diffusion 1.x checkpoint, a file or a folder."
-            )
-    if not any(key.startswith((UNET_PREFIX, CLIP_PREFIX)) for key in keys):
+            raise _other_file(description)
+    if not unet and not text:
         if any(key.removeprefix(VAE_PREFIX).startswith(VAE_PARTS) for key in keys):
             raise CheckpointError("This file is a VAE alone: give it as `vae=`, beside a full checkpoint.")
         raise CheckpointError(
@@ -82,33 +113,49 @@ def identify(keys: Iterable[str]) -> None:
         )
 
 
-def standard_layout(state: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
-    """The tensors of the networks under standard keys. With `ema`, the U-Net's averaged weights replace its plain ones.
+def standard_layout(
+    state: dict[str, Tensor], ema: bool = False, known: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of the networks under standard keys, and nothing else.
 
-    Unknown tensors outside the networks are dropped with a warning. Those inside stay: the converter refuses them.
+    With `ema`, or if the file has no others, the U-Net's averaged weights are taken. `known` are the keys of the
+    networks; without it, all keys inside a network are kept. A further block or layer is kept too: it shows that the
+    network is another one, which the converter refuses.
     """
-    standard = {_with_text_model(key): tensor for key, tensor in state.items() if not EXTRAS.match(key)}
-    if unknown := [key for key in standard if not key.startswith(NETWORK_PREFIXES) and key != V_PREDICTION]:
+    weights = {_with_text_model(key): tensor for key, tensor in state.items() if not EXTRAS.match(key)}
+    weights = {key: tensor for key, tensor in weights.items() if key.startswith(NETWORK_PREFIXES)}
+    if known is not None:
+        kinds = {NUMBER.sub("#", key) for key in known}
+        weights = {key: tensor for key, tensor in weights.items() if NUMBER.sub("#", key) in kinds}
+    averages = any(key.startswith(AVERAGED_PREFIX) for key in state)
+    averages_only = averages and not any(key.startswith(UNET_PREFIX) for key in weights)
+    return weights | averaged(state, known) if ema or averages_only else weights
+
+
+def warn_of_unknown(state: dict[str, Tensor], weights: Collection[str]) -> None:
+    """Names the tensors that are neither among the weights taken from the file nor what trainers store beside them."""
+    known = {*weights, *MARKS, POSITION_IDS}
+    if unknown := [key for key in map(_with_text_model, state) if key not in known and not EXTRAS.match(key)]:
         names = ", ".join(unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
         warnings.warn(f"Left out, as Stable Diffusion 1.x has no place for it: {names:.300}", stacklevel=2)
-    standard = {key: tensor for key, tensor in standard.items() if key.startswith(NETWORK_PREFIXES)}
-    return standard | averaged(state) if ema else standard
 
 
-def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def averaged(state: dict[str, Tensor], known: Collection[str] | None = None) -> dict[str, Tensor]:
     """The exponential moving average of the U-Net's weights, under their plain keys.
 
-    In the file its keys are "model_ema." and then the plain key without "model." and without dots. Raises
-    CheckpointError if the file has none.
+    `known` are the keys of the networks; without it, those of the plain weights in the file. Raises CheckpointError if
+    an average is missing.
     """
-    averages = {}
-    for key in state:
-        if key.startswith(UNET_PREFIX):
-            name = "model_ema." + key.removeprefix("model.").replace(".", "")
-            if name not in state:
-                raise CheckpointError(f"This checkpoint has no averaged weights for {key}: load it with ema=False.")
-            averages[key] = state[name]
-    return averages
+    keys = [key for key in (state if known is None else known) if key.startswith(UNET_PREFIX)]
+    if missing := [key for key in keys if averaged_name(key) not in state]:
+        advice = ": load it with ema=False" if any(key in state for key in keys) else ""
+        raise CheckpointError(f"This checkpoint has no averaged weights for {missing[0]}{advice}.")
+    return {key: state[averaged_name(key)] for key in keys}
+
+
+def averaged_name(key: str) -> str:
+    """model.diffusion_model.out.2.bias -> model_ema.diffusion_modelout2bias: trainers store averages without dots."""
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
 def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,6 +163,8 @@ def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises CheckpointError if there are none.
     """
+    if any(key.startswith("conditioner.embedders.") for key in state):
+        raise CheckpointError("This file is a Stable Diffusion XL checkpoint, whose VAE makes other latents.")
     if is_diffusers_vae(state):
         state = vae_names(state)
     if not any(key.startswith(VAE_PREFIX) for key in state):
@@ -124,6 +173,10 @@ def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if f"{VAE_PREFIX}decoder.conv_in.weight" not in state:
         raise CheckpointError("This file has no VAE in the layout of Stable Diffusion 1.x.")
     return state
+
+
+def _other_file(description: str) -> CheckpointError:
+    return CheckpointError(f"This file {description}; give a Stable Diffusion 1.x checkpoint, a file or a folder.")
 
 
 def _with_text_model(key: str) -> str:

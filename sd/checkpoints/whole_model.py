@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +15,9 @@ from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.config_rules import check_config
 from sd.checkpoints.diffusers_folder import read_folder
 from sd.checkpoints.files import read_checkpoint
-from sd.checkpoints.key_rules import VAE_PREFIX
+from sd.checkpoints.key_rules import VAE_PREFIX, without_wrappers
+from sd.checkpoints.self_description import yaml_beside
+from sd.checkpoints.shards import INDEX, read_shards
 from sd.config import PREDICTION_TYPES, ModelConfig
 
 
@@ -22,46 +27,68 @@ def read_model(
     """The tensors of a checkpoint file or a folder in the layout of diffusers, and a configuration that was checked.
 
     `vae` is a second file or folder, whose VAE replaces the model's own; `prediction_type` replaces what the
-    configuration says. Raises FileNotFoundError, CheckpointError, and ValueError for an unknown `prediction_type`.
+    configuration says. Raises FileNotFoundError, CheckpointError, TypeError for a path of another type, and ValueError
+    for an unknown `prediction_type`.
     """
+    for name, value in {"path": path, "vae": path if vae is None else vae}.items():
+        if not isinstance(value, str | os.PathLike):
+            raise TypeError(f"{name} should be the path of a file or a folder, not {value!r:.80}.")
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type should be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}.")
     with name_in_errors(path):
-        checkpoint = _read(path)
-        config = _config(checkpoint)
+        checkpoint = _read(Path(path))
+        config = _config(checkpoint, Path(path))
     if prediction_type is not None:
         config = variants.with_prediction(config, prediction_type)
     if vae is not None:
-        with name_in_errors(vae):
-            checkpoint, config = _with_vae(checkpoint, config, _read(vae))
+        with name_in_errors(vae, argument="vae: "):
+            checkpoint, config = _with_vae(checkpoint, config, _read(Path(vae)))
     with name_in_errors(path, vae):
         check_config(config)
+    if config.schedule.rescale_betas_zero_snr and config.schedule.prediction_type == "epsilon":
+        warnings.warn(
+            "This model starts from noise alone (zero-terminal SNR), where a U-Net that predicts noise shows nothing: "
+            "prediction_type should be v_prediction.",
+            stacklevel=3,
+        )
     return checkpoint, config
 
 
 @contextmanager
-def name_in_errors(path: str | Path, vae: str | Path | None = None) -> Iterator[None]:
-    """Puts the file's name in front of errors in the block; for a missing file, adds where to get one."""
+def name_in_errors(path: str | Path, vae: str | Path | None = None, argument: str = "") -> Iterator[None]:
+    """Puts the file's name, and the argument's, in front of errors in the block; says where to get a missing model."""
     name = str(Path(path)) if vae is None else f"{Path(path)} with the VAE of {Path(vae)}"
     try:
         yield
     except FileNotFoundError:
+        if argument:
+            raise FileNotFoundError(f"{argument}There is no file or folder at {name}.") from None
         raise FileNotFoundError(
             f"There is no checkpoint {name}: `python scripts/download.py` fetches the Stable Diffusion 1.5 weights."
         ) from None
     except ValueError as error:
-        raise CheckpointError(str(error) if name in str(error) else f"{name}: {error}") from error
+        raise CheckpointError(argument + (str(error) if name in str(error) else f"{name}: {error}")) from error
 
 
-def _read(path: str | Path) -> Checkpoint:
-    path = Path(path)
-    return read_folder(path) if path.is_dir() else read_checkpoint(path)
+def _read(path: Path) -> Checkpoint:
+    """A folder, a file, or the index of several files, with the keys that an unwrapped model has."""
+    if path.is_dir():
+        return read_folder(path)
+    if path.name.endswith(INDEX):
+        checkpoint = read_shards(path)
+    else:
+        index = path.with_name(re.sub(r"-\d+-of-\d+(?=\.)", "", path.name) + INDEX)
+        if index.name != path.name + INDEX and index.is_file():
+            raise CheckpointError(f"{path} is one of several files of a model: give {index}.")
+        checkpoint = read_checkpoint(path)
+    state, unreadable = without_wrappers(checkpoint.state), without_wrappers(checkpoint.unreadable)
+    return replace(checkpoint, state=state, unreadable=unreadable)
 
 
-def _config(checkpoint: Checkpoint) -> ModelConfig:
-    """The configuration that the checkpoint carries, or else the one that its tensors show."""
+def _config(checkpoint: Checkpoint, path: Path) -> ModelConfig:
+    """The configuration that the checkpoint carries, or else the one that its tensors and its description show."""
     if checkpoint.config is None:
-        return variants.recognise(checkpoint.state)
+        return variants.recognise(checkpoint.state, checkpoint.metadata, yaml_beside(path))
     variants.identify(checkpoint.state)  # the folder of a lone VAE carries a configuration too
     return ModelConfig.from_dict(checkpoint.config)
 

@@ -61,7 +61,9 @@ class Archive:
         """A copy of a record, unpacked. Raises CheckpointError if it is damaged or larger than `limit` bytes."""
         info = self.records[name]
         if limit is not None and info.file_size > limit:
-            raise CheckpointError(f"is damaged: {name!r:.80} in its zip archive is too long, {info.file_size:,} bytes")
+            raise CheckpointError(
+                f"has {info.file_size:,} bytes of {name!r:.80}; the limit of this reader is {limit:,}"
+            )
         start, size = self.place(name)
         content = self.data[start : start + info.compress_size]
         try:

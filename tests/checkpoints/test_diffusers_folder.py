@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.diffusers_folder import read_folder
@@ -155,25 +156,26 @@ def test_incomplete_folders(folder, tmp_path):
     with pytest.raises(CheckpointError, match="is a folder without unet/config.json; give a .ckpt or .safetensors"):
         load_models(tmp_path / "empty", "cpu")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "a-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"vae has no weights: it should hold .* that is not split"):
+    with pytest.raises(
+        CheckpointError, match=r"vae has no weights: it should hold diffusion_pytorch_model.safetensors"
+    ):
         load_models(folder, "cpu")
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(CheckpointError, match="is a folder without text_encoder/config.json"):
         load_models(folder, "cpu")
 
 
-def test_keys_that_match_no_rule_are_listed(folder):
+def test_further_blocks_are_refused_and_other_keys_left_out(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = read_checkpoint(file).state
-    odd = [
-        "down_blocks.77.resnets.0.norm1.weight",
-        "up_blocks.9.upsamplers.0.conv.weight",
-        "x",
-        "down_blocks.1.motion.0.a",
-    ]
+    odd = dict.fromkeys(["x", "down_blocks.1.motion.0.a"], torch.zeros(1))
+    further = ["down_blocks.77.resnets.0.norm1.weight", "up_blocks.9.upsamplers.0.conv.weight"]
     file.unlink()
-    torch.save(state | dict.fromkeys(odd, torch.zeros(1)), file.with_suffix(".bin"))
-    with pytest.raises(CheckpointError, match="4 problems"):
+    torch.save(state | odd, file.with_suffix(".bin"))
+    with pytest.warns(UserWarning, match=r"Left out, .*: model.diffusion_model.x, .*motion"):
+        assert same(load_models(folder, "cpu", torch.float32), random_state(MICRO))
+    torch.save(state | odd | dict.fromkeys(further, torch.zeros(1)), file.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match="2 problems"):
         load_models(folder, "cpu")
 
 
@@ -182,3 +184,89 @@ def test_its_memory_can_be_released(folder):
     assert len(checkpoint.mappings) == 3
     checkpoint.release()
     assert torch.equal(checkpoint.state[f"{VAE}quant_conv.bias"], random_state(MICRO)[f"{VAE}quant_conv.bias"])
+
+
+def add_words(folder, words, rows):
+    """What textual inversion leaves behind: more rows in the table of embeddings, and their words."""
+    file = folder / "text_encoder" / "model.safetensors"
+    state = dict(read_checkpoint(file).state)
+    key = next(key for key in state if key.endswith("token_embedding.weight"))
+    state[key] = torch.cat([state[key], torch.full((rows, state[key].shape[1]), 0.5)])
+    file.unlink()
+    torch.save(state, file.with_name("pytorch_model.bin"))
+    change(folder / "text_encoder" / "config.json", vocab_size=49408 + rows)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps(words))
+
+
+def test_a_word_of_textual_inversion_is_one_token(folder):
+    add_words(folder, {"<my-cat>": 49408}, 1)
+    models = load_models(folder, "cpu", torch.float32)
+    tokens = models.tokenizer("a <my-cat>")
+    assert tokens[0, :4].tolist() == [49406, 320, 49408, 49407]
+    assert torch.equal(models.clip.token_embedding.weight[49408], torch.full((32,), 0.5))
+    assert models.clip(tokens).shape == (1, 77, 32)
+
+
+def test_a_word_without_a_vector_is_named(folder):
+    add_words(folder, {"<my-cat>": 49408, "<my-dog>": 49409}, 1)
+    with pytest.warns(UserWarning, match="no vector for the word '<my-dog>': it is read as letters"):
+        models = load_models(folder, "cpu", torch.float32)
+    assert models.tokenizer.encode("<my-cat>") == [49408]
+    assert len(models.tokenizer.encode("<my-dog>")) > 1
+
+
+def test_vectors_without_a_word(folder):
+    add_words(folder, {}, 2)
+    with pytest.warns(UserWarning, match="has 2 added words, but no tokenizer names them"):
+        load_models(folder, "cpu")
+
+
+def test_another_vocabulary_is_refused(folder):
+    change(folder / "text_encoder" / "config.json", vocab_size=32000)
+    with pytest.raises(CheckpointError, match="vocab_size should be 49408 or more, .* not 32000"):
+        load_models(folder, "cpu")
+
+
+def test_other_files_in_a_folder_do_not_matter(folder):
+    for network in ("unet", "vae", "text_encoder"):
+        (folder / network / "optimizer.bin").write_bytes(b"x")
+        (folder / network / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+        (folder / network / "openvino_model.bin").write_bytes(b"x")
+        (folder / network / "._model.safetensors").write_bytes(b"\0\5\x16\7")
+        (folder / network / ".DS_Store").write_bytes(b"x")
+    assert same(load_models(folder, "cpu", torch.float32), random_state(MICRO))
+
+
+def test_a_split_network(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = read_checkpoint(file).state
+    names = {key: f"part-0000{1 + n % 2}-of-00002.safetensors" for n, key in enumerate(state)}
+    for name in set(names.values()):
+        save_file({key: tensor for key, tensor in state.items() if names[key] == name}, file.with_name(name))
+    index = {"metadata": {}, "weight_map": names}
+    file.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    file.unlink()
+    assert same(load_models(folder, "cpu", torch.float32), random_state(MICRO))
+
+
+def test_zero_terminal_snr(folder):
+    (folder / "scheduler").mkdir()
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}))
+    assert load_models(folder, "cpu").config.schedule.rescale_betas_zero_snr
+
+
+@pytest.mark.parametrize("network, name", [("unet", "UNet2DConditionModel"), ("text_encoder", "CLIPTextModel")])
+def test_the_folder_of_another_network_is_named(folder, network, name):
+    with pytest.raises(
+        CheckpointError, match=f"is the folder of one network, {name}; give the folder of a whole model"
+    ):
+        load_models(folder / network, "cpu")
+
+
+def test_a_folder_without_a_vae(folder):
+    (folder / "vae").rename(folder.parent / "vae")
+    with pytest.raises(CheckpointError, match="This checkpoint has no VAE: give one with --vae"):
+        load_models(folder, "cpu")
+    assert same(load_models(folder, "cpu", torch.float32, vae=folder.parent / "vae"), random_state(MICRO))

@@ -112,25 +112,158 @@ def test_what_trainers_store_beside_the_tensors_is_ignored(tmp_path, saver, monk
     state = make_state() | {"note": "text", "step": 5, "callback": callback, "array": np.ones(2)}
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "absent_trainer", package)
-        SAVERS[saver](extras | {"state_dict": state, "config": CONFIG}, tmp_path / "a.ckpt")
+        SAVERS[saver](extras | {"state_dict": state, "sd_config": CONFIG}, tmp_path / "a.ckpt")
     checkpoint = read_checkpoint(tmp_path / "a.ckpt")
     assert_same(checkpoint.state, make_state())
     assert checkpoint.config == CONFIG
     assert "absent_trainer" not in sys.modules
 
 
+@pytest.mark.parametrize("name", ["sd_config", "config"])
 @pytest.mark.parametrize(
     "config", [None, "text", [1], 5, {"set": {1}}, {"tensor": torch.ones(1)}, {"x": "x" * 100_000}]
 )
-def test_a_config_that_is_not_plain_is_none(tmp_path, config):
-    torch.save({"state_dict": make_state(), "config": config}, tmp_path / "a.ckpt")
+def test_a_config_that_is_not_plain_is_none(tmp_path, config, name):
+    torch.save({"state_dict": make_state(), name: config}, tmp_path / "a.ckpt")
     assert read_checkpoint(tmp_path / "a.ckpt").config is None
 
 
 @pytest.mark.parametrize("text", ["null", "[1]", "no JSON", "[" * 100_000, '"text"'])
 def test_a_safetensors_config_that_is_not_a_dict_is_none(tmp_path, text):
-    save_file(make_state(), tmp_path / "a.safetensors", metadata={"config": text})
+    save_file(make_state(), tmp_path / "a.safetensors", metadata={"sd_config": text})
     assert read_checkpoint(tmp_path / "a.safetensors").config is None
+
+
+SECTIONS = {"text": {}, "vae": {}, "unet": {"heads": 4}, "schedule": {}}
+
+
+def test_our_older_files_have_their_config_under_another_name(tmp_path):
+    torch.save({"state_dict": make_state(), "config": SECTIONS}, tmp_path / "a.ckpt")
+    save_file(make_state(), tmp_path / "a.safetensors", metadata={"config": json.dumps(SECTIONS)})
+    assert read_checkpoint(tmp_path / "a.ckpt").config == SECTIONS
+    assert read_checkpoint(tmp_path / "a.safetensors").config == SECTIONS
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lr": 1e-5, "resolution": 512},
+        {"unet": {"lr": 1e-5}, "vae": {"path": "a"}, "text": {}},
+        {"unet": "a", "vae": "b", "text": "c", "schedule": "cosine"},
+        {"model": SECTIONS},
+    ],
+)
+def test_a_trainers_config_is_not_ours(tmp_path, config):
+    torch.save({"state_dict": make_state(), "config": config, "epoch": 3}, tmp_path / "a.ckpt")
+    save_file(make_state(), tmp_path / "a.safetensors", metadata={"format": "pt", "config": json.dumps(config)})
+    assert read_checkpoint(tmp_path / "a.ckpt").config is None
+    assert read_checkpoint(tmp_path / "a.safetensors").config is None
+    torch.save({"state_dict": make_state(), "config": config, "sd_config": CONFIG}, tmp_path / "a.ckpt")
+    assert read_checkpoint(tmp_path / "a.ckpt").config == CONFIG
+
+
+WRAPPED = {
+    "state_dict": lambda state: {"state_dict": state},
+    "model_state_dict": lambda state: {"model_state_dict": state, "optimizer_state_dict": {"a": torch.ones(2)}},
+    "model": lambda state: {"model": state, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+    "DeepSpeed": lambda state: {"module": state, "lr": torch.tensor(1.0), "ds_version": "0.9"},
+    "twice": lambda state: {"state_dict": {"state_dict": state}},
+    "beside a description of the model": lambda state: {"model": {"name": "sd", "layers": {"a": 1}}, "module": state},
+    "beside an empty one": lambda state: {"state_dict": {}, "model": state},
+    "top level": lambda state: state | {"model": {"name": "sd"}},
+}
+
+
+@pytest.mark.parametrize("saver", ["zip", "legacy"])
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_names_under_which_trainers_put_the_weights(tmp_path, wrapper, saver):
+    SAVERS[saver](WRAPPED[wrapper](make_state()), tmp_path / "a.ckpt")
+    assert_same(read_state_dict(tmp_path / "a.ckpt"), make_state())
+
+
+NEWER = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+NEWER += [torch.uint16, torch.uint32, torch.uint64]
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    return tensor.contiguous().view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("saver", SAVERS)
+@pytest.mark.parametrize("dtype", NEWER, ids=str)
+def test_newer_dtypes(tmp_path, saver, dtype):
+    base = torch.arange(12, dtype=torch.float32).reshape(3, 4).to(dtype)
+    SAVERS[saver]({"a": base, "row": base[1], "transposed": base.T}, tmp_path / "a.ckpt")
+    state = read_state_dict(tmp_path / "a.ckpt")
+    assert {tensor.dtype for tensor in state.values()} == {dtype}
+    assert state["transposed"].stride() == base.T.stride()
+    assert [bits(state[key]) for key in state] == [bits(base), bits(base[1]), bits(base.T)]
+
+
+def test_all_dtypes_of_safetensors(tmp_path):
+    state = {str(dtype): torch.arange(4, dtype=torch.float32).to(dtype) for dtype in [*NEWER, torch.complex64]}
+    save_file(state, tmp_path / "a.safetensors")
+    read = read_state_dict(tmp_path / "a.safetensors")
+    assert {key: (tensor.dtype, bits(tensor)) for key, tensor in read.items()} == {
+        key: (tensor.dtype, bits(tensor)) for key, tensor in state.items()
+    }
+
+
+def test_dtypes_that_torch_lacks_are_left_out(tmp_path):
+    """The safetensors library reads this header too."""
+    shapes = {"a": ("F32", [2], 8), "b": ("F4", [4], 2), "c": ("F8_E8M0", [3], 3), "d": ("F6_E2M3", [4], 3)}
+    header, end = {}, 0
+    for name, (dtype, shape, size) in shapes.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert len(file.keys()) == 4
+    checkpoint = read_checkpoint(tmp_path / "a.safetensors")
+    assert list(checkpoint.state) == ["a"]
+    assert checkpoint.unreadable == {"b": "dtype F4", "c": "dtype F8_E8M0", "d": "dtype F6_E2M3"}
+
+
+def test_a_long_header_and_empty_metadata(tmp_path):
+    """A preview picture in the metadata takes megabytes; the limit of the safetensors library is 100 MB."""
+    picture = {"modelspec.thumbnail": "data:image/jpeg;base64," + "A" * (9 << 20)}
+    save_file(make_state(), tmp_path / "a.safetensors", metadata=picture)
+    assert read_checkpoint(tmp_path / "a.safetensors").metadata == picture
+    header = b'{"__metadata__":null,"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert read_checkpoint(tmp_path / "a.safetensors").metadata == {}
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(100_000_001)
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match="100,000,001 bytes; the limit of the format is 100,000,000"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("saver", ["zip", "legacy"])
+def test_tensors_of_other_kinds_are_left_out(tmp_path, saver):
+    other = {
+        "sparse": torch.zeros(3).to_sparse(),
+        "quantized": torch.quantize_per_tensor(torch.ones(3), 1, 0, torch.qint8),
+    }
+    state = make_state() | {"complex": torch.zeros(2, dtype=torch.complex64)}
+    SAVERS[saver]({"state_dict": state | other}, tmp_path / "a.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "a.ckpt")
+    assert_same(checkpoint.state, state)
+    assert checkpoint.unreadable.keys() == other.keys()
+
+
+def test_tensors_with_attributes(tmp_path):
+    tensor, parameter = torch.arange(3.0), torch.nn.Parameter(torch.arange(4.0))
+    tensor.note, parameter.note = "a", "b"
+    torch.save({"tensor": tensor, "parameter": parameter}, tmp_path / "a.ckpt")
+    assert_same(read_state_dict(tmp_path / "a.ckpt"), {"tensor": torch.arange(3.0), "parameter": torch.arange(4.0)})
+
+
+def test_a_long_log_beside_the_weights(tmp_path):
+    log = {"losses": [0.5] * 700_000, "text": "step\n" * 2_000_000}
+    torch.save({"state_dict": make_state(), "log": log}, tmp_path / "a.ckpt")
+    assert_same(read_state_dict(tmp_path / "a.ckpt"), make_state())
 
 
 def test_old_rebuild_function_is_known(tmp_path):
@@ -194,9 +327,9 @@ def test_what_is_written_is_read(tmp_path, suffix, config):
         expected["strided"] = expected["strided"].contiguous()
         assert_same({key: load_file(path)[key] for key in expected}, expected)
         with safe_open(path, "pt") as file:
-            assert file.metadata() == {"format": "pt"} | ({} if config is None else {"config": json.dumps(config)})
+            assert file.metadata() == {"format": "pt"} | ({} if config is None else {"sd_config": json.dumps(config)})
     else:
-        assert torch.load(path, weights_only=True)["config"] == config
+        assert torch.load(path, weights_only=True)["sd_config"] == config
     assert_same(checkpoint.state, expected)
     assert checkpoint.config == config
     assert os.listdir(tmp_path) == [path.name]

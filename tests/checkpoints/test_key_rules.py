@@ -2,7 +2,7 @@
 
 import pytest
 
-from sd.checkpoints.key_rules import inverse, rename
+from sd.checkpoints.key_rules import inverse, rename, without_wrappers
 
 RULES = [
     ("model.net.", "unet."),
@@ -41,3 +41,31 @@ def test_rules_rename_in_both_directions(old, new):
 )
 def test_other_keys_stay_unchanged(key):
     assert rename(key, RULES) == key
+
+
+@pytest.mark.parametrize(
+    "key, plain",
+    [
+        ("module.model.diffusion_model.out.2.bias", "model.diffusion_model.out.2.bias"),  # DataParallel
+        ("_orig_mod.model.diffusion_model.out.2.bias", "model.diffusion_model.out.2.bias"),  # torch.compile
+        ("_orig_mod.module.model.diffusion_model.a", "model.diffusion_model.a"),
+        ("model.diffusion_model._orig_mod.out.2.bias", "model.diffusion_model.out.2.bias"),  # of the U-Net alone
+        ("_fsdp_wrapped_module.model.diffusion_model.a._checkpoint_wrapped_module.b", "model.diffusion_model.a.b"),
+        ("model.model.diffusion_model.a", "model.diffusion_model.a"),  # a trainer's attribute
+        ("model.diffusion_model.module_list.a", "model.diffusion_model.module_list.a"),
+        ("some_module.a", "some_module.a"),
+        ("v_pred", "v_pred"),
+    ],
+)
+def test_keys_without_what_wraps_a_model(key, plain):
+    assert without_wrappers({key: 1}) == {plain: 1}
+
+
+def test_an_outer_name_goes_from_all_keys():
+    keys = ["ldm.model.diffusion_model.a", "ldm.first_stage_model.b", "other.c"]
+    assert list(without_wrappers(dict.fromkeys(keys))) == ["model.diffusion_model.a", "first_stage_model.b", "other.c"]
+
+
+def test_two_models_in_one_file_keep_their_names():
+    keys = ["student.model.diffusion_model.a", "teacher.model.diffusion_model.a"]
+    assert list(without_wrappers(dict.fromkeys(keys))) == keys

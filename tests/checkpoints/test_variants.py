@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from sd.checkpoints.checkpoint import CheckpointError
-from sd.checkpoints.variants import averaged, identify, recognise, standard_layout, vae_layout
+from sd.checkpoints.variants import (
+    averaged,
+    averaged_name,
+    identify,
+    recognise,
+    standard_layout,
+    vae_layout,
+    warn_of_unknown,
+)
 from sd.config import SD15, SD15_INPAINTING
 from sd.model_converter import from_compvis
 from tests.support.synthetic import MICRO, random_state
@@ -70,16 +78,23 @@ def test_what_trainers_store_beside_the_weights_is_dropped():
 def test_unknown_tensors_are_dropped_with_a_warning():
     state = random_state(MICRO)
     unknown = {f"extra.{i}": torch.zeros(1) for i in range(9)} | {"x" * 10_000: torch.zeros(1)}
+    assert same(standard_layout(state | unknown), state)
     with pytest.warns(UserWarning, match=r"Left out, .*: extra\.0, extra\.1, extra\.2, extra\.3, extra\.4, \.\.\.$"):
-        assert same(standard_layout(state | unknown), state)
+        warn_of_unknown(state | unknown, state.keys())
     with pytest.warns(UserWarning, match="Left out") as caught:
-        standard_layout(state | {"x" * 10_000: torch.zeros(1)})
+        warn_of_unknown(state | {"x" * 10_000: torch.zeros(1)}, state.keys())
     assert len(str(caught[0].message)) < 400
 
 
-def test_unknown_keys_in_a_network_are_kept_for_the_converter_to_refuse():
-    key = UNET + "input_blocks.99.0.weight"
-    assert key in standard_layout(random_state(MICRO) | {key: torch.zeros(1)})
+def test_an_odd_key_in_a_network_is_dropped_where_its_keys_are_known():
+    key, state = UNET + "trainer.note", random_state(MICRO)
+    assert key in standard_layout(state | {key: torch.zeros(1)})
+    assert same(standard_layout(state | {key: torch.zeros(1)}, known=state.keys()), state)
+
+
+def test_further_blocks_of_a_network_are_kept_for_the_converter_to_refuse():
+    key, state = UNET + "input_blocks.99.0.weight", random_state(MICRO)
+    assert key in standard_layout(state | {key: torch.zeros(1)}, known=state.keys())
 
 
 def test_text_encoder_without_text_model():
@@ -144,6 +159,10 @@ def test_a_file_without_a_vae():
         ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
         ("control_model.input_blocks.0.0.weight", "ControlNet"),
+        ("zero_convs.0.0.weight", "ControlNet"),
+        ("controlnet_cond_embedding.conv_in.weight", "ControlNet"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("input_blocks.0.0.weight", "U-Net alone, without a text encoder and a VAE"),
         ("down_blocks.0.resnets.0.conv1.weight", "diffusers"),
         ("encoder.down_blocks.0.resnets.0.conv1.weight", "diffusers"),
         ("text_model.encoder.layers.0.mlp.fc1.weight", "diffusers"),
@@ -172,3 +191,54 @@ def test_half_of_the_tensors_in_half_precision():
     }
     networks = from_compvis(state, MICRO)
     assert {t.dtype for weights in networks.values() for t in weights.values()} == {torch.float16, torch.float32}
+
+
+def test_a_model_is_one_whatever_else_it_carries():
+    others = [
+        "lora_unet_x.lora_down.weight",
+        "control_model.a",
+        "<cat>",
+        "*",
+        "unet.a",
+        "text_model.a",
+        "zero_convs.0.a",
+    ]
+    identify([UNET + "out.2.bias", CLIP + "text_model.a", *others])
+    identify(["model_ema.diffusion_modelout2bias", CLIP + "text_model.a", *others])
+
+
+@pytest.mark.parametrize(
+    "width, what", [(1024, "Stable Diffusion 2"), (2048, "Stable Diffusion XL"), (1280, "Stable Diffusion XL refiner")]
+)
+def test_other_models_are_named_by_the_width_of_their_context(width, what):
+    key = UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    state = {key: torch.empty(640, width), CLIP + "text_model.a": torch.empty(1)}
+    with pytest.raises(CheckpointError, match=f"is an? {what}"):
+        recognise(state)
+    assert recognise({key: torch.empty(640, 768)}) == recognise({key: torch.empty(())}) == SD15
+
+
+def test_averaged_weights_alone_are_taken():
+    state = random_state(MICRO)
+    alone = {averaged_name(key) if key.startswith(UNET) else key: tensor for key, tensor in state.items()}
+    alone["model_ema.decay"] = torch.tensor(0.9999)
+    assert same(standard_layout(alone, known=state.keys()), state)
+    del alone[averaged_name(UNET + "out.2.bias")]
+    with pytest.raises(CheckpointError, match=r"no averaged weights for model.diffusion_model.out.2.bias\.$"):
+        standard_layout(alone, known=state.keys())
+
+
+def test_the_inpainting_variant_by_its_averaged_weights():
+    assert recognise({averaged_name(UNET + "input_blocks.0.0.weight"): torch.empty(320, 9, 3, 3)}) == SD15_INPAINTING
+
+
+def test_a_text_encoder_with_added_words():
+    table = CLIP + "text_model.embeddings.token_embedding.weight"
+    with pytest.warns(UserWarning, match="has 3 added words, but no tokenizer names them: none is used"):
+        assert recognise({table: torch.empty(49411, 768)}).text.vocab_size == 49411
+    assert recognise({table: torch.empty(49408, 768)}) == SD15
+
+
+def test_the_vae_of_another_family_is_refused():
+    with pytest.raises(CheckpointError, match="is a Stable Diffusion XL checkpoint, whose VAE makes other latents"):
+        vae_layout(random_vae() | {"conditioner.embedders.1.model.ln.weight": torch.zeros(1)})

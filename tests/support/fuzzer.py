@@ -77,7 +77,9 @@ def attempt(action: Callable[[Path], None], path: Path) -> tuple[str, float]:
             outcome = "loaded"
         except ValueError as error:
             message = str(error)
-            clear = message.startswith(str(path)) and (message.count("\n") == 0 or "problems:" in message)
+            clear = message.startswith(str(path)) and (
+                message.count("\n") == 0 or "does not fit the network" in message
+            )
             outcome = "refused" if clear else f"an unclear {type(error).__name__}: {message:.300}"
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error!s:.300}"

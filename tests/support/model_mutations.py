@@ -59,7 +59,7 @@ def model_case(number: int) -> tuple[str, bytes]:
     for _ in range(rng.choice([1, 1, 3]) if change == "config" else 0):
         config = change_config(config, rng)
     buffer = io.BytesIO()
-    torch.save({"state_dict": state, "config": rng.choice([config] * 9 + [None])}, buffer)
+    torch.save({"state_dict": state, "sd_config": rng.choice([config] * 9 + [None])}, buffer)
     data = buffer.getvalue()
     if change != "bytes":
         return "model", data

@@ -58,10 +58,10 @@ OPCODES = [opcode for opcode in pickletools.opcodes if opcode.name != "STOP"]
 def seeds() -> dict[str, bytes]:
     """Small honest files of each format."""
     state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half(), "c": torch.arange(3)}
-    files = {"safetensors": save(state, {"config": "{}"})}
+    files = {"safetensors": save(state, {"sd_config": "{}"})}
     for kind, new in [("zip", True), ("legacy", False)]:
         buffer = io.BytesIO()
-        value = {"state_dict": state, "config": {"a": [1]}, "epoch": 3}
+        value = {"state_dict": state, "sd_config": {"a": [1]}, "epoch": 3}
         torch.save(value, buffer, _use_new_zipfile_serialization=new)
         files[kind] = buffer.getvalue()
     packed = evil.in_zip(evil.state_dict(), {}, zipfile.ZIP_DEFLATED)
