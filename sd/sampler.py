@@ -87,7 +87,10 @@ class Sampler(ABC):
 
     def choose_timesteps(self, n: int) -> np.ndarray:
         """n timesteps, noisiest first, float64 (n,)."""
-        timesteps = space_timesteps(n, self.schedule.num_training_steps, self.spacing, self.steps_offset)
+        # "leading" skips the last training step, which alone is pure noise with zero-terminal SNR (2305.08891, 3.3).
+        skips = self.spacing == "leading" and self.schedule.rescale_betas_zero_snr
+        spacing = "trailing" if skips else self.spacing
+        timesteps = space_timesteps(n, self.schedule.num_training_steps, spacing, self.steps_offset)
         return timesteps.round() if self.whole_timesteps else timesteps
 
     def visits(self, n: int) -> list[int]:

@@ -80,7 +80,7 @@ class TrainingRun:
             )
         self.vae_file = start or out / "vae.state"  # the file with the autoencoder that makes the latents
         self.config = self.start.config if self.start else config
-        self.tokenizer = Tokenizer()
+        self.tokenizer = self.start.tokenizer if self.start else Tokenizer()
         self.record = make_record(scenes, folder, seed, start, self.start)
         if self.record["pictures"] < MIN_IMAGES:
             raise TrainingError(

@@ -6,7 +6,6 @@ import torch
 from sd.config import ScheduleConfig
 from sd.noise import LAST_ALPHA_BAR, make_betas
 from sd.samplers import SAMPLERS
-from sd.samplers.ddim import DDIMSampler
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -17,10 +16,6 @@ OPTIONS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_li
 OPTIONS |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
-class TrailingDDIMSampler(DDIMSampler):
-    spacing = "trailing"
 
 
 def v_of(latents, timestep):
@@ -44,7 +39,7 @@ def test_the_schedule():
 @pytest.mark.parametrize("steps", [5, 20, 50])
 def test_ddim_with_trailing_timesteps(steps, exact):
     """diffusers' DDIM takes a_T = 0. Ours is 2^-24, so that sigmas are finite: a signal of 2^-12 = 0.02 %."""
-    sampler = TrailingDDIMSampler(schedule=SCHEDULE)
+    sampler = SAMPLERS["ddim"](schedule=SCHEDULE)
     sampler.set_inference_timesteps(steps)
     scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **OPTIONS)
     if exact:
@@ -64,6 +59,11 @@ def test_euler():
     scheduler.set_timesteps(20)
     expected = diffusers_trajectory(scheduler, first_latents(), scheduler.timesteps, 0, v_of)
     assert_same(our_trajectory(sampler, first_latents(), v_of), expected, 5e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_starts_at_noise_alone(name):
+    assert SAMPLERS[name](schedule=SCHEDULE).timesteps[0] == 999
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
