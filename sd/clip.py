@@ -44,6 +44,7 @@ class CLIP(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
+        self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)
         layer = partial(CLIPLayer, config.width, config.heads, config.activation)

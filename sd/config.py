@@ -19,8 +19,13 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
-    activation: str = "quick_gelu"  # or "gelu"
+    activation: str = "quick_gelu"  # or "gelu", as in OpenCLIP
     zero_padding: bool = False  # a prompt's 77 ids end with zeros, not with more end tokens
+
+    @property
+    def is_openclip(self) -> bool:
+        """Whether this is OpenCLIP's encoder, whose tensors have other names in files."""
+        return self.activation == "gelu"
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,23 @@ from torch import Tensor, nn
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.key_rules import (
     CLIP_PREFIX,
+    OPENCLIP_PREFIX,
     POSITION_IDS,
+    SGM_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
     inverse,
     rename,
     without_wrappers,
 )
-from sd.checkpoints.variants import recognise, standard_layout, warn_of_unknown
+from sd.checkpoints.variants import recognise, standard_layout, warn_of_unknown, with_text_model
 from sd.config import ModelConfig
 from sd.models import empty_networks
 
 # Pairs (theirs, ours), in the notation of `sd.checkpoints.key_rules`. First, how the keys of each network begin.
 PREFIXES = [
     (f"{CLIP_PREFIX}text_model.", "clip."),
+    (OPENCLIP_PREFIX, "openclip."),
     (f"{VAE_PREFIX}encoder.", "encoder."),
     (f"{VAE_PREFIX}quant_conv.", "encoder.quant_conv."),
     (f"{VAE_PREFIX}decoder.", "decoder."),
@@ -53,6 +56,19 @@ CLIP_RULES = [
     ("mlp.fc1", "mlp.0"),
     ("mlp.fc2", "mlp.2"),
     ("final_layer_norm", "norm"),
+]
+# SD 2.x has OpenCLIP's text encoder, which keeps its queries, keys and values in one matrix, too.
+OPENCLIP_RULES = [
+    ("positional_embedding", "position_embedding.weight"),
+    ("transformer.resblocks", "layers"),
+    ("ln_1", "norm1"),
+    ("ln_2", "norm2"),
+    ("attn.in_proj_weight", "attention.qkv.weight"),
+    ("attn.in_proj_bias", "attention.qkv.bias"),
+    ("attn.out_proj", "attention.out"),
+    ("mlp.c_fc", "mlp.0"),
+    ("mlp.c_proj", "mlp.2"),
+    ("ln_final", "norm"),
 ]
 VAE_RULES = [
     ("nin_shortcut", "shortcut"),
@@ -97,12 +113,16 @@ UNET_RULES = [
     ("skip_connection", "shortcut"),
 ]
 RULES = {"clip": CLIP_RULES, "encoder": ENCODER_RULES, "decoder": DECODER_RULES, "diffusion": UNET_RULES}
+RULES["openclip"] = OPENCLIP_RULES  # of the network "clip", if the file has it under these names
 
-# Weights of 1x1 convolutions in their files, (out, in, 1, 1), and of linear layers here, (out, in).
+# Weights of 1x1 convolutions in their files, (out, in, 1, 1), and of linear layers here, (out, in). In files of SD 2.x,
+# those of the U-Net are linear layers, too.
 CONVOLUTIONS_1X1 = re.compile(r"(proj_in|proj_out|attn_1\.[qkv])\.weight$")
+VAE_CONVOLUTIONS_1X1 = re.compile(r"attn_1\.(proj_out|[qkv])\.weight$")
 
-PARTS = {UNET_PREFIX: "U-Net", CLIP_PREFIX: "text encoder", VAE_PREFIX: "VAE"}
-NETWORKS = {"clip": "text encoder", "encoder": "VAE's encoder", "decoder": "VAE's decoder", "diffusion": "U-Net"}
+PARTS = {"U-Net": UNET_PREFIX, "text encoder": (CLIP_PREFIX, OPENCLIP_PREFIX), "VAE": VAE_PREFIX}
+NETWORKS = {"clip": "text encoder", "openclip": "text encoder", "encoder": "VAE's encoder", "decoder": "VAE's decoder"}
+NETWORKS["diffusion"] = "U-Net"
 MAX_LISTED = 3  # problems of one kind in one network that an error names
 
 
@@ -135,7 +155,9 @@ def from_compvis(
     state = without_wrappers(state)
     config = config or recognise(state)
     shapes = compvis_shapes(config, networks)
-    del shapes[POSITION_IDS]
+    shapes.pop(POSITION_IDS, None)
+    if config.text.is_openclip:
+        state = _openclip_names(state)
     weights = standard_layout(state, ema, shapes.keys())
     _check(weights, shapes, unreadable or {})
     warn_of_unknown(state, weights)
@@ -144,24 +166,40 @@ def from_compvis(
         tensor = _from_float8(key, tensor, state)
         tensor = tensor.reshape(shapes[key])  # some files store 1x1 kernels as matrices, others matrices as kernels
         ours[to_our_name(key)] = tensor.flatten(1) if CONVOLUTIONS_1X1.search(key) else tensor
-    states = {name: {} for name in RULES}
+    states = {name: {} for name in ("clip", "encoder", "decoder", "diffusion")}
     for key, tensor in _fuse(ours).items():
-        network, name = key.split(".", 1)
+        network, name = key.removeprefix("open").split(".", 1)
         states[network][name] = tensor
     return states
 
 
 def to_compvis(models) -> dict[str, Tensor]:
     """An object with `clip`, `encoder`, `decoder` and `diffusion` -> a CompVis state dict, with every key of the SD 1.5
-    file except the noise schedule. Its tensors are views of the networks' own."""
-    ours = {f"{name}.{key}": t for name in RULES for key, t in getattr(models, name).state_dict().items()}
-    positions = ours["clip.position_embedding.weight"]
-    ids = torch.arange(len(positions))  # on the CPU first: on the meta device, arange would load a compiler
-    state = {POSITION_IDS: ids[None].to(positions.device)}
+    file except the noise schedule; for SD 2.x also without the text encoder's last layer, which no image depends on.
+    Its tensors are views of the networks' own."""
+    text = "openclip" if models.clip.config.is_openclip else "clip"
+    networks = {text: models.clip, "encoder": models.encoder, "decoder": models.decoder, "diffusion": models.diffusion}
+    states = {name: network.state_dict() for name, network in networks.items()}
+    ours = {f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()}
+    kernels = CONVOLUTIONS_1X1 if text == "clip" else VAE_CONVOLUTIONS_1X1
+    state = {}
+    if text == "clip":
+        positions = ours["clip.position_embedding.weight"]
+        ids = torch.arange(len(positions))  # on the CPU first: on the meta device, arange would load a compiler
+        state[POSITION_IDS] = ids[None].to(positions.device)
     for name, tensor in _split(ours).items():
         key = to_their_name(name)
-        state[key] = tensor[:, :, None, None] if CONVOLUTIONS_1X1.search(key) else tensor
+        state[key] = tensor[:, :, None, None] if kernels.search(key) else tensor
     return state
+
+
+def _openclip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the text encoder under OpenCLIP's names, if it is under SD-Turbo's or transformers'."""
+    state = {rename(key, [(SGM_PREFIX, OPENCLIP_PREFIX)]): tensor for key, tensor in state.items()}
+    text = {key: tensor for key, tensor in state.items() if key.startswith(CLIP_PREFIX) and key != POSITION_IDS}
+    ours = {to_our_name(with_text_model(key)): tensor for key, tensor in text.items()}
+    renamed = {to_their_name(f"open{name}"): tensor for name, tensor in _fuse(ours).items()}
+    return {key: tensor for key, tensor in state.items() if key not in text} | renamed
 
 
 def compvis_shapes(config: ModelConfig, networks: dict[str, nn.Module] | None = None) -> dict[str, torch.Size]:
@@ -190,7 +228,7 @@ def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".qkv.q." in name:
             parts = [state[name.replace(".qkv.q.", f".qkv.{part}.")] for part in "qkv"]
             fused[name.replace(".qkv.q.", ".qkv.")] = torch.cat(parts)
-        elif ".qkv." not in name:
+        elif ".qkv.k." not in name and ".qkv.v." not in name:
             fused[name] = tensor
     return fused
 
@@ -199,7 +237,7 @@ def _split(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `_fuse`."""
     split = {}
     for name, tensor in state.items():
-        if ".qkv." in name:
+        if ".qkv." in name and not name.startswith("openclip."):
             for part, piece in zip("qkv", tensor.chunk(3)):
                 split[name.replace(".qkv.", f".qkv.{part}.")] = piece
         else:
@@ -210,7 +248,7 @@ def _split(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check(state: dict[str, Tensor], shapes: dict[str, torch.Size], unreadable: dict[str, str]) -> None:
     """Raises CheckpointError unless `state` has exactly these keys and shapes, in floating point."""
     held = {*state, *unreadable}
-    if absent := [part for prefix, part in PARTS.items() if not any(key.startswith(prefix) for key in held)]:
+    if absent := [part for part, prefix in PARTS.items() if not any(key.startswith(prefix) for key in held)]:
         vae = "give one with --vae, or with vae= in Python"
         advice = vae if absent == ["VAE"] else "give the file of a whole model"
         raise CheckpointError(f"This checkpoint has no {' and no '.join(absent)}: {advice}.")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sd.checkpoints.checkpoint import Checkpoint
 from sd.checkpoints.whole_model import name_in_errors, read_model
+from sd.config import ModelConfig
 from sd.files import DATA
 from sd.model_converter import from_compvis
 from sd.models import Models, empty_networks
@@ -76,15 +77,16 @@ def load_models(
     checkpoint.release()  # tensors that were joined or converted are not read again
     if compiled:
         speed.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)
-    return Models(**networks, tokenizer=_tokenizer(checkpoint.added_words), config=config, device=device)
+    return Models(**networks, tokenizer=_tokenizer(config, checkpoint.added_words), config=config, device=device)
 
 
-def _tokenizer(added_words: dict[str, int]) -> Tokenizer:
+def _tokenizer(config: ModelConfig, added_words: dict[str, int]) -> Tokenizer:
+    pad_token_id = 0 if config.text.zero_padding else None
     if not added_words:
-        return Tokenizer()
+        return Tokenizer(pad_token_id=pad_token_id)
     from sd.prompts.added_words import TokenizerWithWords  # only here: hardly any model has such words
 
-    return TokenizerWithWords(added_words)
+    return TokenizerWithWords(added_words, pad_token_id)
 
 
 def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device = None) -> Models:

@@ -17,7 +17,7 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
 from sd.checkpoints.files import read_state_dict
-from sd.checkpoints.key_rules import CLIP_PREFIX
+from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX
 from sd.config import SD15, ModelConfig
 
 
@@ -31,7 +31,8 @@ def unet(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
         down_block_types=["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in c.attention],
         up_block_types=["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(c.attention)],
         layers_per_block=c.blocks_per_level,
-        attention_head_dim=c.heads,  # diffusers' name for the number of heads
+        attention_head_dim=[c.heads_of(width) for width in c.channels],  # diffusers' name for the number of heads
+        use_linear_projection=config.text.is_openclip,
         norm_num_groups=c.groups,
         cross_attention_dim=c.context_width,
         sample_size=64,  # a default that we never use, but its pipelines require one
@@ -66,11 +67,15 @@ def text_encoder(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
             num_hidden_layers=c.layers,
             num_attention_heads=c.heads,
             max_position_embeddings=c.context_length,
-            hidden_act="quick_gelu",
+            hidden_act=c.activation,
         )
     )
     prefix = f"{CLIP_PREFIX}text_model."
-    weights = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    if c.is_openclip:
+        weights = single_file_utils.convert_open_clip_checkpoint(model, state, OPENCLIP_PREFIX)
+    else:
+        weights = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
     # transformers 4 has "text_model." in its keys, 5 does not.
     return _load(model, {key: weights[key.removeprefix("text_model.")] for key in model.state_dict()})
 

@@ -30,9 +30,9 @@ def random_weight(key: str, shape: tuple[int, ...], generator: torch.Generator) 
     import torch
 
     noise = torch.randn(shape, generator=generator)
-    if key.endswith("_embedding.weight"):
+    if key.endswith(("_embedding.weight", "positional_embedding")):
         return noise.mul_(0.5)
-    if key.endswith(".bias"):
+    if key.endswith("bias"):
         return noise.mul_(0.02)
     if len(shape) == 1:
         return noise.mul_(0.1).add_(1)

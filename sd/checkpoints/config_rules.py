@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sd.checkpoints.checkpoint import CheckpointError
+from sd.clip import ACTIVATIONS
 from sd.config import PREDICTION_TYPES, ModelConfig
 
 
@@ -17,7 +18,10 @@ def check_config(config: ModelConfig) -> None:
         and max(vae.blocks_per_level, unet.blocks_per_level) <= 4,
         "unet.attention as long as unet.channels": len(unet.attention) == len(unet.channels),
         "a text.width divisible by text.heads": text.width % text.heads == 0,
-        "unet.channels divisible by unet.heads": not any(width % unet.heads for width in unet.channels),
+        "unet.channels divisible by unet.heads or unet.head_width": not any(
+            width % (unet.head_width or unet.heads) for width in unet.channels
+        ),
+        "a known text.activation": text.activation in ACTIVATIONS,
         "unet.channels divisible by unet.groups": not any(width % unet.groups for width in unet.channels),
         "vae.channels divisible by vae.groups": not any(width % vae.groups for width in vae.channels),
         "unet.context_width equal to text.width": unet.context_width == text.width,

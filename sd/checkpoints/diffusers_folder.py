@@ -49,10 +49,9 @@ FIXED = {
         "num_class_embeds": None,
         "only_cross_attention": False,
         "resnet_time_scale_shift": "default",
-        "use_linear_projection": False,
     },
     "vae": {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "shift_factor": None, "latents_mean": None},
-    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "text_encoder": {"layer_norm_eps": 1e-5},
     "scheduler": {"trained_betas": None},
 }
 
@@ -82,6 +81,7 @@ FIELDS = {
         "width": "hidden_size",
         "layers": "num_hidden_layers",
         "heads": "num_attention_heads",
+        "activation": "hidden_act",
     },
     "scheduler": {
         "num_training_steps": "num_train_timesteps",
@@ -249,12 +249,28 @@ def _fields(folder: Path, name: str) -> dict[str, object]:
         if values.get(field, value) != value:
             raise _foreign(path, field, repr(value), values[field])
     fields = {ours: values[theirs] for ours, theirs in FIELDS[name].items() if theirs in values}
+    if name == "text_encoder":
+        fields["zero_padding"] = fields.get("activation") == "gelu"
+    if name == "unet" and isinstance(fields.get("heads"), list):
+        fields |= {"heads": UNetConfig.heads, "head_width": _head_width(path, fields)}
     if name == "unet" and "attention" in fields:
         kinds = fields["attention"]
         if not isinstance(kinds, list) or any(kind not in UNET_LEVELS for kind in kinds):
             raise _foreign(path, FIELDS["unet"]["attention"], f"a list of {UNET_LEVELS}", kinds)
         fields["attention"] = [kind == UNET_LEVELS[0] for kind in kinds]
     return fields
+
+
+def _head_width(path: Path, fields: dict[str, object]) -> int:
+    """The width of a head, from the numbers of heads of all levels."""
+    heads, channels = fields["heads"], fields.get("channels")
+    try:
+        widths = {width / count for width, count in zip(channels, heads)}
+        if len(widths) == 1 and len(channels) == len(heads):
+            return int(widths.pop())
+    except (TypeError, ZeroDivisionError):
+        pass
+    raise _foreign(path, "attention_head_dim", "one number, or one for each level in proportion to its width", heads)
 
 
 def _foreign(path: Path, name: str, expected: str, value: object) -> CheckpointError:

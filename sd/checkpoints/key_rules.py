@@ -19,6 +19,8 @@ from typing import TypeVar
 
 # How the keys of the networks begin in the CompVis layout.
 CLIP_PREFIX = "cond_stage_model.transformer."
+OPENCLIP_PREFIX = "cond_stage_model.model."  # Stable Diffusion 2.x
+SGM_PREFIX = "conditioner.embedders.0.model."  # SD-Turbo's name for the same
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 POSITION_IDS = f"{CLIP_PREFIX}text_model.embeddings.position_ids"  # 0..76: a constant, not a weight

@@ -39,7 +39,7 @@ def described(
     metadata = metadata or {}
     zero_snr = config.schedule.rescale_betas_zero_snr or ZERO_SNR in keys
     default = "v_prediction" if zero_snr else config.schedule.prediction_type
-    prediction = _prediction(keys, metadata, yaml) or default
+    prediction = prediction_said(keys, metadata, yaml) or default
     schedule = replace(config.schedule, prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
     return replace(config, schedule=schedule, image_size=_image_size(metadata, config))
 
@@ -59,7 +59,7 @@ def warn_of_unnamed_words(vectors: int) -> None:
     warnings.warn(f"The text encoder has {more} added words, but no tokenizer names them: none is used.", stacklevel=5)
 
 
-def _prediction(keys: Collection[str], metadata: dict[str, str], yaml: str) -> str | None:
+def prediction_said(keys: Collection[str], metadata: dict[str, str], yaml: str) -> str | None:
     """What the U-Net predicts, in our words, or None if nothing says it."""
     if V_PREDICTION in keys:
         return "v_prediction"

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.diffusers_folder import is_diffusers_vae, vae_names
-from sd.checkpoints.key_rules import CLIP_PREFIX, POSITION_IDS, UNET_PREFIX, VAE_PREFIX
-from sd.checkpoints.self_description import MARKS, described, warn_of_unnamed_words
-from sd.config import SD15, SD15_INPAINTING, ModelConfig
+from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX, POSITION_IDS, SGM_PREFIX, UNET_PREFIX, VAE_PREFIX
+from sd.checkpoints.self_description import MARKS, described, prediction_said, warn_of_unnamed_words
+from sd.config import SD2, SD2_BASE, SD2_INPAINTING, SD15, SD15_INPAINTING, ModelConfig
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-NETWORK_PREFIXES = (UNET_PREFIX, f"{CLIP_PREFIX}text_model.", *(VAE_PREFIX + part for part in VAE_PARTS))
+TEXT_PREFIXES = (f"{CLIP_PREFIX}text_model.", OPENCLIP_PREFIX)
+NETWORK_PREFIXES = (UNET_PREFIX, *TEXT_PREFIXES, *(VAE_PREFIX + part for part in VAE_PARTS))
 NUMBER = re.compile(r"\d+")
 FIRST_WEIGHT = f"{UNET_PREFIX}input_blocks.0.0.weight"
 TOKEN_TABLE = re.compile(re.escape(CLIP_PREFIX) + r"(text_model\.)?embeddings\.token_embedding\.weight$")
@@ -32,6 +33,7 @@ MAX_NAMED = 5  # tensors that the warning about unknown ones names
 EXTRAS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|(sqrt|log)_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|ddim_sigmas"
     r"|scaled_fp8|.*\.(scale_weight|scale_input)|model_ema\..*|(first_stage_model\.)?loss\..*|first_stage_model\.(model_ema\..*|logvar)|embedding_manager\..*"
+    r"|denoiser\.sigmas|cond_stage_model\.model\.(logit_scale|text_projection|transformer\.resblocks\.23\..*)"
     r"|cond_stage_model\.(logit_scale|text_projection.*"
     r"|transformer\.(text_model\.)?(logit_scale|text_projection.*|vision_model\..*|visual_projection.*)))$"
 )
@@ -39,9 +41,8 @@ EXTRAS = re.compile(
 # A pattern in any key of a file, and what such a file is unless it holds a whole model.
 OTHER_FILES = [
     (r"(^|\.)lora_|\.lora_|_lora\.", "is a LoRA, a small change to a model rather than a model"),
-    (r"^conditioner\.embedders\.", "is a Stable Diffusion XL checkpoint"),
+    (r"^conditioner\.embedders\.(?!0\.model\.)", "is a Stable Diffusion XL checkpoint"),
     (r"\.joint_blocks\.", "is a Stable Diffusion 3 checkpoint"),
-    (r"^cond_stage_model\.model\.", "is a Stable Diffusion 2 checkpoint"),
     (r"\.double_blocks\.", "is a FLUX checkpoint"),
     (
         r"(^|\.)control_model\.|^zero_convs\.|^controlnet_cond_embedding\.",
@@ -58,10 +59,19 @@ OTHER_FILES = [
 
 # How wide the prompt's context is for the U-Net of other models.
 CONTEXT_WIDTHS = {
-    (1024,): "is a Stable Diffusion 2 checkpoint",
     (1280,): "is a Stable Diffusion XL refiner",
     (2048,): "is a Stable Diffusion XL checkpoint",
 }
+
+
+# The input channels of the U-Net of still others.
+INPUTS = {
+    (5,): "Stable Diffusion 2's depth model, whose U-Net also takes a map of depths",
+    (7,): "Stable Diffusion 2's upscaler, whose U-Net also takes a small image",
+    (8,): "an InstructPix2Pix model, whose U-Net takes a second image",
+}
+# The bias by which ComfyUI tells models of SD 2.x that predict v: its standard deviation is above 0.09.
+V_BIAS, V_SPREAD = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 
 
 def recognise(state: dict[str, Tensor], metadata: dict[str, str] | None = None, yaml: str = "") -> ModelConfig:
@@ -72,19 +82,37 @@ def recognise(state: dict[str, Tensor], metadata: dict[str, str] | None = None, 
     the file is.
     """
     identify(state)
-    for key, tensor in state.items():
-        if key.startswith(UNET_PREFIX) and key.endswith("attn2.to_k.weight") and tensor.shape[1:2] in CONTEXT_WIDTHS:
-            raise _other_file(CONTEXT_WIDTHS[tensor.shape[1:2]])
+    widths = {tensor.shape[1:2] for key, tensor in state.items() if key.startswith(UNET_PREFIX) and "attn2.to_k" in key}
+    if other := widths & CONTEXT_WIDTHS.keys():
+        raise _other_file(CONTEXT_WIDTHS[other.pop()])
     first = state.get(FIRST_WEIGHT, state.get(averaged_name(FIRST_WEIGHT)))
     channels = None if first is None else tuple(first.shape[1:2])
-    if channels == (8,):
-        raise CheckpointError("This file is an InstructPix2Pix model, whose U-Net takes a second image.")
-    config = SD15_INPAINTING if channels == (9,) else SD15
+    if channels in INPUTS:
+        raise CheckpointError(f"This file is {INPUTS[channels]}.")
+    if (1024,) in widths:
+        config = SD2_INPAINTING if channels == (9,) else _base_or_v(state, metadata, yaml)
+    else:
+        config = SD15_INPAINTING if channels == (9,) else SD15
     words = max((len(tensor) for key, tensor in state.items() if TOKEN_TABLE.match(key) and tensor.ndim), default=0)
     if words > config.text.vocab_size:
         warn_of_unnamed_words(words)
         config = replace(config, text=replace(config.text, vocab_size=words))
     return described(config, state.keys(), metadata, yaml)
+
+
+def _base_or_v(state: dict[str, Tensor], metadata: dict[str, str] | None, yaml: str) -> ModelConfig:
+    """SD 2.x's model for noise and 512 pixels, or the one for v and 768. All their tensors have the same shapes."""
+    said = prediction_said(state.keys(), metadata or {}, yaml)
+    if said is None:
+        bias = state.get(V_BIAS)
+        guess = "v_prediction" if bias is not None and bias.float().std() > V_SPREAD else "epsilon"
+        said = guess
+        warnings.warn(
+            f"This file of Stable Diffusion 2 does not say what its U-Net predicts; its weights look like {guess}. If "
+            "images are noise or brown blobs, give the other one as prediction_type: epsilon or v_prediction.",
+            stacklevel=4,
+        )
+    return SD2 if said == "v_prediction" else SD2_BASE
 
 
 def with_prediction(config: ModelConfig, prediction_type: str) -> ModelConfig:
@@ -99,7 +127,7 @@ def identify(keys: Iterable[str]) -> None:
     """
     keys = list(keys)
     unet = any(key.startswith((UNET_PREFIX, AVERAGED_PREFIX)) for key in keys)
-    text = any(key.startswith(CLIP_PREFIX) for key in keys)
+    text = any(key.startswith((CLIP_PREFIX, OPENCLIP_PREFIX, SGM_PREFIX)) for key in keys)
     if unet and text:
         return
     for pattern, description in OTHER_FILES:
@@ -122,7 +150,7 @@ def standard_layout(
     networks; without it, all keys inside a network are kept. A further block or layer is kept too: it shows that the
     network is another one, which the converter refuses.
     """
-    weights = {_with_text_model(key): tensor for key, tensor in state.items() if not EXTRAS.match(key)}
+    weights = {with_text_model(key): tensor for key, tensor in state.items() if not EXTRAS.match(key)}
     weights = {key: tensor for key, tensor in weights.items() if key.startswith(NETWORK_PREFIXES)}
     if known is not None:
         kinds = {NUMBER.sub("#", key) for key in known}
@@ -135,7 +163,7 @@ def standard_layout(
 def warn_of_unknown(state: dict[str, Tensor], weights: Collection[str]) -> None:
     """Names the tensors that are neither among the weights taken from the file nor what trainers store beside them."""
     known = {*weights, *MARKS, POSITION_IDS}
-    if unknown := [key for key in map(_with_text_model, state) if key not in known and not EXTRAS.match(key)]:
+    if unknown := [key for key in map(with_text_model, state) if key not in known and not EXTRAS.match(key)]:
         names = ", ".join(unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
         warnings.warn(f"Left out, as Stable Diffusion 1.x has no place for it: {names:.300}", stacklevel=2)
 
@@ -179,7 +207,7 @@ def _other_file(description: str) -> CheckpointError:
     return CheckpointError(f"This file {description}; give a Stable Diffusion 1.x checkpoint, a file or a folder.")
 
 
-def _with_text_model(key: str) -> str:
+def with_text_model(key: str) -> str:
     """Some files leave "text_model." out of the text encoder's keys."""
     rest = key.removeprefix(CLIP_PREFIX)
     if rest != key and not rest.startswith("text_model."):

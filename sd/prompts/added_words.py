@@ -19,8 +19,8 @@ class TokenizerWithWords(Tokenizer):
     vocabulary has.
     """
 
-    def __init__(self, words: dict[str, int]):
-        super().__init__()
+    def __init__(self, words: dict[str, int], pad_token_id: int | None = None):
+        super().__init__(pad_token_id=pad_token_id)
         words = {clean(word): token for word, token in words.items()}
         if taken := [word for word, token in words.items() if token < len(self)]:
             raise ValueError(f"The id of {taken[0]!r:.80} should be {len(self):,} or more, not {words[taken[0]]}.")

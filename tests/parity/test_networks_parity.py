@@ -12,7 +12,18 @@ from sd.config import TINY
 from sd.model_converter import to_compvis
 from tests.parity import reference
 from tests.support.marks import slow
-from tests.support.synthetic import FULL_TEXT, FULL_UNET, FULL_VAE, HALF_UNET, INPAINTING_MICRO, MICRO, random_networks
+from tests.support.synthetic import (
+    FULL_SD2_TEXT,
+    FULL_SD2_UNET,
+    FULL_TEXT,
+    FULL_UNET,
+    FULL_VAE,
+    HALF_UNET,
+    INPAINTING_MICRO,
+    MICRO,
+    SD2_MICRO,
+    random_networks,
+)
 
 TOLERANCE = 2e-5  # maximum absolute difference, on outputs of unit scale
 
@@ -24,6 +35,9 @@ CONFIGS = {
     "full vae": FULL_VAE,
     "half unet": HALF_UNET,
     "full unet": FULL_UNET,
+    "sd2": SD2_MICRO,
+    "full sd2 text": FULL_SD2_TEXT,
+    "full sd2 unet": FULL_SD2_UNET,
 }
 
 
@@ -55,6 +69,8 @@ def assert_equal(actual, expected):
         slow("full text", 1, 77),
         ("full text", 3, 77),
         slow("full text", 2, 5),
+        ("sd2", 3, 77),
+        slow("full sd2 text", 2, 77),
     ],
 )
 @torch.no_grad()
@@ -96,7 +112,7 @@ def check_unet(name, batch, height, width):
 
 # 9 and 5 are odd at every level. diffusers then enlarges a feature map to the size of the skip connection, like ours.
 @pytest.mark.parametrize("batch, height, width", [(1, 16, 16), (3, 40, 24), slow(2, 64, 96), (1, 9, 5), (1, 1, 1)])
-@pytest.mark.parametrize("name", ["micro", "inpainting", "tiny"])
+@pytest.mark.parametrize("name", ["micro", "inpainting", "tiny", "sd2"])
 @torch.no_grad()
 def test_unet_small(name, batch, height, width):
     check_unet(name, batch, height, width)
@@ -113,6 +129,13 @@ def test_unet_half_width(batch, height, width):
 @torch.no_grad()
 def test_unet_full_width(batch, height, width):
     check_unet("full unet", batch, height, width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch, height, width", [(1, 96, 96), (3, 40, 24)])
+@torch.no_grad()
+def test_sd2_unet_full_width(batch, height, width):
+    check_unet("full sd2 unet", batch, height, width)
 
 
 @pytest.mark.slow

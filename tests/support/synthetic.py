@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from scripts.benchmarks import synthetic_checkpoint
-from sd.config import SD15, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from sd.config import SD2, SD15, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from sd.model_converter import from_compvis
 from sd.models import Models, empty_networks
 from sd.tokenizer import Tokenizer
@@ -20,6 +20,16 @@ MICRO = ModelConfig(
     unet=UNetConfig(channels=(16, 16, 32, 32), heads=2, groups=8, context_width=32),
     image_size=64,
 )
+# SD 2.x: OpenCLIP's text encoder, heads of one width, v-prediction.
+SD2_MICRO = ModelConfig(
+    text=TextConfig(width=32, layers=3, heads=2, activation="gelu", zero_padding=True),
+    vae=MICRO.vae,
+    unet=UNetConfig(channels=(16, 16, 32, 32), head_width=8, groups=8, context_width=32),
+    schedule=ScheduleConfig(prediction_type="v_prediction"),
+    image_size=64,
+)
+FULL_SD2_TEXT = replace(SD2_MICRO, text=SD2.text)
+FULL_SD2_UNET = replace(SD2_MICRO, unet=SD2.unet)
 INPAINTING_MICRO = replace(MICRO, unet=replace(MICRO.unet, in_channels=9))
 
 # One network as wide as SD 1.5's, or half as wide. The other networks are small, to save time.
