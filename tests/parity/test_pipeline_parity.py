@@ -1,5 +1,7 @@
 """Whole runs from prompt to pixels against diffusers' pipelines, with equal weights and equal noise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from sd import generate
 from sd.model_converter import to_compvis
 from tests.parity import reference
 from tests.support.marks import slow
-from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
+from tests.support.synthetic import INPAINTING_MICRO, MICRO, SD2_INPAINTING_MICRO, SD2_MICRO, random_models
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -28,7 +30,10 @@ def make_pipeline(cls, models):
         vae=reference.vae(models.config, state),
         text_encoder=reference.text_encoder(models.config, state),
         tokenizer=transformers.CLIPTokenizer(
-            vocab=models.tokenizer.vocab, merges=models.tokenizer.merges, model_max_length=77
+            vocab=models.tokenizer.vocab,
+            merges=models.tokenizer.merges,
+            model_max_length=77,
+            pad_token="!" if models.config.text.zero_padding else "<|endoftext|>",
         ),
         unet=reference.unet(models.config, state),
         scheduler=diffusers.PNDMScheduler(steps_offset=1, skip_prk_steps=True),
@@ -38,7 +43,11 @@ def make_pipeline(cls, models):
     )
     # Set here, because the constructor would change the scheduler's first timestep from 0 to 1.
     pipe.scheduler = diffusers.DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type=models.config.schedule.prediction_type,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -77,6 +86,30 @@ def test_text_to_image(models, height, width, cfg_scale):
         height=height,
         width=width,
     )
+    assert_same_pictures(actual, expected)
+
+
+# Without "!": transformers' tokenizer for SD 2.x takes its padding, 0, for the id of every "!". open_clip's does not.
+PLAIN_PROMPT = "A painting of a lighthouse, it's 4k"
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", slow("epsilon")])
+@pytest.mark.parametrize("strength", [None, 0.7])
+def test_stable_diffusion_2(prediction_type, strength):
+    """Text-to-image and image-to-image with OpenCLIP's text encoder, zero padding, and v."""
+    config = replace(SD2_MICRO, schedule=replace(SD2_MICRO.schedule, prediction_type=prediction_type))
+    models = random_models(config, seed=3)
+    options = {"num_inference_steps": 10, "guidance_scale": 7.5, "negative_prompt": NEGATIVE, "output_type": "np"}
+    ours = {"models": models, "seed": 11, "sampler_name": "ddpm", "n_inference_steps": 10}
+    if strength is None:
+        pipe = make_pipeline(diffusers.StableDiffusionPipeline, models)
+        expected = pipe(PLAIN_PROMPT, 72, 40, generator=generators(11, 1), **options).images[0]
+        actual = generate(PLAIN_PROMPT, NEGATIVE, height=72, width=40, **ours)
+    else:
+        picture = make_picture()
+        pipe = make_pipeline(diffusers.StableDiffusionImg2ImgPipeline, models)
+        expected = pipe(PLAIN_PROMPT, picture, strength, generator=generators(11, 1), **options).images[0]
+        actual = generate(PLAIN_PROMPT, NEGATIVE, picture, strength=strength, **ours)
     assert_same_pictures(actual, expected)
 
 
@@ -120,15 +153,17 @@ def test_image_to_image(models, strength):
     assert_same_pictures(actual, expected)
 
 
-@pytest.mark.parametrize("strength", [0.5, slow(0.8)])
-def test_the_inpainting_checkpoint(strength):
-    models = random_models(INPAINTING_MICRO, seed=3)
+@pytest.mark.parametrize(
+    "config, strength", [(INPAINTING_MICRO, 0.5), slow(INPAINTING_MICRO, 0.8), (SD2_INPAINTING_MICRO, 0.8)]
+)
+def test_the_inpainting_checkpoint(config, strength):
+    models = random_models(config, seed=3)
     picture, mask = make_picture(), Image.new("L", (64, 64))
     # Along whole latents: of a latent that is painted in part, diffusers looks at one corner, and we at every pixel.
     mask.paste(255, (8, 16, 48, 64))
     pipe = make_pipeline(diffusers.StableDiffusionInpaintPipeline, models)
     expected = pipe(
-        PROMPT,
+        PLAIN_PROMPT,
         picture,
         mask,
         height=64,
@@ -141,7 +176,7 @@ def test_the_inpainting_checkpoint(strength):
         output_type="np",
     ).images[0]
     options = {"models": models, "seed": 31, "sampler_name": "ddpm", "n_inference_steps": 10}
-    actual = generate(PROMPT, NEGATIVE, picture, mask, strength, **options)
+    actual = generate(PLAIN_PROMPT, NEGATIVE, picture, mask, strength, **options)
     painted = np.asarray(mask) == 255  # elsewhere ours restores the original pixels
     assert_same_pictures(actual[painted], expected[painted])
     assert np.array_equal(actual[~painted], np.asarray(picture)[~painted])

@@ -28,6 +28,9 @@ SD2_MICRO = ModelConfig(
     schedule=ScheduleConfig(prediction_type="v_prediction"),
     image_size=64,
 )
+SD2_INPAINTING_MICRO = replace(
+    SD2_MICRO, unet=replace(SD2_MICRO.unet, in_channels=9), schedule=ScheduleConfig(prediction_type="epsilon")
+)
 FULL_SD2_TEXT = replace(SD2_MICRO, text=SD2.text)
 FULL_SD2_UNET = replace(SD2_MICRO, unet=SD2.unet)
 INPAINTING_MICRO = replace(MICRO, unet=replace(MICRO.unet, in_channels=9))
@@ -53,7 +56,12 @@ def random_networks(config: ModelConfig, seed: int = 0) -> SimpleNamespace:
 def random_models(config: ModelConfig, seed: int = 0) -> Models:
     """The same networks in the form that `load_models` returns."""
     networks = random_networks(config, seed)
-    return Models(**vars(networks), tokenizer=_tokenizer(), config=config, device=torch.device("cpu"))
+    return Models(
+        **vars(networks),
+        tokenizer=_tokenizer(0 if config.text.zero_padding else None),
+        config=config,
+        device=torch.device("cpu"),
+    )
 
 
 def is_small(config: ModelConfig) -> bool:
@@ -71,4 +79,8 @@ def _make_networks(config: ModelConfig, seed: int) -> SimpleNamespace:
 
 _small_networks = cache(_make_networks)
 _small_state = cache(synthetic_checkpoint.random_state)
-_tokenizer = cache(Tokenizer)
+
+
+@cache
+def _tokenizer(pad_token_id: int | None) -> Tokenizer:
+    return Tokenizer(pad_token_id=pad_token_id)
