@@ -187,7 +187,7 @@ def to_compvis(models) -> dict[str, Tensor]:
         positions = ours["clip.position_embedding.weight"]
         ids = torch.arange(len(positions))  # on the CPU first: on the meta device, arange would load a compiler
         state[POSITION_IDS] = ids[None].to(positions.device)
-    for name, tensor in _split(ours).items():
+    for name, tensor in split_qkv(ours).items():
         key = to_their_name(name)
         state[key] = tensor[:, :, None, None] if kernels.search(key) else tensor
     return state
@@ -233,7 +233,7 @@ def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return fused
 
 
-def _split(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `_fuse`."""
     split = {}
     for name, tensor in state.items():
