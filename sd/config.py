@@ -81,6 +81,7 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"  # or "linear"
     prediction_type: str = "epsilon"  # one of PREDICTION_TYPES
     rescale_betas_zero_snr: bool = False  # whether the last timestep is noise alone (2305.08891)
+    timestep_spacing: str = ""  # instead of each sampler's own, see `noise.space_timesteps`
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,12 @@ SD2_BASE = ModelConfig(
     unet=UNetConfig(head_width=64, context_width=1024),
 )
 SD2 = replace(SD2_BASE, schedule=ScheduleConfig(prediction_type="v_prediction"), image_size=768)
+# SD-Turbo (2311.17042) draws in 1 to 4 steps, from the last timestep on and without guidance.
+SD_TURBO = replace(
+    SD2_BASE,
+    schedule=ScheduleConfig(timestep_spacing="trailing"),
+    sampling=SamplingConfig(sampler="euler", steps=1, cfg_scale=1.0),
+)
 SD2_INPAINTING = replace(SD2_BASE, unet=replace(SD2_BASE.unet, in_channels=9))
 
 # 8 groups: with 32, the norms of 32 channels would be instance norms.

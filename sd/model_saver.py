@@ -173,13 +173,17 @@ def _scheduler(config: ModelConfig) -> dict:
         _values("scheduler", config.schedule)
         | VERSION
         | {
-            "_class_name": "DDIMScheduler",
+            "_class_name": _scheduler_class(config),
             "clip_sample": False,
             "set_alpha_to_one": True,  # as here: the last step ends at the image without noise
             "steps_offset": 1,
-            "timestep_spacing": "trailing" if zero_snr else "leading",
+            "timestep_spacing": config.schedule.timestep_spacing or ("trailing" if zero_snr else "leading"),
         }
     )
+
+
+def _scheduler_class(config: ModelConfig) -> str:
+    return "EulerDiscreteScheduler" if config.sampling.sampler == "euler" else "DDIMScheduler"
 
 
 def _index(config: ModelConfig) -> dict:
@@ -189,7 +193,7 @@ def _index(config: ModelConfig) -> dict:
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", _scheduler_class(config)],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -87,9 +87,9 @@ class Sampler(ABC):
 
     def choose_timesteps(self, n: int) -> np.ndarray:
         """n timesteps, noisiest first, float64 (n,)."""
-        # "leading" skips the last training step, which alone is pure noise with zero-terminal SNR (2305.08891, 3.3).
-        skips = self.spacing == "leading" and self.schedule.rescale_betas_zero_snr
-        spacing = "trailing" if skips else self.spacing
+        spacing = self.schedule.timestep_spacing or self.spacing
+        if spacing == "leading" and self.schedule.rescale_betas_zero_snr:
+            spacing = "trailing"  # "leading" skips the only timestep that is noise alone (2305.08891, section 3.3)
         timesteps = space_timesteps(n, self.schedule.num_training_steps, spacing, self.steps_offset)
         return timesteps.round() if self.whole_timesteps else timesteps
 

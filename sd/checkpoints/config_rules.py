@@ -32,7 +32,8 @@ def check_config(config: ModelConfig) -> None:
         "fewer sampling.steps than training steps": config.sampling.steps < schedule.num_training_steps,
         "betas that rise and stay below 1": schedule.beta_start <= schedule.beta_end < 1,
         "a known schedule": schedule.beta_schedule in ("scaled_linear", "linear")
-        and schedule.prediction_type in PREDICTION_TYPES,
+        and schedule.prediction_type in PREDICTION_TYPES
+        and schedule.timestep_spacing in ("", "leading", "trailing", "linspace"),
     }
     if broken := [rule for rule, kept in rules.items() if not kept]:
         raise CheckpointError(f"The configuration of a model should have {', and '.join(broken)}.")

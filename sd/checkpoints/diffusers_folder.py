@@ -29,9 +29,10 @@ from sd.checkpoints.folder_files import class_name, find_weights, read_added_wor
 from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Value, rename, without_wrappers
 from sd.checkpoints.self_description import warn_of_unnamed_words
 from sd.checkpoints.shards import read_shards
-from sd.config import ModelConfig, TextConfig, UNetConfig
+from sd.config import SD_TURBO, ModelConfig, TextConfig, UNetConfig
 
 NETWORKS = ("unet", "vae", "text_encoder")
+TURBO_SCHEDULER = "EulerDiscreteScheduler"  # with trailing timesteps and OpenCLIP's text encoder: SD-Turbo
 UNET_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D")  # with attention, and without
 
 # Values in config.json that every Stable Diffusion 1.x has. They may be absent; other values mean other computations.
@@ -236,6 +237,9 @@ def _read_config(path: Path, networks: list[str]) -> ModelConfig:
     values = {"text": parts["text_encoder"], "schedule": parts["scheduler"], "unet": parts["unet"]}
     values["vae"] = parts.get("vae", {})
     config = ModelConfig.from_dict(values)
+    turbo = config.text.is_openclip and config.schedule == SD_TURBO.schedule
+    if turbo and class_name(path / "scheduler", "scheduler_config.json") == TURBO_SCHEDULER:
+        config = replace(config, sampling=SD_TURBO.sampling)
     return replace(config, image_size=side * config.vae.downscale) if type(side) is int and side > 0 else config
 
 
@@ -249,6 +253,8 @@ def _fields(folder: Path, name: str) -> dict[str, object]:
         if values.get(field, value) != value:
             raise _foreign(path, field, repr(value), values[field])
     fields = {ours: values[theirs] for ours, theirs in FIELDS[name].items() if theirs in values}
+    if name == "scheduler" and values.get("timestep_spacing") == "trailing":
+        fields["timestep_spacing"] = "trailing"  # others leave it to the sampler
     if name == "text_encoder":
         fields["zero_padding"] = fields.get("activation") == "gelu"
     if name == "unet" and isinstance(fields.get("heads"), list):

@@ -53,9 +53,9 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def class_name(folder: Path) -> str | None:
-    """The class of diffusers or transformers whose folder this is, from its config.json, or None if that says none."""
-    values = read_json(folder / "config.json")
+def class_name(folder: Path, file: str = "config.json") -> str | None:
+    """The class of diffusers or transformers whose folder this is, or None if its configuration does not name it."""
+    values = _read_if_there(folder / file)
     names = values.get("architectures") or [values.get("_class_name")]
     return names[0] if isinstance(names, list) and isinstance(names[0], str) else None
 

@@ -17,7 +17,7 @@ from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.diffusers_folder import is_diffusers_vae, vae_names
 from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX, POSITION_IDS, SGM_PREFIX, UNET_PREFIX, VAE_PREFIX
 from sd.checkpoints.self_description import MARKS, described, prediction_said, warn_of_unnamed_words
-from sd.config import SD2, SD2_BASE, SD2_INPAINTING, SD15, SD15_INPAINTING, ModelConfig
+from sd.config import SD2, SD2_BASE, SD2_INPAINTING, SD15, SD15_INPAINTING, SD_TURBO, ModelConfig
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 TEXT_PREFIXES = (f"{CLIP_PREFIX}text_model.", OPENCLIP_PREFIX)
@@ -90,7 +90,9 @@ def recognise(state: dict[str, Tensor], metadata: dict[str, str] | None = None, 
     if channels in INPUTS:
         raise CheckpointError(f"This file is {INPUTS[channels]}.")
     if (1024,) in widths:
-        config = SD2_INPAINTING if channels == (9,) else _base_or_v(state, metadata, yaml)
+        turbo = any(key.startswith(SGM_PREFIX) for key in state)  # of all models of SD 2.x, it alone has these names
+        base = SD_TURBO if turbo else SD2_INPAINTING
+        config = base if turbo or channels == (9,) else _base_or_v(state, metadata, yaml)
     else:
         config = SD15_INPAINTING if channels == (9,) else SD15
     words = max((len(tensor) for key, tensor in state.items() if TOKEN_TABLE.match(key) and tensor.ndim), default=0)
