@@ -131,7 +131,7 @@ def alpha_mask(source: ImageSource) -> Image.Image:
     black, white = (read_image(source, behind).convert("L") for behind in ("black", "white"))
     mask = ImageChops.subtract(white, black)  # what shows through: black and white differ by 1 - alpha
     if mask.getbbox() is None:
-        raise ValueError("input_image should have transparent parts for a mask from its transparency, and has none.")
+        raise ValueError("input_image should have transparent parts to make a mask from: it has none.")
     return mask
 
 
