@@ -15,10 +15,10 @@ from sd.images import FORMATS
 from sd.tokenizer import clean
 
 LISTS = ("captions.jsonl", "metadata.jsonl")  # the second is the convention of Hugging Face's ImageFolder
-LINE = '{"file": "cat.png", "caption": "a cat"}'
+EXAMPLE = '{"file": "cat.png", "caption": "a cat"}'
 KEYS = ("file", "file_name"), ("caption", "text")  # in a line of a list: the image, and its caption or captions
 TEXTS = (".txt", ".caption")
-# Images that people have, and that `read_image` does not read. Pillow reads AVIF only since version 11.3.
+# Common image formats that `read_image` does not read. Pillow reads AVIF since version 11.3.
 UNREADABLE = {".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".xcf", ".kra", ".exr", ".dng", ".cr2", ".nef", ".arw"}
 
 
@@ -27,7 +27,7 @@ class DataError(ValueError):
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """The captions of each image in a folder, by file name. Hidden files and subfolders are passed over.
+    """The captions of each image in a folder, by file name. Hidden files and subfolders are ignored.
 
     Raises DataError if the folder does not exist or has no images, if an image has no caption or one that the tokenizer
     refuses, or if a file of captions cannot be read.
@@ -39,10 +39,10 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
         _check(folder, captions)
         return captions
     if unread := unreadable_images(folder):
-        raise DataError(f"{folder} should have images in a format such as PNG or JPEG, not only such as {unread[0]}.")
+        raise DataError(f"{folder} should have images in a format such as PNG, not only files such as {unread[0]}.")
     raise DataError(
         f"{folder} has no captioned images: add some, such as cat.png with its captions in cat.txt, one a line, or "
-        f"a file {LISTS[0]} with lines such as {LINE}."
+        f"a file {LISTS[0]} with lines such as {EXAMPLE}."
     )
 
 
@@ -81,13 +81,13 @@ def _read_list(path: Path) -> dict[str, list[str]]:
             continue
         name, texts = _parse(line)
         if not (name and texts):
-            raise DataError(f"Line {number} of {path} should be like {LINE}, not {line[:60]!r}.")
+            raise DataError(f"Line {number} of {path} should be like {EXAMPLE}, not {line[:60]!r}.")
         captions.setdefault(name, []).extend(texts)
     return captions
 
 
 def _parse(line: str) -> tuple[str, list[str]]:
-    """A line of JSON -> the name of the image and its captions, both empty if it should be refused."""
+    """A line of JSON -> the name of the image and its captions; one of them is empty if the line is invalid."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -115,7 +115,7 @@ def _read_texts(files: list[Path]) -> dict[str, list[str]]:
         if not captions[path.name]:
             raise DataError(
                 f"{path} has no caption: write one in {path.stem}.txt in the same folder, or list the captions of all "
-                f"images in {LISTS[0]}, with lines such as {LINE}."
+                f"images in {LISTS[0]}, with lines such as {EXAMPLE}."
             )
     return captions
 
