@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -201,27 +202,29 @@ def write_extras(
     films: Iterator[Path],
     reports: Iterator[Path],
 ) -> bool:
-    """Writes the film and the report of an image. Returns False if that failed."""
+    """Writes the film and the report of an image, if they were asked for. Returns False if one of them failed."""
     from sd import images
     from sd.inside import film
     from sd.inside.report import report, write_report
 
-    frames = []
+    frames = cache(lambda: film.frames(recording))  # made once, for both
 
     def write_film() -> None:
-        frames.extend(film.frames(recording))
-        if options.film:
-            path = save(images.write_animation, films, replaced(options, options.film), frames)
-            print(f"{path}  {frame_count(path)} frames")
+        path = save(images.write_animation, films, replaced(options, options.film), frames())
+        print(f"{path}  {frame_count(path)} frames")
 
     def write_page() -> None:
         texts = details(options, request, models), command(options, request, models)
-        page = report(recording, frames, trace, *texts)
+        page = report(recording, frames(), trace, *texts)
         path = save(write_report, reports, replaced(options, options.report), page)
         print(f"{path}  {len(page) / 1e6:.1f} MB")
 
-    complete = attempt("film", write_film)
-    return complete & attempt("report", write_page) if options.report and frames else complete
+    complete = True
+    if options.film:
+        complete &= attempt("film", write_film)
+    if options.report:
+        complete &= attempt("report", write_page)
+    return complete
 
 
 def frame_count(film: Path) -> int:
