@@ -9,7 +9,7 @@
     python scripts/demo.py --from picture.png --seed -1 --n 4
 
 Every prompt is drawn with every seed, and {red|blue} turns one prompt into two. The file contains the prompt and the
-settings. Existing files are never overwritten, except with --overwrite.
+settings, and --from uses them. Existing files are never overwritten, except with --overwrite.
 """
 
 from __future__ import annotations

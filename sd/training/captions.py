@@ -51,32 +51,10 @@ def unreadable_images(folder: Path) -> list[str]:
     return [path.name for path in _visible_files(folder) if path.suffix.lower() in UNREADABLE - _suffixes()]
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark. Raises DataError for another encoding."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
-    try:
-        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
-        wrong = text.find("\0")  # in UTF-16 without a mark, every second byte is zero
-        lines = text.count("\n", 0, wrong)
-    except UnicodeDecodeError as error:
-        wrong, lines = error.start, data.count(b"\n", 0, error.start)
-    if wrong >= 0:
-        raise DataError(f"{path} should be text in UTF-8, but line {lines + 1} is not: save it again as UTF-8.")
-    return text
-
-
-def split_lines(text: str) -> list[str]:
-    """The lines of a text as editors show them. `str.splitlines` also splits at U+0085, U+2028 and form feeds."""
-    return re.split(r"\r\n|\r|\n", text)
-
-
 def _read_list(path: Path) -> dict[str, list[str]]:
     """The captions of a JSON-lines file: in each line the name of an image, and its caption or a list of captions."""
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(split_lines(read_text(path)), 1):
+    for number, line in enumerate(_split_lines(_read_text(path)), 1):
         if not line.strip():
             continue
         name, texts = _parse(line)
@@ -110,7 +88,7 @@ def _read_texts(files: list[Path]) -> dict[str, list[str]]:
     suffixes, captions = _suffixes(), {}
     for path in (path for path in files if path.suffix.lower() in suffixes):
         text = next((texts[path.stem, suffix] for suffix in TEXTS if (path.stem, suffix) in texts), None)
-        lines = split_lines(read_text(text)) if text else []
+        lines = _split_lines(_read_text(text)) if text else []
         captions[path.name] = [line.strip() for line in lines if line.strip()]
         if not captions[path.name]:
             raise DataError(
@@ -118,6 +96,28 @@ def _read_texts(files: list[Path]) -> dict[str, list[str]]:
                 f"images in {LISTS[0]}, with lines such as {EXAMPLE}."
             )
     return captions
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark. Raises DataError for another encoding."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
+    try:
+        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        wrong = text.find("\0")  # in UTF-16 without a mark, every second byte is zero
+        lines = text.count("\n", 0, wrong)
+    except UnicodeDecodeError as error:
+        wrong, lines = error.start, data.count(b"\n", 0, error.start)
+    if wrong >= 0:
+        raise DataError(f"{path} should be text in UTF-8, but line {lines + 1} is not: save it again as UTF-8.")
+    return text
+
+
+def _split_lines(text: str) -> list[str]:
+    """The lines of a text as editors show them. `str.splitlines` also splits at U+0085, U+2028 and form feeds."""
+    return re.split(r"\r\n|\r|\n", text)
 
 
 def _check(folder: Path, captions: dict[str, list[str]]) -> None:
