@@ -25,7 +25,7 @@ from sd.files import write_whole
 FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]
 FORMATS += ["PPM", "TGA", "ICO", "PCX", "SGI", "QOI"]
 LOSSY = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-MAX_COMMENT = 64_000  # bytes: a segment of a JPEG file has at most 65,535
+MAX_COMMENT = 64_000  # bytes: a segment of a JPEG file holds at most 65,535
 ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
 
 ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
@@ -37,7 +37,7 @@ def read_image(source: ImageSource, behind: str = "white", name: str = "source")
     `source` is a path, a file opened in binary mode, a PIL image (which is not changed) or an array (`check_array`).
     `behind` is the colour behind transparent pixels. Only the first frame of an animation is read. In files, integers
     of more than 8 bits are scaled from 0..65535, floats from the first of 0..1, 0..255 and 0..65535 that holds them
-    all. Errors call whatever has no file name `name`.
+    all. In errors, `name` stands for a source without a file name.
 
     Raises FileNotFoundError if the file does not exist, ValueError if it is damaged, too large or not in one of
     the FORMATS, and for an array that is not allowed; TypeError for any other kind of source.
@@ -108,19 +108,22 @@ def read_mask_image(mask: ImageSource, image: Image.Image | None = None) -> Imag
     return mask
 
 
-def warn_of_mask(mask: Image.Image) -> None:
-    """Warns of a mask, as `read_mask_image` returns it, that repaints next to nothing, or nearly everything."""
+def warn_about_mask(mask: Image.Image) -> None:
+    """Warns if a mask, as `read_mask_image` returns it, repaints next to nothing or nearly everything."""
     levels = np.asarray(mask.convert("L"))
     brightest, white = levels.max(), (levels > 127).mean()
     if brightest == 0:
-        effect = "black everywhere (transparent counts as black), so nothing is repainted: paint white where the image"
+        problem = "black everywhere (transparent counts as black), so nothing is repainted"
+        remedy = "paint white where the image should change"
     elif brightest < 26:
-        effect = f"nearly black, {brightest} of 255 at most, so next to nothing is repainted: use 255 where the image"
+        problem = f"nearly black, {brightest} of 255 at most, so next to nothing is repainted"
+        remedy = "use 255 where the image should change"
     elif white > 0.9:
-        effect = f"white on {white:.0%} of the image, so nearly all is repainted: invert the mask if only the dark part"
+        problem = f"white on {white:.0%} of the image, so nearly all is repainted"
+        remedy = "invert the mask if only the dark part should change"
     else:
         return
-    warnings.warn(f"mask_image is {effect} should change.", stacklevel=3)
+    warnings.warn(f"mask_image is {problem}: {remedy}.", stacklevel=3)
 
 
 def alpha_mask(source: ImageSource) -> Image.Image:
@@ -129,9 +132,9 @@ def alpha_mask(source: ImageSource) -> Image.Image:
     Raises ValueError for an image without transparent pixels, and what `read_image` raises.
     """
     black, white = (read_image(source, behind).convert("L") for behind in ("black", "white"))
-    mask = ImageChops.subtract(white, black)  # what shows through: black and white differ by 1 - alpha
+    mask = ImageChops.subtract(white, black)  # the two differ by how much shows through: 1 - alpha
     if mask.getbbox() is None:
-        raise ValueError("input_image should have transparent parts for a mask from its transparency, and has none.")
+        raise ValueError("input_image should have transparent parts to make a mask from: it has none.")
     return mask
 
 

@@ -194,9 +194,13 @@ def test_shapes_of_the_unet(made, page):
     assert "The U&#8209;Net ran 3 times, each time on a batch of two" in " ".join(made[1].split())
 
 
+HALF = Image.new("L", (40, 32))  # a mask
+HALF.paste(255, (0, 0, 20, 32))
+
+
 @pytest.mark.parametrize("config", [MICRO, INPAINTING_MICRO])
 def test_from_a_picture(config):
-    more = {"input_image": RED, "mask_image": Image.new("L", (40, 32), "white"), "strength": 0.7}
+    more = {"input_image": RED, "mask_image": HALF, "strength": 0.7}
     models = random_models(config)
     recorded, text = make(models, **more)
     assert np.array_equal(recorded.image, generate("a red cat", models=models, **OPTIONS | more))
@@ -217,7 +221,7 @@ PICTURE = {"input_image": RED, "strength": 0.7}
         ({"sampler_name": "plms"}, False),
         ({"sampler_name": "ddpm", **PICTURE}, True),
         ({"sampler_name": "heun", **PICTURE}, True),
-        ({"sampler_name": "ddpm", **PICTURE, "mask_image": Image.new("L", (40, 32), "white")}, True),
+        ({"sampler_name": "ddpm", **PICTURE, "mask_image": HALF}, True),
         ({"sampler_name": "ddpm", **PICTURE, "strength": 1}, False),
         ({"n_inference_steps": 1, **PICTURE}, False),  # the only step is never skipped
     ],

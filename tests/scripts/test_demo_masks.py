@@ -63,19 +63,19 @@ def test_only_masked_keeps_the_size_of_the_image(run_demo, files):
     "arguments, sentence",
     [
         (["--mask-from-alpha"], "--image should be given with --mask-from-alpha: it is the image to change."),
-        (["--image", "photo.png", "--invert-mask"], "--mask should be given with --invert-mask, or --mask-from-alpha."),
-        (["--image", "photo.png", "--only-masked"], "--mask should be given with --only-masked, or --mask-from-alpha."),
+        (["--image", "photo.png", "--invert-mask"], "--mask or --mask-from-alpha should be given with --invert-mask."),
+        (["--image", "photo.png", "--only-masked"], "--mask or --mask-from-alpha should be given with --only-masked."),
         (
             ["--image", "photo.png", "--mask", "mask.png", "--padding", 3],
             "--only-masked should be given with --padding, which is the space around the mask.",
         ),
         (
             ["--image", "erased.png", "--mask", "mask.png", "--mask-from-alpha"],
-            "--mask-from-alpha should be given without --mask: it makes the mask of --image itself.",
+            "--mask-from-alpha should be given without --mask: it makes the mask from --image itself.",
         ),
         (
             ["--image", "photo.png", "--mask-from-alpha"],
-            "--image should have transparent parts for a mask from its transparency, and has none.",
+            "--image should have transparent parts to make a mask from: it has none.",
         ),
         (
             ["--image", "photo.png", "--mask", "mask.png", "--only-masked", "--padding", -1],

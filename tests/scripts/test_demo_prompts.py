@@ -53,7 +53,7 @@ def test_it_is_named_once_for_all_prompts_and_in_the_negative_prompt(run_demo):
 
 
 def test_the_tiny_model_is_not_asked_for_notation(monkeypatch, capsys):
-    from scripts.support.notes import note_unknown_words
+    from scripts.support.checks import note_unknown_words
 
     note_unknown_words(["a red house BREAK at noon AND a blue tent"])
     assert capsys.readouterr().err == ""
@@ -62,7 +62,7 @@ def test_the_tiny_model_is_not_asked_for_notation(monkeypatch, capsys):
 
 
 def test_missing_quotes(run_demo):
-    line = '3 prompts were given, and each is drawn. One prompt stands in quotes: "a red house".'
+    line = '3 prompts were given, and each is drawn. For a single prompt, add quotes: "a red house".'
     assert line in said(run_demo("a", "red", "house")[2])
     assert said(run_demo("a cat", "dog")[2]) == []
     assert said(run_demo("cat")[2]) == []
