@@ -110,7 +110,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    warnings.showwarning = lambda message, *_: say(with_flags(str(message)))
+    said = set()
+
+    def show(message: Warning, *_: object) -> None:
+        """Prints a warning once, although the images are checked here and again by the pipeline."""
+        line = with_flags(str(message))
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    warnings.showwarning = show
     interrupted = "interrupted; the images printed above are complete."
     return run(demo_name(), lambda: work(options), interrupted, lambda error: with_flags(str(error)))
 

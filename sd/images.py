@@ -144,10 +144,18 @@ def read_mask(mask: ImageSource, height: int, width: int, feather: float = 0) ->
     # Bilinear, because Lanczos, which resizes images, overshoots: black must stay black.
     levels = image_to_tensor(mask, height, width, Image.Resampling.BILINEAR)  # (1, 3, H, W)
     white = (levels.mean(1, keepdim=True) + 1) / 2  # (1, 1, H, W)
-    if feather:
-        levels = Image.fromarray((white[0, 0].numpy() * 255).round().astype(np.uint8))
+    brightest = white.max()
+    if feather and brightest > 0:
+        # Relative to the brightest level, because strokes may be grey.
+        levels = Image.fromarray((white[0, 0] / brightest * 255).round().numpy().astype(np.uint8))
         blurred = torch.from_numpy(np.array(levels.filter(ImageFilter.GaussianBlur(feather / 2)))) / 255
-        white = white * (2 * blurred - 1).clamp(0, 1)  # the blur is half white at the old edge
+        soft = white * (2 * blurred - 1).clamp(0, 1)  # the blur is half white at the old edge
+        if soft.max() < 0.1 * brightest:
+            warnings.warn(
+                "feather is wider than what is white in mask_image, so next to nothing is repainted: make it smaller.",
+                stacklevel=2,
+            )
+        white = soft
     return white
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 # How the web UI splits the last line: a name, and a value in quotes or up to the next comma.
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 LEAST_PAIRS = 3  # a last line with fewer belongs to the prompt
+USUAL = {"Steps", "Sampler", "Seed"}  # without any of these, a last line with colons and commas is only a prompt
 NEGATIVE = "Negative prompt:"
 MAX_BYTES = 1_000_000
 EXIF, USER_COMMENT = 0x8769, 0x9286
@@ -56,7 +57,7 @@ def read(path: Path) -> SavedSettings:
     """The settings in a picture or in a .txt file. Raises ValueError or OSError, in one sentence, if there are none."""
     text = _text_file(path) if path.suffix.lower() == ".txt" else _picture_text(path)
     settings = parse(text or "")
-    if not settings.pairs:
+    if USUAL.isdisjoint(settings.pairs):
         raise ValueError(
             f"--from should be a picture with its settings, as this tool and the AUTOMATIC1111 web UI write them: "
             f"{path} has none."

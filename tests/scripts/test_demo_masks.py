@@ -96,6 +96,7 @@ def test_a_mask_that_repaints_nothing_is_explained_by_flags(run_demo, files):
         "demo.py: --mask is white on 100% of the image, so nearly all is repainted: add --invert-mask if only the dark "
         "part should change.\n"
     ) in errors
+    assert errors.count("white on 100%") == 1
     Image.new("L", (90, 60)).save("black.png")
     _, _, errors = run_demo("a cat", "--image", "photo.png", "--mask", "black.png", "--steps", 1)
     assert "demo.py: --mask is black everywhere (transparent counts as black), so nothing is repainted: " in errors
