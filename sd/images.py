@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
@@ -133,6 +134,32 @@ def alpha_mask(source: ImageSource) -> Image.Image:
     if mask.getbbox() is None:
         raise ValueError("input_image should have transparent parts for a mask from its transparency, and has none.")
     return mask
+
+
+def fill_transparent(source: ImageSource) -> Image.Image:
+    """An image as `read_image` reads it, whose transparent parts continue the colours around them.
+
+    White would shine through wherever a mask from the transparency is soft. Raises what `read_image` raises.
+    """
+    black, white = (_levels(read_image(source, behind)) for behind in ("black", "white"))
+    alpha = 1 - (white - black).mean(1, keepdim=True)  # (1, 1, H, W)
+    filled = _over_its_own_blur(black, alpha)  # (1, 3, H, W)
+    return Image.fromarray((filled[0].permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+def _levels(image: Image.Image) -> Tensor:
+    """A PIL image of mode RGB -> float32 (1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+
+
+def _over_its_own_blur(colours: Tensor, alpha: Tensor) -> Tensor:
+    """Colours multiplied by alpha (1, 3, H, W), alpha (1, 1, H, W) -> the image over ever coarser copies of itself."""
+    size = colours.shape[2:]
+    if max(size) == 1:
+        return colours / alpha.clamp(min=1e-6)
+    halves = (F.avg_pool2d(pixels, 2, ceil_mode=True) for pixels in (colours, alpha))
+    behind = F.interpolate(_over_its_own_blur(*halves), size, mode="bilinear")
+    return colours + (1 - alpha) * behind
 
 
 def read_mask(mask: ImageSource, height: int, width: int, feather: float = 0) -> Tensor:
