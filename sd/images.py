@@ -127,7 +127,8 @@ def warn_of_mask(mask: Image.Image) -> None:
 def alpha_mask(source: ImageSource) -> Image.Image:
     """The mask in an image's own transparency: white where the image was erased. A PIL image of mode L.
 
-    Raises ValueError for an image without transparent pixels, and what `read_image` raises.
+    `fill_transparent` makes the image that goes with it. Raises ValueError for an image without transparent pixels, and
+    what `read_image` raises.
     """
     black, white = (read_image(source, behind).convert("L") for behind in ("black", "white"))
     mask = ImageChops.subtract(white, black)  # what shows through: black and white differ by 1 - alpha
