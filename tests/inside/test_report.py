@@ -21,7 +21,6 @@ from sd.request import Request
 from tests.support.pages import OPTIONS, RED, Page, make, pixels
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
-
 MASK = Image.linear_gradient("L").resize((40, 32))
 
 
