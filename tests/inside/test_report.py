@@ -217,6 +217,7 @@ def test_maps_lie_on_the_region_that_was_repainted_alone(models):
     data = Page(text).data
     # CSS places a mask of 25 % by a share of the other 75 %, of which 80 / 120 and 96 / 96 are to its left and above.
     assert (data["position"], data["size"]) == ("66.67% 100%", "25% 25%")
+    assert "Here, 40 × 32 pixels are 5 × 4 positions" in text
     assert "They show only the part of the image that was repainted" in text
     whole, text = make(models, **picture | {"padding_mask_crop": 200})
     assert whole.inpainting.region.box == (0, 0, 160, 128)

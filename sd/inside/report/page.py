@@ -230,6 +230,8 @@ def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
     ]
     channels, rows, columns = recording.moments[0].latents.shape[1:]
     height, width = recording.image.shape[:2]
+    if recording.inpainting is not None:  # whose image may be a part of the whole one
+        height, width = recording.inpainting.image.shape[2:]
     start = "the latents of the input image with noise added" if recording.sampler.skipped else "noise"
     text = "Stable Diffusion does not work on pixels but on latents. They are a compressed form of an image: the "
     text += "encoder computes them from an image, and the decoder computes the image from them. Here, "
