@@ -109,7 +109,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    warnings.showwarning = lambda message, *_: say(with_flags(str(message)))
+    said = set()
+
+    def show(message: Warning, *_: object) -> None:
+        """Prints a warning once, although the images are checked here and again by the pipeline."""
+        line = with_flags(str(message))
+        if options.invert_mask:
+            line = line.replace("add --invert-mask", "leave out --invert-mask")
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    warnings.showwarning = show
     interrupted = "interrupted; the images printed above are complete."
     return run(demo_name(), lambda: work(options), interrupted, lambda error: with_flags(str(error)))
 
@@ -251,15 +262,17 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[
 
     Raises ValueError as `Request.check` does.
     """
+    from sd.images import fill_transparent
     from sd.request import Request
 
     lines = use_saved(options) if options.source else []
     padding = PADDING if options.padding is None else options.padding
     prompts, notes = all_prompts(options)
+    erased = options.mask_from_alpha and not options.invert_mask  # otherwise what is transparent stays: on white
     request = Request(
         prompts,
         options.negative,
-        input_image=options.image,
+        input_image=fill_transparent(options.image) if erased else options.image,
         mask_image=read_mask(options),
         strength=Request.strength if options.strength is None else options.strength,
         cfg_scale=options.cfg_scale,

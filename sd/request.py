@@ -154,7 +154,7 @@ def image_size(models: Models, shape: tuple[int, int, int, int]) -> tuple[int, i
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
     """Raises ValueError, with the argument's `name`, unless a tensor has this shape, where a text is any number."""
-    given = tuple(getattr(tensor, "shape", ()))
+    given = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
     fits = len(given) == len(shape) and all(isinstance(n, str) or n == size for n, size in zip(shape, given))
     if not fits or 0 in given:
         raise ValueError(f"{name} should be a tensor ({', '.join(map(str, shape))}), not {given or _shown(tensor)}.")

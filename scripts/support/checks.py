@@ -28,7 +28,8 @@ def check_flags(options: argparse.Namespace) -> None:
     files = {"--image": options.image, "--mask": options.mask, "--from": options.source}
     files["--prompts-file"] = options.prompts_file
     for flag, path in files.items():
-        if path is not None and not path.is_file():
+        pipe = flag == "--prompts-file" and path is not None and path.is_fifo()  # as in <(sort prompts.txt)
+        if path is not None and not path.is_file() and not pipe:
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
     for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
         if path is not None and not path.exists():
@@ -36,7 +37,7 @@ def check_flags(options: argparse.Namespace) -> None:
             raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{remedy}.")
     check_different_files(
         {**files, "--checkpoint": options.checkpoint, "--vae": options.vae},
-        {"--out": options.out and Path(options.out), "--film": options.film, "--report": options.report},
+        {"--out": Path(options.out) if options.out else None, "--film": options.film, "--report": options.report},
     )
     for flag, path in (("--out", Path(options.out or "")), ("--film", options.film or Path())):
         if path.suffix.lower() in FEATURES and not features.check(FEATURES[path.suffix.lower()]):

@@ -59,9 +59,12 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
         raise ValueError(f"--prompts-file should be at most {MAX_BYTES // 10**6} MB long: {path} is longer.")
     try:
         text = content.decode("utf-8-sig")
+        wrong = content.find(b"\0")  # in UTF-16 without a mark, every second byte is zero
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"--prompts-file should be text in UTF-8: {path}, line {line}, is not.") from None
+        wrong = error.start
+    if wrong >= 0:
+        line = content.count(b"\n", 0, wrong) + 1
+        raise ValueError(f"--prompts-file should be text in UTF-8: {path}, line {line}, is not.")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     found = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     found = [(number, line) for number, line in found if line and not line.startswith("#")]

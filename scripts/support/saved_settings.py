@@ -37,6 +37,7 @@ NEGATIVE = "Negative prompt:"
 # How the web UI splits the last line: a name, and a value in quotes or up to the next comma.
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 MIN_PAIRS = 3  # a last line with fewer belongs to the prompt
+USUAL = {"Steps", "Sampler", "Seed"}  # without any of these, a last line with colons and commas is only a prompt
 MAX_BYTES = 1_000_000
 MAX_NAMES = 8  # of unused settings that a sentence lists
 EXIF, USER_COMMENT = 0x8769, 0x9286
@@ -101,7 +102,7 @@ def read(path: Path) -> SavedSettings:
     """The settings in a picture or in a .txt file. Raises ValueError or OSError, in one sentence, if there are none."""
     text = _text_file(path) if path.suffix.lower() == ".txt" else _picture_text(path)
     saved = parse(text or "")
-    if not saved.pairs:
+    if USUAL.isdisjoint(saved.pairs):
         raise ValueError(
             f"--from should be a picture with settings from this tool or the AUTOMATIC1111 web UI: {path} has none."
         )

@@ -50,6 +50,11 @@ def test_out_may_be_a_folder(run_demo):
     assert Path("new/picture.png").exists()
 
 
+def test_an_empty_out_is_the_default(run_demo):
+    assert run_demo("a cat", "--steps", 1, "--out", "")[0] == 0
+    assert Path("picture.png").exists()
+
+
 def test_overwrite_only_when_told(run_demo):
     Path("cat.png").write_text("precious")
     code, _, err = run_demo("a cat", "--out", "cat.png")

@@ -136,6 +136,7 @@ def test_a_text_file(tmp_path):
         ("a.png", b"text", "--from should be a PNG, JPEG or WebP picture, and "),
         ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "--from "),
         ("a.txt", b"a house", "--from should be a picture with settings"),
+        ("a.txt", b"a house: red, at noon: yes, with a sun: no", "--from should be a picture with settings"),
         ("a.txt", b"\xff\xfea", "--from should be a picture or a text file in UTF-8"),
     ],
 )
