@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -48,10 +48,12 @@ def test_any_value_comes_back(value):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
+@example("Negative prompt:", "a\n Negative prompt: b")
 def test_any_prompts_come_back(prompt, negative):
     options, request, _ = made_with(["x"], prompt)
     found = parse(parameters(options, replace(request, uncond_prompt=negative)))
-    assert (found.prompt, found.negative) == tuple(text.replace("\r\n", "\n").strip() for text in (prompt, negative))
+    colons = [re.sub(r"(?m)^(\s*Negative prompt):", r"\1\\:", text) for text in (prompt, negative)]  # \: is a colon
+    assert [found.prompt, found.negative] == [text.replace("\r\n", "\n").strip() for text in colons]
     assert found.pairs["Seed"] == "7"
 
 
