@@ -260,6 +260,7 @@ def test_long_runs_show_some_of_their_steps(models, monkeypatch):
     assert "Of the 9 steps, 4 are shown, evenly spaced." in text
 
 
+@pytest.mark.slow
 def test_large_pictures_of_many_steps_stay_small(models):
     with Tracer(models, attention=True) as trace:
         recorded = record(Request("a " * 75, **OPTIONS | {"n_inference_steps": 1, "height": 512, "width": 512}), models)
