@@ -9,7 +9,7 @@
     python scripts/demo.py --from picture.png --seed -1 --n 4
 
 Every prompt is drawn with every seed, and {red|blue} turns one prompt into two. The file contains the prompt and the
-settings. Existing files are never overwritten, except with --overwrite.
+settings, and --from uses them. Existing files are never overwritten, except with --overwrite.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,44 +38,43 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.support.captions import DTYPES, command, details, grid, padding, parameters
-from scripts.support.checks import check_flags
-from scripts.support.command_line import Once, Parser, demo_name, import_torch, run
+from scripts.support.captions import DTYPES, command, details, grid
+from scripts.support.checks import check_flags, note_crop, note_size, note_unknown_words, note_unquoted
+from scripts.support.command_line import Once, Parser, demo_name, import_torch, run, say
 from scripts.support.flags import with_flags
-from scripts.support.notes import note_crop, note_size, note_unknown_words, note_unquoted, say
+from scripts.support.image_size import choose_size
 from scripts.support.output_files import candidates, first_path, save
 from scripts.support.prompts import all_prompts
-from scripts.support.shape import choose_size
+from scripts.support.saved_settings import parameters, use_saved
 
 TINY_PROMPT = "a red lighthouse by the sea at sunset, on the right, with the sun"
 PROMPT = "a photograph of an astronaut riding a horse"
+PADDING = 32  # pixels, as in the AUTOMATIC1111 web UI
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("demo.py", __doc__, add_help=False)
     add = parser.add_argument
-    add("--help", action="help", help="show this message and stop; so does -h")
+    add("--help", action="help", help="show this message and stop (also: -h)")
     add(
         "prompts",
         nargs="*",
         metavar="prompt",
         help=f'what to draw (default: "{TINY_PROMPT}"; with --checkpoint "{PROMPT}")',
     )
-    add("--prompts-file", type=Path, metavar="FILE", help="more prompts, one in each line; a line with # is a comment")
-    help = "a picture whose prompt and settings to use, of this tool or the AUTOMATIC1111 web UI; flags override it"
+    help = "more prompts, one a line; lines that begin with # are ignored"
+    add("--prompts-file", type=Path, metavar="FILE", help=help)
+    help = "use the prompt and settings saved in a picture, also by the AUTOMATIC1111 web UI; flags override them"
     add("--from", type=Path, metavar="FILE", dest="source", help=help)
     add("--world", action="store_true", help="list the words that the tiny model can draw, and stop")
     add("--negative", metavar="TEXT", help="what the image should not show")
     add("--image", type=Path, metavar="FILE", help="an image to start from; it is never stretched")
     add("--mask", type=Path, metavar="FILE", help="where to repaint --image: white is repainted, black stays")
-    add("--mask-from-alpha", action="store_true", help="repaint --image where it is transparent: where it was erased")
-    add("--invert-mask", action="store_true", help="exchange black and white in the mask")
-    add(
-        "--only-masked",
-        action="store_true",
-        help="repaint the masked part alone, at full resolution, and paste it back",
-    )
-    add("--padding", type=int, metavar="PIXELS", help="what --only-masked shows the model around the mask (32)")
+    add("--mask-from-alpha", action="store_true", help="repaint --image where it is transparent (erased)")
+    add("--invert-mask", action="store_true", help="swap black and white in the mask")
+    help = "repaint only the part of --image around the mask, enlarged to the model's size, and paste it back"
+    add("--only-masked", action="store_true", help=help)
+    add("--padding", type=int, metavar="PIXELS", help="how much --only-masked includes around the mask (32)")
     add("--feather", type=float, metavar="PIXELS", help="softens the edges of --mask (0)")
     add("--strength", type=float, metavar="S", help="how much of --image may change, up to 1 (0.8)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
@@ -98,11 +98,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the files that --out, --film and --report name")
     arguments = sys.argv[1:] if arguments is None else arguments
     dashes = arguments.index("--") if "--" in arguments else len(arguments)
-    # argparse would find -h in the prompt "-hat on a table", too.
+    # argparse would also find -h in the prompt "-hat on a table".
     flags = ["--help" if word == "-h" else word for word in arguments[:dashes]]
     options = parser.parse_intermixed_args(flags)  # prompts may stand between the flags
-    options.prompts += arguments[dashes + 1 :]  # argparse would look for flags among them
-    options.saved_prompt = None  # of --from
+    options.prompts += arguments[dashes + 1 :]  # argparse would look for flags among them, too
     if not (options.prompts or options.prompts_file or options.source):
         options.prompts = [PROMPT if options.checkpoint else TINY_PROMPT]
     return options
@@ -110,7 +109,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    warnings.showwarning = lambda message, *_: say(with_flags(str(message)))
+    said = set()
+
+    def show(message: Warning, *_: object) -> None:
+        """Prints a warning once, although the images are checked here and again by the pipeline."""
+        line = with_flags(str(message))
+        if options.invert_mask:
+            line = line.replace("add --invert-mask", "leave out --invert-mask")
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    warnings.showwarning = show
     interrupted = "interrupted; the images printed above are complete."
     return run(demo_name(), lambda: work(options), interrupted, lambda error: with_flags(str(error)))
 
@@ -203,31 +213,33 @@ def write_extras(
     films: Iterator[Path],
     reports: Iterator[Path],
 ) -> bool:
-    """Writes the film and the report of an image. Returns False if that failed."""
+    """Writes the film and the report of an image, if they were asked for. Returns False if one of them failed."""
     from sd import images
     from sd.inside import film
     from sd.inside.report import report, write_report
 
-    frames = []
+    frames = cache(lambda: film.frames(recording))  # made once, for both
 
     def write_film() -> None:
-        frames.extend(film.frames(recording))
-        if options.film:
-            path = save(images.write_animation, films, replaced(options, options.film), frames)
-            print(f"{path}  {frame_count(path)} frames")
+        path = save(images.write_animation, films, replaced(options, options.film), frames())
+        print(f"{path}  {frame_count(path)} frames")
 
     def write_page() -> None:
         texts = details(options, request, models), command(options, request, models)
-        page = report(recording, frames, trace, *texts)
+        page = report(recording, frames(), trace, *texts)
         path = save(write_report, reports, replaced(options, options.report), page)
         print(f"{path}  {len(page) / 1e6:.1f} MB")
 
-    complete = attempt("film", write_film)
-    return complete & attempt("report", write_page) if options.report and frames else complete
+    complete = True
+    if options.film:
+        complete &= attempt("film", write_film)
+    if options.report:
+        complete &= attempt("report", write_page)
+    return complete
 
 
 def frame_count(film: Path) -> int:
-    """The number of frames in a film's file, where neighbours that look the same are one frame."""
+    """The number of frames in a film's file, which stores equal neighbours as one frame."""
     from PIL import Image
 
     with Image.open(film) as file:
@@ -246,22 +258,21 @@ def attempt(what: str, write: Callable[[], None]) -> bool:
 
 
 def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[str]]:
-    """All prompts, the request that their images share, with the first seed, and sentences for the user.
+    """All prompts, the request for all of them, with the first seed, and sentences for the user.
 
     Raises ValueError as `Request.check` does.
     """
+    from sd.images import fill_transparent
     from sd.request import Request
 
-    lines = []
-    if options.source:
-        from scripts.support.from_picture import fill
-
-        lines = fill(options)
+    lines = use_saved(options) if options.source else []
+    padding = PADDING if options.padding is None else options.padding
     prompts, notes = all_prompts(options)
+    erased = options.mask_from_alpha and not options.invert_mask  # otherwise what is transparent stays: on white
     request = Request(
         prompts,
         options.negative,
-        input_image=options.image,
+        input_image=fill_transparent(options.image) if erased else options.image,
         mask_image=read_mask(options),
         strength=Request.strength if options.strength is None else options.strength,
         cfg_scale=options.cfg_scale,
@@ -271,7 +282,7 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[
         height=options.height,
         width=options.width,
         feather=options.feather or 0,
-        padding_mask_crop=padding(options),
+        padding_mask_crop=padding if options.only_masked else None,
         deep_cache=1 if options.deep_cache is None else options.deep_cache,
     )
     request.check()

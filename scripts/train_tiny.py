@@ -28,8 +28,8 @@ log = logging.getLogger("train_tiny")
 
 SHARES = {"vae": 0.295, "text": 0.093, "diffusion": 0.568, "decoder": 0.044}  # of the minutes given to `all`
 
-# Measured on two CPU cores. The first is how long a run took whose images followed their prompts.
-ENOUGH_MINUTES = 45
+# Measured on two CPU cores.
+ENOUGH_MINUTES = 45  # a model learned to follow its prompts
 IMAGES_ENCODED_PER_MINUTE = 1500
 
 

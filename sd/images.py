@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from sd.files import write_whole
 FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]
 FORMATS += ["PPM", "TGA", "ICO", "PCX", "SGI", "QOI"]
 LOSSY = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-MAX_COMMENT = 64_000  # bytes: a segment of a JPEG file has at most 65,535
+MAX_COMMENT = 64_000  # bytes: a segment of a JPEG file holds at most 65,535
 ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
 
 ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
@@ -37,7 +38,7 @@ def read_image(source: ImageSource, behind: str = "white", name: str = "source")
     `source` is a path, a file opened in binary mode, a PIL image (which is not changed) or an array (`check_array`).
     `behind` is the colour behind transparent pixels. Only the first frame of an animation is read. In files, integers
     of more than 8 bits are scaled from 0..65535, floats from the first of 0..1, 0..255 and 0..65535 that holds them
-    all. Errors call whatever has no file name `name`.
+    all. In errors, `name` stands for a source without a file name.
 
     Raises FileNotFoundError if the file does not exist, ValueError if it is damaged, too large or not in one of
     the FORMATS, and for an array that is not allowed; TypeError for any other kind of source.
@@ -108,31 +109,61 @@ def read_mask_image(mask: ImageSource, image: Image.Image | None = None) -> Imag
     return mask
 
 
-def warn_of_mask(mask: Image.Image) -> None:
-    """Warns of a mask, as `read_mask_image` returns it, that repaints next to nothing, or nearly everything."""
+def warn_about_mask(mask: Image.Image) -> None:
+    """Warns if a mask, as `read_mask_image` returns it, repaints next to nothing or nearly everything."""
     levels = np.asarray(mask.convert("L"))
     brightest, white = levels.max(), (levels > 127).mean()
     if brightest == 0:
-        effect = "black everywhere (transparent counts as black), so nothing is repainted: paint white where the image"
+        problem = "black everywhere (transparent counts as black), so nothing is repainted"
+        remedy = "paint white where the image should change"
     elif brightest < 26:
-        effect = f"nearly black, {brightest} of 255 at most, so next to nothing is repainted: use 255 where the image"
+        problem = f"nearly black, {brightest} of 255 at most, so next to nothing is repainted"
+        remedy = "use 255 where the image should change"
     elif white > 0.9:
-        effect = f"white on {white:.0%} of the image, so nearly all is repainted: invert the mask if only the dark part"
+        problem = f"white on {white:.0%} of the image, so nearly all is repainted"
+        remedy = "invert the mask if only the dark part should change"
     else:
         return
-    warnings.warn(f"mask_image is {effect} should change.", stacklevel=3)
+    warnings.warn(f"mask_image is {problem}: {remedy}.", stacklevel=3)
 
 
 def alpha_mask(source: ImageSource) -> Image.Image:
     """The mask in an image's own transparency: white where the image was erased. A PIL image of mode L.
 
-    Raises ValueError for an image without transparent pixels, and what `read_image` raises.
+    `fill_transparent` makes the image that goes with it. Raises ValueError for an image without transparent pixels, and
+    what `read_image` raises.
     """
     black, white = (read_image(source, behind).convert("L") for behind in ("black", "white"))
-    mask = ImageChops.subtract(white, black)  # what shows through: black and white differ by 1 - alpha
+    mask = ImageChops.subtract(white, black)  # the two differ by how much shows through: 1 - alpha
     if mask.getbbox() is None:
-        raise ValueError("input_image should have transparent parts for a mask from its transparency, and has none.")
+        raise ValueError("input_image should have transparent parts to make a mask from: it has none.")
     return mask
+
+
+def fill_transparent(source: ImageSource) -> Image.Image:
+    """An image as `read_image` reads it, whose transparent parts continue the colours around them.
+
+    White would shine through wherever a mask from the transparency is soft. Raises what `read_image` raises.
+    """
+    black, white = (_levels(read_image(source, behind)) for behind in ("black", "white"))
+    alpha = 1 - (white - black).mean(1, keepdim=True)  # (1, 1, H, W)
+    filled = _over_its_own_blur(black, alpha)  # (1, 3, H, W)
+    return Image.fromarray((filled[0].permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+def _levels(image: Image.Image) -> Tensor:
+    """A PIL image of mode RGB -> float32 (1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+
+
+def _over_its_own_blur(colours: Tensor, alpha: Tensor) -> Tensor:
+    """Colours multiplied by alpha (1, 3, H, W), alpha (1, 1, H, W) -> the image over ever coarser copies of itself."""
+    size = colours.shape[2:]
+    if max(size) == 1:
+        return colours / alpha.clamp(min=1e-6)
+    halves = (F.avg_pool2d(pixels, 2, ceil_mode=True) for pixels in (colours, alpha))
+    behind = F.interpolate(_over_its_own_blur(*halves), size, mode="bilinear")
+    return colours + (1 - alpha) * behind
 
 
 def read_mask(mask: ImageSource, height: int, width: int, feather: float = 0) -> Tensor:
@@ -144,10 +175,18 @@ def read_mask(mask: ImageSource, height: int, width: int, feather: float = 0) ->
     # Bilinear, because Lanczos, which resizes images, overshoots: black must stay black.
     levels = image_to_tensor(mask, height, width, Image.Resampling.BILINEAR)  # (1, 3, H, W)
     white = (levels.mean(1, keepdim=True) + 1) / 2  # (1, 1, H, W)
-    if feather:
-        levels = Image.fromarray((white[0, 0].numpy() * 255).round().astype(np.uint8))
+    brightest = white.max()
+    if feather and brightest > 0:
+        # Relative to the brightest level, because strokes may be grey.
+        levels = Image.fromarray((white[0, 0] / brightest * 255).round().numpy().astype(np.uint8))
         blurred = torch.from_numpy(np.array(levels.filter(ImageFilter.GaussianBlur(feather / 2)))) / 255
-        white = white * (2 * blurred - 1).clamp(0, 1)  # the blur is half white at the old edge
+        soft = white * (2 * blurred - 1).clamp(0, 1)  # the blur is half white at the old edge
+        if soft.max() < 0.1 * brightest:
+            warnings.warn(
+                "feather is wider than what is white in mask_image, so next to nothing is repainted: make it smaller.",
+                stacklevel=2,
+            )
+        white = soft
     return white
 
 

@@ -3,7 +3,7 @@
 In: an image, and a mask that is white where it is repainted and black where it stays. Out: `InpaintingInputs`, which
 `pipeline.denoise` uses at every step and which puts the kept pixels back at the end.
 
-Grey is in between, and no value is a threshold: a slightly lighter grey changes the image slightly more.
+Grey is in between. No value is a threshold: a slightly lighter grey changes the image slightly more.
 
 An ordinary U-Net has no input for the mask. So after every step the known region is replaced by the image itself,
 noised to the level of the next step (2201.09865, eq. 8). The U-Net of the inpainting checkpoint gets the mask and the
@@ -38,7 +38,7 @@ class InpaintingInputs:
     latents: Tensor  # (B, 4, h, w), of the whole image
     noise: Tensor  # (B, 4, h, w), which brings them to every noise level
     channels: Tensor | None  # (B, 5, h, w), for the inpainting U-Net: its mask, and the latents of what stays
-    region: Region | None = None  # the image and the mask above are a part of a larger image
+    region: Region | None = None  # if the image and mask above are a part of a larger image
 
     def start(self, sampler: Sampler, strength: float) -> Tensor:
         """The first latents (B, 4, h, w): the noised image, or at full strength noise alone."""
@@ -51,14 +51,14 @@ class InpaintingInputs:
     def restore_known(self, latents: Tensor, sampler: Sampler, step: int) -> Tensor:
         """Latents (B, 4, h, w) before step `step`, with the known region taken from the image at that noise level.
 
-        A latent under a mask of m is repainted during the last m of the steps (2306.00950): white in all, grey in some.
+        Where the mask is m, latents are repainted in the last m N of N steps (2306.00950): white in all, grey in some.
         """
         if self.channels is not None:
             return latents
         known, steps = self.latents.to(latents), len(sampler.timesteps)
         if step < steps:
             known = sampler.add_noise(known, sampler.timesteps[step], self.noise)
-        # Its share rises from 0 to 1 within one step. With a jump instead, one level of grey could change everything.
+        # The share rises from 0 to 1 within one step. If it jumped, one level of grey could change everything.
         share = (step - steps * (1 - pool(self.mask, latents))).clamp(0, 1)  # (1, 1, h, w)
         return torch.lerp(known, latents, share)
 
@@ -74,7 +74,7 @@ class InpaintingInputs:
 
 @dataclass(frozen=True)
 class Region:
-    """The part of an image around its mask, which is repainted alone and thereby at a higher resolution."""
+    """The part of an image around its mask, repainted alone and so at a higher resolution."""
 
     image: np.ndarray  # uint8 (H, W, 3): the whole image
     mask: np.ndarray  # float32 (H, W)
@@ -99,8 +99,8 @@ def blend(images: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndar
 
 
 def around_mask(mask: np.ndarray, padding: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) of what a mask (H, W) in [0, 1] repaints and `padding` pixels around it,
-    grown to the proportions of height x width as far as the image allows. The whole image for a black mask."""
+    """The box (left, top, right, bottom) of what a mask (H, W) in [0, 1] repaints, with `padding` pixels on each side,
+    grown to the proportions of height x width as far as the image allows. For a black mask, the whole image."""
     painted = mask > 0.05  # a scan's black is not quite 0, and would make the box as large as the image
     if not painted.any():
         return 0, 0, mask.shape[1], mask.shape[0]
@@ -121,8 +121,8 @@ def _grow(start: int, end: int, length: int, limit: int) -> tuple[int, int]:
 
 
 def pool(mask: Tensor, latents: Tensor) -> Tensor:
-    """mask (1, 1, H, W) -> (1, 1, h, w), like the latents. The brightest pixel counts: strokes can be thinner than a
-    latent, and `restore_pixels` puts the others back."""
+    """mask (1, 1, H, W) -> (1, 1, h, w), like the latents. The brightest pixel counts: a stroke can be thinner than a
+    latent, and `restore_pixels` puts back the pixels beside it."""
     return F.adaptive_max_pool2d(mask, latents.shape[2:]).to(latents)
 
 
@@ -148,10 +148,11 @@ def get_inpainting_inputs(
     feather: float = 0,
     padding_mask_crop: int | None = None,
 ) -> InpaintingInputs:
-    """The inputs of `pipeline.denoise` that keep `input_image` where `mask_image` is not white. No mask: nowhere.
+    """The inputs of `pipeline.denoise` that keep `input_image` where `mask_image` is not white. Without a mask, nothing
+    is kept.
 
-    With `padding_mask_crop`, only the part of the image around the mask is used, with so many pixels on each side. It
-    gets the area of height x width, and these proportions if it fits into the image.
+    With `padding_mask_crop`, only the part of the image around the mask is used, with that many pixels on each side. It
+    is resized to about height * width pixels, and has the proportions of height x width if the image has room for them.
 
     The other arguments are those of `pipeline.get_latents`. Raises ValueError for a size that is not allowed and for a
     mask whose proportions differ from the image's, and what `read_image` raises.

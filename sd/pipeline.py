@@ -74,8 +74,8 @@ def generate(
     prompt, uncond_prompt   what to draw, and what not; words can have weights, "a (red:1.3) house" (`sd.prompts`)
     input_image, strength   the image to start from, cropped to the size; how much of it may change, in (0, 1]
     mask_image, feather     white is repainted, black stays the same to the byte; width of its soft edges, in pixels
-    padding_mask_crop       repaint only the masked part of a large image, with so many pixels around it, at `height` x
-                            `width`, and paste it back: the result has the size of `input_image`
+    padding_mask_crop       repaint only the masked part of a large image, with this many pixels around it, at `height`
+                            x `width`, and paste it back: the result has the size of `input_image`
     do_cfg, cfg_scale, cfg_rescale   guidance: how closely to follow the prompt (`guidance.classifier_free`)
     sampler_name, n_inference_steps  a key of `SAMPLERS`, and its number of steps
     models, tokenizer       what `load_models` returns (default: the tiny model); another tokenizer for it

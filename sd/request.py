@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sd.config import SD15
-from sd.images import ImageSource, check_array, read_image, read_mask_image, warn_of_mask
+from sd.images import ImageSource, check_array, read_image, read_mask_image, warn_about_mask
 from sd.models import Models
 from sd.prompts.weights import parse
 from sd.runtime.devices import Device, best_device
@@ -93,12 +93,12 @@ class Request:
         check_size(self.height, self.width, SD15.vae.downscale)
 
     def read_images(self) -> Request:
-        """The same request with its images read: PIL images instead of paths. Warns of a mask that repaints next to
-        nothing, or nearly everything. Raises what `read_image` raises."""
+        """The same request with its images read: PIL images instead of paths. Warns about a mask that repaints next
+        to nothing, or nearly everything. Raises what `read_image` raises."""
         image = None if self.input_image is None else read_image(self.input_image, name="input_image")
         mask = None if self.mask_image is None else read_mask_image(self.mask_image, image)
         if mask is not None:
-            warn_of_mask(mask)
+            warn_about_mask(mask)
         return replace(self, input_image=image, mask_image=mask)
 
     def to_dict(self) -> dict:
@@ -153,8 +153,8 @@ def image_size(models: Models, shape: tuple[int, int, int, int]) -> tuple[int, i
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Raises ValueError, with the argument's `name`, for a tensor of another shape. A text in it is any number."""
-    given = tuple(getattr(tensor, "shape", ()))
+    """Raises ValueError, with the argument's `name`, unless a tensor has this shape, where a text is any number."""
+    given = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
     fits = len(given) == len(shape) and all(isinstance(n, str) or n == size for n, size in zip(shape, given))
     if not fits or 0 in given:
         raise ValueError(f"{name} should be a tensor ({', '.join(map(str, shape))}), not {given or _shown(tensor)}.")

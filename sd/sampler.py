@@ -83,7 +83,7 @@ class Sampler(ABC):
         if not 0 < strength <= 1:
             raise ValueError(f"strength should be above 0 and at most 1, not {strength!r}.")
         n = len(self._all_timesteps)
-        self._start(n - max(1, int(n * strength + 1e-4)))  # 50 * 0.58 is 28.999999999999996 to a computer, and not 28
+        self._start(n - max(1, int(n * strength + 1e-4)))  # 50 * 0.58 is 28.999999999999996, and means 29
 
     def choose_timesteps(self, n: int) -> np.ndarray:
         """n timesteps, noisiest first, float64 (n,)."""

@@ -136,6 +136,22 @@ def test_a_usual_mask_is_not_commented_on(picture, mask, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("level", [3, 85, 127, 254])
+def test_grey_strokes_are_feathered_as_white_ones_are(level):
+    masks = [strokes(lambda pen, fill=fill: pen.rectangle([20, 20, 99, 99], fill=fill)) for fill in (level, 255)]
+    grey, white = (read_mask(mask, 128, 128, 8) for mask in masks)
+    assert torch.allclose(grey, white * level / 255, atol=1e-3)
+    assert grey.max() == pytest.approx(level / 255, abs=1e-6)
+
+
+def test_a_feather_that_leaves_nothing_of_the_mask_is_explained(recwarn):
+    mask = strokes(lambda pen: pen.line([(20, 20), (100, 100)], fill=255, width=5))
+    assert read_mask(mask, 128, 128, 2).max() > 0.8
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="^feather is wider than what is white in mask_image, .* make it smaller.$"):
+        assert read_mask(mask, 128, 128, 20).max() < 0.1
+
+
 def test_alpha_mask_is_white_where_the_image_was_erased(tmp_path):
     erased = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)).convert("RGBA")
     erased.putalpha(half_mask().point(lambda level: 255 - level))

@@ -146,6 +146,14 @@ def test_tensors_of_another_shape_are_named(models, latents, context, problem):
             pipeline.decode_latents(models, torch.zeros(latents))
 
 
+def test_arrays_are_no_tensors(models):
+    array, problem = np.zeros((1, 4, 8, 8), np.float32), r"^latents should be a tensor \(B, 4, h, w\), not array\("
+    with pytest.raises(ValueError, match=problem):
+        next(pipeline.denoise(models, array, torch.zeros(2, 77, 32), pipeline.SAMPLERS["ddpm"]()))
+    with pytest.raises(ValueError, match=problem):
+        pipeline.decode_latents(models, array)
+
+
 def test_a_guided_part_of_the_run_has_whole_steps(models):
     """To a computer, 0.07 * 100 is 7.000000000000001 and 0.14 * 100 is 14.000000000000002."""
     latents, context = pipeline.get_latents(models, 1, 8, 8), pipeline.encode_prompt(models, "a cat")

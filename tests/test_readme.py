@@ -6,6 +6,7 @@ import pytest
 
 from sd.samplers import SAMPLERS
 from tests import ROOT
+from tests.support.marks import slow
 
 PAGES = [
     page
@@ -27,7 +28,13 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.parent.name)
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+LONGEST = ROOT / "sd/inside/README.md"  # records and reports
+
+
+@pytest.mark.parametrize(
+    "page", [slow(page) if page == LONGEST else page for page in WITH_PYTHON], ids=lambda page: page.parent.name
+)
 def test_blocks_of_python_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.print", lambda *_: None)

@@ -1,17 +1,15 @@
-"""The texts that demo.py writes into images and reports: settings, labels, and the command that repeats an image."""
+"""The texts that demo.py writes into reports and on grids: details, labels, and the command that repeats an image."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import shlex
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.support.command_line import demo_command
-from scripts.support.saved_settings import protect, quote
+from scripts.support.saved_settings import settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,52 +20,17 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # the names of --dtype -> torch's
 
-PADDING = 32  # pixels, as in the AUTOMATIC1111 web UI
-
-# The AUTOMATIC1111 web UI's names; a sampler that is missing keeps ours. `_karras` becomes " Karras".
-SAMPLER_NAMES = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "lms": "LMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm++2m": "DPM++ 2M",
-    "dpm++2m_sde": "DPM++ 2M SDE",
-}
-
-
-def parameters(options: argparse.Namespace, request: Request) -> str:
-    """The prompt and settings as one text, in the format that other Stable Diffusion tools read and write."""
-    lines = [protect(request.prompt)]
-    if request.uncond_prompt:
-        lines.append(f"Negative prompt: {protect(request.uncond_prompt)}")
-    lines.append(", ".join(f"{key}: {quote(value)}" for key, value in _settings(options, request).items()))
-    return "\n".join(lines)
-
-
-def model_name(checkpoint: Path | None) -> str:
-    """What the settings call the model: the name of its file or folder, without the suffix."""
-    return Path(os.path.abspath(checkpoint)).stem if checkpoint else "tiny"
-
-
-def padding(options: argparse.Namespace) -> int | None:
-    """The pixels around the mask that --only-masked shows the model; None without it."""
-    if not options.only_masked:
-        return None
-    return PADDING if options.padding is None else options.padding
-
 
 def details(options: argparse.Namespace, request: Request, models: Models) -> dict[str, str]:
     """The prompt, all settings, the machine, and the versions of the libraries. Empty values are left out."""
     import torch
 
     device, dtype = _place(models)
-    pairs = {"Prompt": request.prompt, "Negative prompt": request.uncond_prompt, **_settings(options, request)}
+    pairs = {"Prompt": request.prompt, "Negative prompt": request.uncond_prompt, **settings(options, request)}
     mask = "where the image is transparent" if options.mask_from_alpha else options.mask
-    pairs |= {"Image": options.image, "Mask": mask, "Feather": options.feather}
-    pairs |= {"Inverted mask": "yes" * options.invert_mask, "Only masked, padding": padding(options)}
+    inverted = "yes" if options.invert_mask else None
+    pairs |= {"Image": options.image, "Mask": mask, "Inverted mask": inverted, "Feather": options.feather}
+    pairs |= {"Only masked, padding": request.padding_mask_crop}
     pairs |= {"Device": device, "Precision": DTYPES[dtype], "Machine": platform.machine()}
     pairs |= {"Threads": torch.get_num_threads()}
     pairs |= {"Python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "pillow")}
@@ -80,7 +43,7 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
 
     device, dtype = _place(models)
     # A prompt must not look like a flag. An empty pair of braces adds nothing to it.
-    prompt = "{}" * request.prompt.startswith("-") + escape(request.prompt)
+    prompt = ("{}" if request.prompt.startswith("-") else "") + escape(request.prompt)
     arguments = [*demo_command(), prompt]
     flags = {
         "--negative": request.uncond_prompt or None,
@@ -127,26 +90,6 @@ def grid(prompts: list[str], seeds: range, images: list[np.ndarray]) -> Image.Im
     starts = range(0, len(images), len(seeds))
     rows, texts = ([cells[i : i + len(seeds)] for i in starts] for cells in (images, labels))
     return contact_sheet(rows, texts)
-
-
-def _settings(options: argparse.Namespace, request: Request) -> dict[str, object]:
-    """The settings of an image, under the names that other Stable Diffusion tools use."""
-    base, karras, _ = request.sampler_name.partition("_karras")
-    pairs = {
-        "Steps": request.n_inference_steps,
-        "Sampler": SAMPLER_NAMES.get(base, base) + (" Karras" if karras else ""),
-        "CFG scale": f"{request.cfg_scale:g}",
-        "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
-        "Model": model_name(options.checkpoint),
-    }
-    if options.vae:
-        pairs["VAE"] = options.vae.stem
-    if request.deep_cache > 1:
-        pairs["Deep cache"] = request.deep_cache
-    if options.image:
-        pairs["Denoising strength"] = f"{request.strength:g}"
-    return pairs
 
 
 def _place(models: Models) -> tuple[str, str]:

@@ -1,14 +1,21 @@
-"""What demo.py checks before it loads anything: flags that need each other, files that are missing or used twice."""
+"""What demo.py says about its options: errors before it loads anything, and notes before it draws."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from scripts.support.command_line import say
 from scripts.support.output_files import check_different_files, check_free
 
+if TYPE_CHECKING:
+    from sd.models import Models
+    from sd.request import Request
+
 MAX_IMAGES = 10_000
-FEATURES = {".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}  # suffix -> what Pillow calls it: not every build has all
+FEATURES = {".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}  # what Pillow calls the formats that some builds lack
+FAR_ABOVE = 2  # times the pixels that the model was trained on
 
 
 def check_flags(options: argparse.Namespace) -> None:
@@ -17,22 +24,12 @@ def check_flags(options: argparse.Namespace) -> None:
 
     if not 1 <= options.n <= MAX_IMAGES:
         raise ValueError(f"--n should be from 1 to {MAX_IMAGES}, not {options.n}.")
-    alpha = options.mask_from_alpha
-    for flag, given in {"--mask": options.mask, "--strength": options.strength, "--mask-from-alpha": alpha}.items():
-        if given is not None and given is not False and not options.image:
-            raise ValueError(f"--image should be given with {flag}: it is the image to change.")
-    if alpha and options.mask:
-        raise ValueError("--mask-from-alpha should be given without --mask: it makes the mask of --image itself.")
-    effects = {"--feather": options.feather, "--invert-mask": options.invert_mask, "--only-masked": options.only_masked}
-    for flag, given in effects.items():
-        if given is not None and given is not False and not (options.mask or alpha):
-            raise ValueError(f"--mask should be given with {flag}, or --mask-from-alpha.")
-    if options.padding is not None and not options.only_masked:
-        raise ValueError("--only-masked should be given with --padding, which is the space around the mask.")
+    _check_pairs(options)
     files = {"--image": options.image, "--mask": options.mask, "--from": options.source}
     files["--prompts-file"] = options.prompts_file
     for flag, path in files.items():
-        if path is not None and not path.is_file():
+        pipe = flag == "--prompts-file" and path is not None and path.is_fifo()  # as in <(sort prompts.txt)
+        if path is not None and not path.is_file() and not pipe:
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
     for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
         if path is not None and not path.exists():
@@ -40,7 +37,7 @@ def check_flags(options: argparse.Namespace) -> None:
             raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{remedy}.")
     check_different_files(
         {**files, "--checkpoint": options.checkpoint, "--vae": options.vae},
-        {"--out": options.out and Path(options.out), "--film": options.film, "--report": options.report},
+        {"--out": Path(options.out) if options.out else None, "--film": options.film, "--report": options.report},
     )
     for flag, path in (("--out", Path(options.out or "")), ("--film", options.film or Path())):
         if path.suffix.lower() in FEATURES and not features.check(FEATURES[path.suffix.lower()]):
@@ -53,5 +50,66 @@ def check_flags(options: argparse.Namespace) -> None:
         if options.report.suffix.lower() != ".html":
             raise ValueError(f"--report should be a .html file, not {options.report}.")
         check_free("--report", options.report, options.overwrite)
-        if options.deep_cache not in (None, 1):
-            raise ValueError("--report should be used without --deep-cache: it shows every stage at every step.")
+
+
+def _check_pairs(options: argparse.Namespace) -> None:
+    """Raises ValueError for flags that need or exclude each other."""
+    has_mask = options.mask or options.mask_from_alpha
+    has_strength, has_feather, has_padding = (
+        value is not None for value in (options.strength, options.feather, options.padding)
+    )
+    of_image = {"--mask": options.mask, "--strength": has_strength, "--mask-from-alpha": options.mask_from_alpha}
+    for flag, given in of_image.items():
+        if given and not options.image:
+            raise ValueError(f"--image should be given with {flag}: it is the image to change.")
+    if options.mask_from_alpha and options.mask:
+        raise ValueError("--mask-from-alpha should be given without --mask: it makes the mask from --image itself.")
+    of_mask = {"--feather": has_feather, "--invert-mask": options.invert_mask, "--only-masked": options.only_masked}
+    for flag, given in of_mask.items():
+        if given and not has_mask:
+            raise ValueError(f"--mask or --mask-from-alpha should be given with {flag}.")
+    if has_padding and not options.only_masked:
+        raise ValueError("--only-masked should be given with --padding, which is the space around the mask.")
+    if options.report and options.deep_cache not in (None, 1):
+        raise ValueError("--report should be used without --deep-cache: it shows every stage at every step.")
+
+
+def note_unquoted(prompts: list[str]) -> None:
+    """For several prompts of one word each: quotes may be missing."""
+    if len(prompts) > 1 and all(prompt and len(prompt.split()) == 1 for prompt in prompts):
+        one = " ".join(prompts)
+        say(f'{len(prompts)} prompts were given, and each is drawn. For a single prompt, add quotes: "{one}".')
+
+
+def note_unknown_words(prompts: list[str]) -> None:
+    """For words that the tiny model was never trained on."""
+    from sd.prompts.other_tools import without_notation
+    from sd.training.world.vocabulary import unknown_words
+
+    if words := unknown_words(without_notation(" ".join(prompts))):
+        unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
+        say(f"the tiny model was not trained on {unknown}: --world lists its words.")
+
+
+def note_crop(options: argparse.Namespace, request: Request) -> None:
+    """If cropping --image removes more than a twentieth of it."""
+    if request.input_image is None or request.padding_mask_crop is not None:
+        return
+    width, height = request.input_image.size
+    wanted = request.width / request.height
+    if min(wanted * height / width, width / height / wanted) < 0.95:
+        say(
+            f"{options.image}, {width} x {height}, is cropped around its centre to the shape of "
+            f"{request.width} x {request.height}; --width and --height choose another."
+        )
+
+
+def note_size(request: Request, models: Models) -> None:
+    """If the image is far larger than those that the model was trained on."""
+    side = models.config.image_size
+    times = request.width * request.height / side**2
+    if times > FAR_ABOVE:
+        say(
+            f"{request.width} x {request.height} is {times:.3g} times the {side} x {side} pixels that the model was "
+            f"trained on: expect repeated objects, and steps that take at least {times:.3g} times as long."
+        )

@@ -29,6 +29,11 @@ def demo_name() -> str:
     return Path(demo_command()[-1]).name
 
 
+def say(line: str) -> None:
+    """Prints a line of the demo on standard error, after the program's name."""
+    print(f"{demo_name()}: {line}", file=sys.stderr)
+
+
 class Once(argparse.Action):
     """Stores a value, and is an error if the flag is given twice: of two names, one would be ignored."""
 
@@ -57,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         return self._ready(super().parse_intermixed_args(*arguments, **more))
 
     def _ready(self, options: argparse.Namespace) -> argparse.Namespace:
-        """The options, or an error of one line if a package is missing, or the current folder."""
+        """Returns the options. Stops with one line if a package or the current folder is missing."""
         if missing := [name for name in self.packages if find_spec(name) is None]:
             self.error(
                 f"this Python lacks {', '.join(missing)}: run `sh scripts/demo.sh` once to install them into .venv, "
@@ -75,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if self.prog == demo_name() and "unrecognized arguments: -" in message:
-            message += "; a prompt that begins with a dash stands after --, behind all flags"
+            message += "; a prompt that begins with a dash goes at the end, after --"
         self.exit(2, f"{self.prog}: {message}\n")
 
 

@@ -16,7 +16,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 def first_path(out: str | None, overwrite: bool) -> Path:
     """The file that --out names, or picture.png in the folder that it names. Raises ValueError if it cannot be written.
 
-    A name is a folder if there is one, if it ends in a slash, or if it has no suffix.
+    A name is that of a folder if the folder exists, if the name ends in a slash, or if it has no suffix.
     """
     path = Path(out or "")
     if path.is_dir() or (out or "").endswith(("/", os.sep)) or not path.suffix:
@@ -25,8 +25,8 @@ def first_path(out: str | None, overwrite: bool) -> Path:
         return path
     if path.suffix.lower() not in IMAGES:
         raise ValueError(
-            f"--out should be a .png, .jpg, .jpeg or .webp file, or a folder, not {out}; a new folder with a dot in "
-            f"its name ends in a slash: {out}/."
+            f"--out should be a .png, .jpg, .jpeg or .webp file, or a folder, not {out}; to make a folder of that "
+            f"name, add a slash: {out}/."
         )
     check_free("--out", path, overwrite)
     return path
@@ -56,12 +56,12 @@ def check_different_files(read: dict[str, Path | None], written: dict[str, Path 
     pairs = [*((other, one) for one in outputs for other in inputs), *itertools.combinations(outputs, 2)]
     for (flag, path), (other_flag, other) in pairs:
         if same_file(path, other):
-            raise ValueError(f"{other_flag} should be another file than {flag}, not {other} for both.")
+            raise ValueError(f"{other_flag} should be a different file from {flag}, not {other} for both.")
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths name one file, also through links. A file that does not exist yet is compared by its name,
-    without regard to case, as some systems do."""
+    """Whether two paths name one file, also through links. If one does not exist yet, the names are compared, without
+    regard to case, because some systems ignore it."""
     try:
         return os.path.samefile(one, other)
     except OSError:

@@ -1,9 +1,8 @@
-"""The prompts of demo.py: from the command line, from a file, and from the settings in a picture."""
+"""The prompts of demo.py, from the command line and from a file, and notes on notation that has no effect."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.support.flags import with_flags
@@ -18,41 +17,38 @@ def all_prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """
     from sd.prompts.alternatives import expand, without_alternatives
     from sd.prompts.other_tools import adapt
+    from sd.request import Request
 
     prompts: list[str] = []
-    notes: dict[str, str] = {}
+    notes: dict[str, str] = {}  # the first of each kind
 
-    def add(text: str) -> None:
+    def add(text: str) -> list[str]:
         adapted, found = adapt(text)
         if group := without_alternatives(text):
             meant = f"{group[1:-1]}, without its braces; \\{{ is a brace, and {{red|blue}} are alternatives"
             found["braces"] = f"{group} is read as {meant}."
-        prompts.extend(expand(adapted))
-        _add_notes(notes, found)
+        expanded = expand(adapted)
+        prompts.extend(expanded)
+        notes.update(found | notes)
+        return expanded
 
     for text in options.prompts:
         add(text)
     if options.prompts_file:
         for number, line in read_lines(options.prompts_file):
             try:
-                start = len(prompts)
-                add(line)
-                for prompt in prompts[start:]:
-                    _check(prompt)
+                for prompt in add(line):
+                    Request(prompt).check()
             except ValueError as error:
                 raise ValueError(f"{options.prompts_file}, line {number}: {with_flags(str(error))}") from None
-    if options.saved_prompt is not None:  # its braces have been read already
-        adapted, found = adapt(options.saved_prompt)
-        prompts.append(adapted)
-        _add_notes(notes, found)
     options.negative, found = adapt(options.negative or "")
     if "{" in options.negative and "|" in options.negative and not options.source:
-        found["braces"] = "{ } in --negative are read as text: alternatives belong into the prompt."
-    _add_notes(notes, found)
+        found["braces"] = "{ } in --negative are read as text: alternatives belong in the prompt."
+    notes.update(found | notes)
     return prompts, list(notes.values())
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> list[tuple[int, str]]:
     """The prompts of a file and the numbers of their lines, from 1. Raises ValueError or OSError in one sentence."""
     try:
         with open(path, "rb") as file:
@@ -63,23 +59,15 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"--prompts-file should be at most {MAX_BYTES // 10**6} MB long: {path} is longer.")
     try:
         text = content.decode("utf-8-sig")
+        wrong = content.find(b"\0")  # in UTF-16 without a mark, every second byte is zero
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"--prompts-file should be text in UTF-8: {path}, line {line}, is not.") from None
+        wrong = error.start
+    if wrong >= 0:
+        line = content.count(b"\n", 0, wrong) + 1
+        raise ValueError(f"--prompts-file should be text in UTF-8: {path}, line {line}, is not.")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     found = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     found = [(number, line) for number, line in found if line and not line.startswith("#")]
     if not found:
         raise ValueError(f"--prompts-file should have a prompt in each line: {path} has none.")
-    yield from found
-
-
-def _add_notes(notes: dict[str, str], found: dict[str, str]) -> None:
-    for kind, sentence in found.items():
-        notes.setdefault(kind, sentence)
-
-
-def _check(prompt: str) -> None:
-    from sd.request import Request
-
-    Request(prompt).check()
+    return found

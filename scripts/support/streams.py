@@ -37,7 +37,7 @@ class Stream:
                 self._drop()
 
     def _drop(self) -> None:
-        """Sends what is still buffered nowhere. Otherwise Python would try again to write it when it exits."""
+        """Discards what is still buffered. Otherwise Python would try again to write it when it exits."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())

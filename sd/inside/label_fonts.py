@@ -1,6 +1,6 @@
 """A label in any script -> pieces of text, each with a font that has its letters.
 
-Pillow's own font has little more than ASCII. Other letters are looked for in the fonts of the system. A letter that no
+Pillow's own font has little more than ASCII. For other letters, the fonts of the system are searched. A letter that no
 font has is written as its escape, such as \\u732b: otherwise, all such letters would be drawn as the same box.
 """
 
@@ -18,13 +18,13 @@ import regex
 from PIL import ImageFont
 from PIL.ImageFont import FreeTypeFont, Layout
 
-# Fonts to try first, by the beginnings of their file names: plain ones with many letters.
+# Fonts to try first, by how their file names begin: plain ones with many letters.
 PREFERRED = ("dejavusans", "notosans", "arial", "segoeui", "helvetica", "hiragino", "pingfang", "msyh", "meiryo")
-# The parts of file names that make a font the last choice among those, and that exclude it.
+# Parts of file names: of fonts to try last among those, and of fonts not to use.
 STYLES = ("bold", "italic", "oblique", "light", "thin", "black", "condensed", "narrow", "mono", "serif")
-PLACEHOLDERS = ("lastresort", "blank")  # these have a sign for every letter, but not the letters
+PLACEHOLDERS = ("lastresort", "blank")  # these draw the same sign for many letters
 INVISIBLE = r"[\s\p{Default_Ignorable_Code_Point}]"  # spaces, and what only joins or orders letters
-LACKED = "\U0010ffff"  # no font has it
+MISSING = "\U0010ffff"  # no font has it
 
 
 class Font:
@@ -34,45 +34,45 @@ class Font:
         self.path = path
         self.known: dict[str, bool] = {}  # whether the font has a letter
 
-    def having(self, letters: set[str]) -> set[str]:
-        """Those of the letters that the font has."""
+    def supported(self, letters: set[str]) -> set[str]:
+        """The letters that the font has."""
         if new := letters - self.known.keys():
             try:
-                # Raqm would add a circle to a mark without a letter, which then does not look lacked.
+                # Raqm would add a circle to a mark without a letter, which would then not look missing.
                 font = _read(self.path, 24, Layout.BASIC)
-                self.known |= {letter: _mask(font, letter) != _mask(font, LACKED) for letter in new}
+                self.known |= {letter: _mask(font, letter) != _mask(font, MISSING) for letter in new}
             except OSError:  # a damaged font, or one of bitmaps
                 self.known |= dict.fromkeys(new, False)
         return {letter for letter in letters if self.known[letter]}
 
 
-PILLOWS = Font(None)
+PILLOW_FONT = Font(None)
 
 
 def pieces(text: str, size: int) -> list[tuple[str, FreeTypeFont]]:
     """A text -> pieces of it, each with its font of this size in pixels.
 
-    Text that goes from right to left needs a Pillow with Raqm. Without it, its letters are in the wrong order.
+    Text from right to left needs a Pillow with Raqm. Without it, the letters are in the wrong order.
     """
     text = unicodedata.normalize("NFC", text)
-    fonts, lacked = [], _visible(text)
+    fonts, missing = [], _visible(text)
     for font in _fonts():
-        if found := font.having(lacked):
+        if found := font.supported(missing):
             fonts.append(font)
-            lacked -= found
-        if not lacked:
+            missing -= found
+        if not missing:
             break
-    if lacked:
-        text = "".join(_escape(letter) if letter in lacked else letter for letter in text)
-        fonts.append(PILLOWS)  # for the escapes
+    if missing:
+        text = "".join(_escape(letter) if letter in missing else letter for letter in text)
+        fonts.append(PILLOW_FONT)  # for the escapes
     letters = _visible(text)
-    whole = next((font for font in fonts if font.having(letters) == letters), None)
-    if whole:  # reads better than a mixture of fonts
+    whole = next((font for font in fonts if font.supported(letters) == letters), None)
+    if whole:  # looks better than a mixture of fonts
         fonts = [whole]
-    chosen, font = [], (fonts or [PILLOWS])[0]
+    chosen, font = [], (fonts or [PILLOW_FONT])[0]
     for letter in text:
         if needed := _visible(letter):  # an invisible letter, or one that the font has, does not change the font
-            font = next(each for each in (font, *fonts) if each.having(needed))
+            font = next(each for each in (font, *fonts) if each.supported(needed))
         chosen.append(font)
     runs = groupby(zip(text, chosen), lambda pair: pair[1])
     return [_piece("".join(letter for letter, _ in run), _open(font.path, size)) for font, run in runs]
@@ -95,7 +95,7 @@ def _escape(letter: str) -> str:
 
 
 def _fonts() -> Iterator[Font]:
-    yield PILLOWS
+    yield PILLOW_FONT
     yield from _system_fonts()
 
 

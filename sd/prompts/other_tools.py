@@ -1,4 +1,4 @@
-r"""Notation of other tools that has no effect here: a prompt is adapted to `weights`, and sentences say how.
+r"""Notation of other tools that has no effect here: it is made plain text, or left out, and a sentence says so.
 
 [red:blue:0.5]  [red|blue]       prompt editing and alternation in the AUTOMATIC1111 web UI: read as text
 <lora:name:1>  <hypernet:name:1>  files of additional weights: left out
@@ -16,12 +16,12 @@ EDITING = re.compile(r":\s*[+-]?[.\d]+\s*\Z")
 BRACKET = re.compile(r"(?s)\\.|(?P<eyes>[:;=]['^o-]?)?(?P<bracket>[()\[\]])")
 PAIRS = {")": "(", "]": "["}
 
-# Each pattern of text that other tools would not read as text -> what to say of it.
+# Text that means something to other tools, as patterns -> what to say about it.
 AS_TEXT = {
     r"\bAND\b": "{} is read as a word: prompts are not combined.",
     r"\b__[\w/*-]+__\b": "{} is read as text: wildcard files are not supported; write {{red|blue}}.",
     r"\w{3,}\+\++|\([^()]*\)\++": "{} is read as text: a weight is written (word:1.3).",
-    r"(?<!\S)--[a-z][\w-]*": "{} in a prompt is read as text: options stand outside its quotes.",
+    r"(?<!\S)--[a-z][\w-]*": "{} in a prompt is read as text: options go outside the quotes.",
 }
 
 
@@ -65,7 +65,7 @@ def without_notation(prompt: str) -> str:
 def _escape_faces(prompt: str) -> str:
     """Puts a backslash before each bracket of a :) or ;-( that has no partner."""
     opened: list[re.Match] = []
-    lonely: list[int] = []
+    unpaired: list[int] = []
     for match in BRACKET.finditer(prompt):
         bracket = match["bracket"]
         if bracket in PAIRS.values():
@@ -73,8 +73,8 @@ def _escape_faces(prompt: str) -> str:
         elif bracket and opened and opened[-1]["bracket"] == PAIRS[bracket]:
             opened.pop()
         elif bracket and match["eyes"]:
-            lonely.append(match.start("bracket"))
-    lonely += [match.start("bracket") for match in opened if match["eyes"]]
-    for position in sorted(lonely, reverse=True):
+            unpaired.append(match.start("bracket"))
+    unpaired += [match.start("bracket") for match in opened if match["eyes"]]
+    for position in sorted(unpaired, reverse=True):
         prompt = f"{prompt[:position]}\\{prompt[position:]}"
     return prompt

@@ -225,7 +225,7 @@ def weigh(context: Tensor, weights: Tensor) -> Tensor:
     weights = weights.to(context.device)[..., None]  # (N, 77, 1)
     z = context.float()
     size = weights.abs().mean((1, 2), keepdim=True)  # (N, 1, 1)
-    # Clamped is 1 / s, which is finite: so s changes gradually with the weights, and never jumps.
+    # 1 / s is clamped, because it is always finite: so s changes gradually with the weights.
     ratio = (z * weights).mean((1, 2), keepdim=True) / (z.mean((1, 2), keepdim=True) * size)
     factors = weights / (size * ratio.nan_to_num(1).clamp(0.5, 2))  # (N, 77, 1)
     unweighted = (weights == 1).all(dim=1, keepdim=True)  # (N, 1, 1)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sd.sampler import SigmaSampler
 
+MAX_REACH = 2  # a step is at most this many times as long as the distance between its first and last slope
+
 
 def lms_weights(sigmas: list[float], sigma_next: float) -> list[float]:
     """The weights of the slopes at `sigmas`, the latest first, for a step from sigmas[0] to `sigma_next`.
@@ -27,9 +29,6 @@ def lms_weights(sigmas: list[float], sigma_next: float) -> list[float]:
         integral = lagrange.integ()
         weights.append(float(integral(sigma_next) - integral(sigmas[0])))
     return weights
-
-
-MAX_REACH = 2  # a step may be this much longer than the distance between the latest and the oldest slope
 
 
 class LMSSampler(SigmaSampler):
@@ -48,8 +47,8 @@ class LMSSampler(SigmaSampler):
         """x_{i+1} = x_i + sum_j w_j d_{i-j},    w_j the integral of l_j from sigma_i to sigma_{i+1}
 
         over the last `order` slopes, or fewer at the start of a run. With many Karras levels, the last step, to
-        sigma = 0, is up to a hundred times longer than those before it. So far away a polynomial through their slopes
-        multiplies rounding errors by up to a million: such a step is Euler's.
+        sigma = 0, is up to a hundred times as long as those before it. There, the polynomial through their slopes would
+        multiply rounding errors by up to a million, so such a step is Euler's.
         """
         self.history = [slope, *self.history[: self.order - 1]]
         sigma_next, *sigmas = self.sigmas[: i + 2].tolist()[::-1]

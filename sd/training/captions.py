@@ -15,10 +15,10 @@ from sd.images import FORMATS
 from sd.tokenizer import clean
 
 LISTS = ("captions.jsonl", "metadata.jsonl")  # the second is the convention of Hugging Face's ImageFolder
-LINE = '{"file": "cat.png", "caption": "a cat"}'
+EXAMPLE = '{"file": "cat.png", "caption": "a cat"}'
 KEYS = ("file", "file_name"), ("caption", "text")  # in a line of a list: the image, and its caption or captions
 TEXTS = (".txt", ".caption")
-# Images that people have, and that `read_image` does not read. Pillow reads AVIF only since version 11.3.
+# Common image formats that `read_image` does not read. Pillow reads AVIF since version 11.3.
 UNREADABLE = {".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".xcf", ".kra", ".exr", ".dng", ".cr2", ".nef", ".arw"}
 
 
@@ -27,7 +27,7 @@ class DataError(ValueError):
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """The captions of each image in a folder, by file name. Hidden files and subfolders are passed over.
+    """The captions of each image in a folder, by file name. Hidden files and subfolders are ignored.
 
     Raises DataError if the folder does not exist or has no images, if an image has no caption or one that the tokenizer
     refuses, or if a file of captions cannot be read.
@@ -39,10 +39,10 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
         _check(folder, captions)
         return captions
     if unread := unreadable_images(folder):
-        raise DataError(f"{folder} should have images in a format such as PNG or JPEG, not only such as {unread[0]}.")
+        raise DataError(f"{folder} should have images in a format such as PNG, not only files such as {unread[0]}.")
     raise DataError(
         f"{folder} has no captioned images: add some, such as cat.png with its captions in cat.txt, one a line, or "
-        f"a file {LISTS[0]} with lines such as {LINE}."
+        f"a file {LISTS[0]} with lines such as {EXAMPLE}."
     )
 
 
@@ -51,43 +51,21 @@ def unreadable_images(folder: Path) -> list[str]:
     return [path.name for path in _visible_files(folder) if path.suffix.lower() in UNREADABLE - _suffixes()]
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark. Raises DataError for another encoding."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
-    try:
-        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
-        wrong = text.find("\0")  # in UTF-16 without a mark, every second byte is zero
-        lines = text.count("\n", 0, wrong)
-    except UnicodeDecodeError as error:
-        wrong, lines = error.start, data.count(b"\n", 0, error.start)
-    if wrong >= 0:
-        raise DataError(f"{path} should be text in UTF-8, but line {lines + 1} is not: save it again as UTF-8.")
-    return text
-
-
-def split_lines(text: str) -> list[str]:
-    """The lines of a text as editors show them. `str.splitlines` also splits at U+0085, U+2028 and form feeds."""
-    return re.split(r"\r\n|\r|\n", text)
-
-
 def _read_list(path: Path) -> dict[str, list[str]]:
     """The captions of a JSON-lines file: in each line the name of an image, and its caption or a list of captions."""
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(split_lines(read_text(path)), 1):
+    for number, line in enumerate(_split_lines(_read_text(path)), 1):
         if not line.strip():
             continue
         name, texts = _parse(line)
         if not (name and texts):
-            raise DataError(f"Line {number} of {path} should be like {LINE}, not {line[:60]!r}.")
+            raise DataError(f"Line {number} of {path} should be like {EXAMPLE}, not {line[:60]!r}.")
         captions.setdefault(name, []).extend(texts)
     return captions
 
 
 def _parse(line: str) -> tuple[str, list[str]]:
-    """A line of JSON -> the name of the image and its captions, both empty if it should be refused."""
+    """A line of JSON -> the name of the image and its captions; one of them is empty if the line is invalid."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -110,14 +88,36 @@ def _read_texts(files: list[Path]) -> dict[str, list[str]]:
     suffixes, captions = _suffixes(), {}
     for path in (path for path in files if path.suffix.lower() in suffixes):
         text = next((texts[path.stem, suffix] for suffix in TEXTS if (path.stem, suffix) in texts), None)
-        lines = split_lines(read_text(text)) if text else []
+        lines = _split_lines(_read_text(text)) if text else []
         captions[path.name] = [line.strip() for line in lines if line.strip()]
         if not captions[path.name]:
             raise DataError(
                 f"{path} has no caption: write one in {path.stem}.txt in the same folder, or list the captions of all "
-                f"images in {LISTS[0]}, with lines such as {LINE}."
+                f"images in {LISTS[0]}, with lines such as {EXAMPLE}."
             )
     return captions
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark. Raises DataError for another encoding."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
+    try:
+        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        wrong = text.find("\0")  # in UTF-16 without a mark, every second byte is zero
+        lines = text.count("\n", 0, wrong)
+    except UnicodeDecodeError as error:
+        wrong, lines = error.start, data.count(b"\n", 0, error.start)
+    if wrong >= 0:
+        raise DataError(f"{path} should be text in UTF-8, but line {lines + 1} is not: save it again as UTF-8.")
+    return text
+
+
+def _split_lines(text: str) -> list[str]:
+    """The lines of a text as editors show them. `str.splitlines` also splits at U+0085, U+2028 and form feeds."""
+    return re.split(r"\r\n|\r|\n", text)
 
 
 def _check(folder: Path, captions: dict[str, list[str]]) -> None:

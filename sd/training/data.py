@@ -118,7 +118,7 @@ def load_folder(folder: Path, cache: Path, size: int) -> CaptionedImages:
     captions = read_captions(folder)
     if left_out := unreadable_images(folder):
         names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
-        log.warning("Images of %s that are left out, because their format cannot be read: %s", folder, names)
+        log.warning("Images in %s are left out because their format cannot be read: %s", folder, names)
     images = (_read_image(folder / name, size) for name in captions)
     path = cache / "folder.npy"
     cache.mkdir(parents=True, exist_ok=True)

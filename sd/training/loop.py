@@ -28,7 +28,7 @@ from sd.training.muon import Muon
 from sd.training.precision import mixed_precision
 
 WARMUP = 100  # steps during which the learning rate rises
-CALIBRATION = 20  # steps after which it is decided how many fit into the given minutes
+CALIBRATION = 20  # steps that are timed, to decide how many fit into the given minutes
 
 
 class Stage(Protocol):
@@ -169,7 +169,7 @@ class Training:
             torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
 
     def _calibrate(self, elapsed: float) -> None:
-        """Decide once how many steps fit into the given minutes: after `CALIBRATION` steps, or half of the time.
+        """Decide once how many steps fit into the given minutes: after `CALIBRATION` steps, or after half of the time.
 
         Resuming does not change the number, because the learning rate depends on it.
         """

@@ -65,7 +65,7 @@ class TrainingRun:
         U-Net further, and its text encoder and autoencoder are not changed.
 
         Raises FileNotFoundError or CheckpointError if `start` cannot be read, ValueError if the images cannot be used
-        or `out` has them or another run, OSError if `out` cannot be written.
+        or if `out` is their folder or that of another run, OSError if `out` cannot be written.
         """
         if folder and out.exists() and folder.exists() and out.samefile(folder):
             raise TrainingError(
@@ -222,7 +222,7 @@ class TrainingRun:
         sampler = SAMPLERS["ddpm"](torch.Generator().manual_seed(0), schedule=self.config.schedule)
         sampler.set_inference_timesteps(20)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # long captions are truncated here too
+            warnings.simplefilter("ignore")  # `tokenise` has already logged how many captions are truncated
             context = encode_prompt(models, prompts, plain=True)  # a bracket in a caption is not a weight
         latents = get_latents(models, len(prompts), seed=0)
         for step in denoise(models, latents, context, sampler, cfg_scale=5.0):

@@ -84,7 +84,7 @@ class TextStage:
         self.batch_size = min(batch_size, len(dataset))
         self.tokens = tokens
         self.small = shrink(dataset)
-        # "pictures" is the name that state files have for it.
+        # State files call the image encoder "pictures".
         self.networks = nn.ModuleDict({"pictures": ImageEncoder(), "captions": CaptionEncoder(config)})
         self.networks.log_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as in 2103.00020, section 2.5
 

@@ -21,6 +21,8 @@ from sd.request import Request
 from tests.support.pages import OPTIONS, RED, Page, make, pixels
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
+MASK = Image.linear_gradient("L").resize((40, 32))
+
 
 @pytest.fixture(scope="module")
 def models():
@@ -196,7 +198,7 @@ def test_shapes_of_the_unet(made, page):
 
 @pytest.mark.parametrize("config", [MICRO, INPAINTING_MICRO])
 def test_from_a_picture(config):
-    more = {"input_image": RED, "mask_image": Image.new("L", (40, 32), "white"), "strength": 0.7}
+    more = {"input_image": RED, "mask_image": MASK, "strength": 0.7}
     models = random_models(config)
     recorded, text = make(models, **more)
     assert np.array_equal(recorded.image, generate("a red cat", models=models, **OPTIONS | more))
@@ -204,6 +206,26 @@ def test_from_a_picture(config):
     assert [step["title"] for step in page.data["steps"]] == ["1 of 2, t = 666", "2 of 2, t = 333"]
     assert "unvisited" in [a.get("class") for a in page.all("span")]
     assert f"in: {config.unet.in_channels} channels, height 4, width 5" in page.texts["title"]
+
+
+def test_maps_lie_on_the_region_that_was_repainted_alone(models):
+    mask = Image.new("L", (160, 128))
+    mask.paste(255, (80, 96, 120, 128))
+    picture = {"input_image": RED.resize(mask.size), "mask_image": mask, "padding_mask_crop": 0}
+    recorded, text = make(models, **picture)
+    assert recorded.inpainting.region.box == (80, 96, 120, 128)
+    data = Page(text).data
+    # CSS places a mask of 25 % by a share of the other 75 %, of which 80 / 120 and 96 / 96 are to its left and above.
+    assert (data["position"], data["size"]) == ("66.67% 100%", "25% 25%")
+    assert "Here, 40 × 32 pixels are 5 × 4 positions" in text
+    assert "They show only the part of the image that was repainted" in text
+    whole, text = make(models, **picture | {"padding_mask_crop": 200})
+    assert whole.inpainting.region.box == (0, 0, 160, 128)
+    assert (Page(text).data["position"], Page(text).data["size"]) == ("0% 0%", "100% 100%")
+
+
+def test_maps_lie_on_the_whole_image(made, page):
+    assert (page.data["position"], page.data["size"]) == ("0 0", "100% 100%")
 
 
 PICTURE = {"input_image": RED, "strength": 0.7}
@@ -217,7 +239,7 @@ PICTURE = {"input_image": RED, "strength": 0.7}
         ({"sampler_name": "plms"}, False),
         ({"sampler_name": "ddpm", **PICTURE}, True),
         ({"sampler_name": "heun", **PICTURE}, True),
-        ({"sampler_name": "ddpm", **PICTURE, "mask_image": Image.new("L", (40, 32), "white")}, True),
+        ({"sampler_name": "ddpm", **PICTURE, "mask_image": MASK}, True),
         ({"sampler_name": "ddpm", **PICTURE, "strength": 1}, False),
         ({"n_inference_steps": 1, **PICTURE}, False),  # the only step is never skipped
     ],
@@ -238,6 +260,7 @@ def test_long_runs_show_some_of_their_steps(models, monkeypatch):
     assert "Of the 9 steps, 4 are shown, evenly spaced." in text
 
 
+@pytest.mark.slow
 def test_large_pictures_of_many_steps_stay_small(models):
     with Tracer(models, attention=True) as trace:
         recorded = record(Request("a " * 75, **OPTIONS | {"n_inference_steps": 1, "height": 512, "width": 512}), models)

@@ -118,7 +118,8 @@ def test_unet_small(name, batch, height, width):
     check_unet(name, batch, height, width)
 
 
-@pytest.mark.parametrize("batch, height, width", [slow(1, 64, 96), (3, 40, 24)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch, height, width", [(1, 64, 96), (3, 40, 24)])
 @torch.no_grad()
 def test_unet_half_width(batch, height, width):
     check_unet("half unet", batch, height, width)

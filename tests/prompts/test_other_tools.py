@@ -42,7 +42,7 @@ def test_files_of_weights_are_left_out(file):
         ("a __colour__ house", "__colour__ is read as text: wildcard files are not supported; write {red|blue}."),
         ("a red++ house", "red++ is read as text: a weight is written (word:1.3)."),
         ("a (red hat)+", "(red hat)+ is read as text"),
-        ("a house --ar 16:9", "--ar in a prompt is read as text: options stand outside its quotes."),
+        ("a house --ar 16:9", "--ar in a prompt is read as text: options go outside the quotes."),
     ],
 )
 def test_other_notation_is_named_once(prompt, what):

@@ -189,6 +189,7 @@ def test_a_decode_in_strips(models, device):
     torch.testing.assert_close(picture, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["mps:0"], indirect=True)  # it refuses more than CUDA
 def test_training(device, tmp_path, monkeypatch):
     """Every stage trains and shows samples, the last one is resumed, and the checkpoint works on a CPU."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sd.attention import attention
 from sd.runtime import devices
 from sd.runtime.devices import best_device, best_dtype
-from tests.test_attention import by_definition
+from tests.support import definitions
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", 3.5, "meta"])
@@ -40,7 +40,7 @@ def test_where_scores_are_stored_some_queries_attend_at_a_time(monkeypatch):
     for most, parts in ((1 << 30, [9]), (4 * 3 * 4 * 5 * 4, [4, 4, 1]), (1, [1] * 9)):
         monkeypatch.setattr("sd.runtime.devices.MAX_SCORE_BYTES", most)
         sizes.clear()
-        torch.testing.assert_close(attention(query, key, value, 4), by_definition(query, key, value, 4))
+        torch.testing.assert_close(attention(query, key, value, 4), definitions.attention(query, key, value, 4))
         assert sizes == parts
 
 
@@ -49,4 +49,4 @@ def test_where_scores_are_stored_the_causal_mask_is_spelled_out(monkeypatch):
     monkeypatch.setattr("sd.runtime.devices.STORING_DEVICES", ("cpu",))
     attend = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: attend(q, k, v, attn_mask))
-    torch.testing.assert_close(attention(query, key, value, 4, True), by_definition(query, key, value, 4, True))
+    torch.testing.assert_close(attention(query, key, value, 4, True), definitions.attention(query, key, value, 4, True))

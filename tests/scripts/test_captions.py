@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.demo import parse
-from scripts.support.captions import command, details, parameters
+from scripts.support.captions import command, details
+from scripts.support.saved_settings import parameters
 from sd.prompts.alternatives import expand
 from sd.request import Request
 from sd.samplers import SAMPLERS

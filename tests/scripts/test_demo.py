@@ -50,6 +50,11 @@ def test_out_may_be_a_folder(run_demo):
     assert Path("new/picture.png").exists()
 
 
+def test_an_empty_out_is_the_default(run_demo):
+    assert run_demo("a cat", "--steps", 1, "--out", "")[0] == 0
+    assert Path("picture.png").exists()
+
+
 def test_overwrite_only_when_told(run_demo):
     Path("cat.png").write_text("precious")
     code, _, err = run_demo("a cat", "--out", "cat.png")
@@ -132,7 +137,7 @@ def test_a_file_that_is_read_is_never_written(run_demo, flag, link):
     out = "other.png" if link else "cat.png"
     code, _, err = run_demo("a", flag, "./cat.png", "--out", out, "--overwrite")
     assert code == 2
-    assert err == f"demo.py: --out should be another file than {flag}, not {out} for both.\n"
+    assert err == f"demo.py: --out should be a different file from {flag}, not {out} for both.\n"
     assert Path("cat.png").read_bytes() == content
 
 
@@ -203,7 +208,7 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--image", "text.png"], "text.png is not an image that can be read"),
         (["--mask", "text.png"], "--image should be given with --mask: it is the image to change."),
         (["--strength", 0.3], "--image should be given with --strength: it is the image to change."),
-        (["--feather", 3], "--mask should be given with --feather, or --mask-from-alpha."),
+        (["--feather", 3], "--mask or --mask-from-alpha should be given with --feather."),
         (
             ["--image", "text.png", "--mask", "text.png", "--feather", -1],
             "--feather should be a number of pixels, 0 or more, not -1.0.",
@@ -216,14 +221,14 @@ def test_every_prompt_with_every_seed(run_demo):
         (["--prediction-type", "x_0"], "--prediction-type should be one of epsilon, v_prediction, not 'x_0'."),
         (["--checkpoint", "page.ckpt"], "web page (HTML)"),
         (["--out", "picture.bmp"], "--out should be a .png, .jpg, .jpeg or .webp file, or a folder, not picture.bmp"),
-        (["--out", "folder.v1"], "a new folder with a dot in its name ends in a slash: folder.v1/."),
+        (["--out", "folder.v1"], "to make a folder of that name, add a slash: folder.v1/."),
         (["--out", "a.png", "--out", "b.png"], "--out should be given once, not twice."),
-        (["--out", "cat.webp", "--film", "CAT.webp"], "--film should be another file than --out, not CAT.webp for"),
+        (["--out", "cat.webp", "--film", "CAT.webp"], "--film should be a different file from --out, not CAT.webp"),
         (["--from", "text.png"], "--from should be a PNG, JPEG or WebP picture, and text.png is none of these."),
         (["--from", "none.png"], "--from should be a file: there is none at none.png."),
         (["--prompts-file", "none.txt"], "--prompts-file should be a file: there is none at none.txt."),
-        (["-cat"], "unrecognized arguments: -cat; a prompt that begins with a dash stands after --, behind all flags"),
-        (["-hat"], "a prompt that begins with a dash stands after --, behind all flags"),
+        (["-cat"], "unrecognized arguments: -cat; a prompt that begins with a dash goes at the end, after --"),
+        (["-hat"], "a prompt that begins with a dash goes at the end, after --"),
         (["--film", "cat.mp4"], "--film should be a .webp or .gif file, not cat.mp4."),
         (["--report", "cat.pdf"], "--report should be a .html file, not cat.pdf."),
         (["--report", "text.png/cat.html"], "text.png is a file."),

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from scripts import demo
 from scripts.support.captions import command
+from sd.images import fill_transparent
 from sd.request import Request
 from tests.support.synthetic import MICRO, random_models
 
@@ -44,11 +45,21 @@ def test_an_inverted_mask_is_the_inverse(run_demo, files):
 
 def test_a_mask_from_alpha_repaints_what_was_erased(run_demo, files):
     size = ("--width", 96, "--height", 64)
-    expected = draw(run_demo, "--image", "erased.png", "--mask", "mask.png", *size)
+    fill_transparent("erased.png").save("filled.png")
+    expected = draw(run_demo, "--image", "filled.png", "--mask", "mask.png", *size)
     erased = draw(run_demo, "--image", "erased.png", "--mask-from-alpha", *size)
     assert np.array_equal(erased, expected)
     kept = draw(run_demo, "--image", "erased.png", "--mask-from-alpha", "--invert-mask", *size)
-    assert not np.array_equal(kept, expected)
+    assert np.array_equal(kept, draw(run_demo, "--image", "erased.png", "--mask", "inverse.png", *size))
+
+
+def test_white_does_not_shine_through_where_a_soft_eraser_was_used(run_demo, files):
+    dark = Image.new("RGB", (64, 64), (40, 0, 0))
+    dark.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))))
+    dark.save("dark.png")
+    assert np.abs(np.asarray(fill_transparent("dark.png")).astype(int) - (40, 0, 0)).max() <= 3
+    dark.putalpha(Image.new("L", dark.size, 255))
+    assert np.array_equal(np.asarray(fill_transparent(dark)), np.asarray(dark)[:, :, :3])
 
 
 def test_only_masked_keeps_the_size_of_the_image(run_demo, files):
@@ -63,19 +74,19 @@ def test_only_masked_keeps_the_size_of_the_image(run_demo, files):
     "arguments, sentence",
     [
         (["--mask-from-alpha"], "--image should be given with --mask-from-alpha: it is the image to change."),
-        (["--image", "photo.png", "--invert-mask"], "--mask should be given with --invert-mask, or --mask-from-alpha."),
-        (["--image", "photo.png", "--only-masked"], "--mask should be given with --only-masked, or --mask-from-alpha."),
+        (["--image", "photo.png", "--invert-mask"], "--mask or --mask-from-alpha should be given with --invert-mask."),
+        (["--image", "photo.png", "--only-masked"], "--mask or --mask-from-alpha should be given with --only-masked."),
         (
             ["--image", "photo.png", "--mask", "mask.png", "--padding", 3],
             "--only-masked should be given with --padding, which is the space around the mask.",
         ),
         (
             ["--image", "erased.png", "--mask", "mask.png", "--mask-from-alpha"],
-            "--mask-from-alpha should be given without --mask: it makes the mask of --image itself.",
+            "--mask-from-alpha should be given without --mask: it makes the mask from --image itself.",
         ),
         (
             ["--image", "photo.png", "--mask-from-alpha"],
-            "--image should have transparent parts for a mask from its transparency, and has none.",
+            "--image should have transparent parts to make a mask from: it has none.",
         ),
         (
             ["--image", "photo.png", "--mask", "mask.png", "--only-masked", "--padding", -1],
@@ -96,9 +107,17 @@ def test_a_mask_that_repaints_nothing_is_explained_by_flags(run_demo, files):
         "demo.py: --mask is white on 100% of the image, so nearly all is repainted: add --invert-mask if only the dark "
         "part should change.\n"
     ) in errors
+    assert errors.count("white on 100%") == 1
     Image.new("L", (90, 60)).save("black.png")
     _, _, errors = run_demo("a cat", "--image", "photo.png", "--mask", "black.png", "--steps", 1)
     assert "demo.py: --mask is black everywhere (transparent counts as black), so nothing is repainted: " in errors
+
+
+@pytest.mark.filterwarnings("default:mask_image is")
+def test_a_mask_that_was_inverted_for_nothing(run_demo, files):
+    Image.new("L", (90, 60)).save("black.png")
+    _, _, errors = run_demo("a cat", "--image", "photo.png", "--mask", "black.png", "--invert-mask", "--steps", 1)
+    assert "so nearly all is repainted: leave out --invert-mask if only the dark part should change.\n" in errors
 
 
 def test_the_command_repeats_the_flags(tmp_path):

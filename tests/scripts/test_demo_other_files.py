@@ -99,6 +99,7 @@ def test_reports(run_demo):
     [
         (["--film", "cat.gif"], "sd.inside.film", "frames", "film", KeyError("x")),
         (["--film", "cat.gif"], "sd.images", "write_animation", "film", OSError("It is full.")),
+        (["--report", "cat.html"], "sd.inside.film", "frames", "report", KeyError("x")),
         (["--report", "cat.html"], "sd.inside.report", "report", "report", KeyError("x")),
         (["--report", "cat.html"], "scripts.demo", "details", "report", MemoryError("Too large.")),
         (["--report", "cat.html"], "sd.inside.report", "write_report", "report", OSError("It is full.")),

@@ -1,5 +1,7 @@
 """The prompts of the demo: notation of other tools, missing quotes, dashes, and files of prompts."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,7 @@ def test_it_is_named_once_for_all_prompts_and_in_the_negative_prompt(run_demo):
 
 
 def test_the_tiny_model_is_not_asked_for_notation(monkeypatch, capsys):
-    from scripts.support.notes import note_unknown_words
+    from scripts.support.checks import note_unknown_words
 
     note_unknown_words(["a red house BREAK at noon AND a blue tent"])
     assert capsys.readouterr().err == ""
@@ -62,7 +64,7 @@ def test_the_tiny_model_is_not_asked_for_notation(monkeypatch, capsys):
 
 
 def test_missing_quotes(run_demo):
-    line = '3 prompts were given, and each is drawn. One prompt stands in quotes: "a red house".'
+    line = '3 prompts were given, and each is drawn. For a single prompt, add quotes: "a red house".'
     assert line in said(run_demo("a", "red", "house")[2])
     assert said(run_demo("a cat", "dog")[2]) == []
     assert said(run_demo("cat")[2]) == []
@@ -93,6 +95,16 @@ def test_prompts_from_a_file(run_demo, mark, end):
     assert len(names()) == 5
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_prompts_from_a_pipe(run_demo):
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=Path("pipe").write_text, args=("a cat\na dog\n",))
+    writer.start()
+    assert run_demo("--prompts-file", "pipe", "--steps", 1)[0] == 0
+    writer.join()
+    assert [prompt_and_seed(name)[0] for name in ("picture.png", "picture-2.png")] == ["a cat", "a dog"]
+
+
 @pytest.mark.parametrize(
     "content, sentence",
     [
@@ -100,6 +112,7 @@ def test_prompts_from_a_file(run_demo, mark, end):
         (b"a\n{b", "prompts.txt, line 2: prompt should have its alternatives in single braces"),
         (b"a\r\nb\xe9\n", "--prompts-file should be text in UTF-8: prompts.txt, line 2, is not."),
         (b"\xff\xfea\0", "--prompts-file should be text in UTF-8: prompts.txt, line 1, is not."),
+        ("a\nb".encode("utf-16-le"), "--prompts-file should be text in UTF-8: prompts.txt, line 1, is not."),
         (b"\n# a\n  \n", "--prompts-file should have a prompt in each line: prompts.txt has none."),
         (b"", "--prompts-file should have a prompt in each line: prompts.txt has none."),
         (b"a\n" * 5_000_001, "--prompts-file should be at most 10 MB long: prompts.txt is longer."),

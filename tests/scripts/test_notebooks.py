@@ -28,7 +28,7 @@ SHORTER = {
 }
 # The notebooks that run with any weights, even random ones.
 OF_ANY_WEIGHTS = ("02_text", "03_noise_and_samplers", "05_image_to_image_and_inpainting")
-LONGEST = ("03_noise_and_samplers", "04_guidance", "06_training")
+LONGEST = ("02_text", "03_noise_and_samplers", "04_guidance", "05_image_to_image_and_inpainting", "06_training")
 SMALL = replace(MICRO, text=TextConfig(width=32, layers=2, heads=4))
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,21 +1,24 @@
-"""The settings in pictures: written and read as the AUTOMATIC1111 web UI does."""
+"""The settings in pictures: written and read as the AUTOMATIC1111 web UI does, and drawn again by --from."""
 
 import re
 import struct
 import zlib
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from scripts.support.captions import parameters
-from scripts.support.saved_settings import parse, protect, quote, read
+from scripts.support.saved_settings import SAMPLER_NAMES, _take_sampler, parameters, parse, quote, read
 from sd.images import write_image
+from sd.samplers import SAMPLERS
 from tests.scripts.test_captions import made_with
+from tests.scripts.test_demo_prompts import said
+from tests.support.demo_results import prompt_and_seed
 
 # How the web UI splits the last line.
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -45,10 +48,12 @@ def test_any_value_comes_back(value):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
+@example("Negative prompt:", "a\n Negative prompt: b")
 def test_any_prompts_come_back(prompt, negative):
     options, request, _ = made_with(["x"], prompt)
     found = parse(parameters(options, replace(request, uncond_prompt=negative)))
-    assert (found.prompt, found.negative) == tuple(text.replace("\r\n", "\n").strip() for text in (prompt, negative))
+    colons = [re.sub(r"(?m)^(\s*Negative prompt):", r"\1\\:", text) for text in (prompt, negative)]  # \: is a colon
+    assert [found.prompt, found.negative] == [text.replace("\r\n", "\n").strip() for text in colons]
     assert found.pairs["Seed"] == "7"
 
 
@@ -56,7 +61,7 @@ def test_a_prompt_that_looks_like_a_negative_prompt():
     options, request, _ = made_with(["x"], "a\nNegative prompt: b")
     found = parse(parameters(options, request))
     assert (found.prompt, found.negative) == ("a\nNegative prompt\\: b", "")  # \: is a colon
-    assert protect("a Negative prompt: b") == "a Negative prompt: b"
+    assert parameters(*made_with(["x"], "a Negative prompt: b")[:2]).startswith("a Negative prompt: b\n")
 
 
 def test_what_the_web_ui_writes():
@@ -129,10 +134,11 @@ def test_a_text_file(tmp_path):
 @pytest.mark.parametrize(
     "name, content, sentence",
     [
-        ("a.png", None, "--from should be a picture with its settings, as this tool"),
+        ("a.png", None, "--from should be a picture with settings from this tool or the"),
         ("a.png", b"text", "--from should be a PNG, JPEG or WebP picture, and "),
         ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "--from "),
-        ("a.txt", b"a house", "--from should be a picture with its settings"),
+        ("a.txt", b"a house", "--from should be a picture with settings"),
+        ("a.txt", b"a house: red, at noon: yes, with a sun: no", "--from should be a picture with settings"),
         ("a.txt", b"\xff\xfea", "--from should be a picture or a text file in UTF-8"),
     ],
 )
@@ -148,3 +154,123 @@ def test_a_comment_that_is_too_long_for_jpeg_is_cut(tmp_path):
     write_image(tmp_path / "a.jpg", BLACK, "ä" * 50_000)
     with Image.open(tmp_path / "a.jpg") as image:
         assert len(image.getexif().get_ifd(0x8769)[0x9286]) == 64_008
+
+
+WITH_UNUSED = (
+    "a (red:1.2) house,\n{{tiled}} [roof]\nNegative prompt: blurry, {b|c}\n"
+    "Steps: 3, Sampler: Euler, Schedule type: Karras, CFG scale: 6.5, Seed: 99, Size: 48x40, "
+    'Model hash: 6ce0161689, Model: "other, model", Denoising strength: 0.7, Clip skip: 2, Hires upscale: 2'
+)
+
+
+@pytest.fixture
+def draw(monkeypatch, capsys, run_demo, demo_checkpoint):
+    """Runs the demo with nothing given but the model. Returns what it says."""
+    from scripts import demo
+
+    def draw(*arguments):
+        given = ["demo.py", *map(str, arguments), "--checkpoint", str(demo_checkpoint), "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", given)
+        assert demo.main() == 0
+        return said(capsys.readouterr().err)
+
+    return draw
+
+
+def written(name):
+    with Image.open(name) as image:
+        return image.text["parameters"].split("\n")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_picture_is_drawn_again(draw, suffix):
+    first = ["a (red:1.3) \\{cat\\} BREAK\nby \\(x\\)", "--negative", "a dog,\nNegative prompt: b", "--seed", 5]
+    draw(*first, "--steps", 2, "--width", 32, "--height", 40, "--sampler", "heun_karras", "--out", "a.png")
+    draw(*first, "--steps", 2, "--width", 32, "--height", 40, "--sampler", "heun_karras", "--out", f"b{suffix}")
+    assert draw("--from", f"b{suffix}", "--out", "again.png") == []
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("again.png")))
+    assert written("a.png") == written("again.png")
+
+
+def test_flags_override(draw):
+    draw("a cat", "--negative", "b", "--steps", 2, "--seed", 5, "--cfg-scale", 3, "--out", "a.png")
+    draw("a {red|blue} dog", "--from", "a.png", "--seed", 7, "--negative", "", "--steps", 1, "--width", 32)
+    assert prompt_and_seed("picture-2.png") == ("a blue dog", 7)
+    assert written("picture.png")[1].startswith("Steps: 1, Sampler: DPM++ 2M, CFG scale: 3, Seed: 7, Size: 32x64, ")
+    draw("--from", "a.png", "--seed", -1, "--steps", 1, "--out", "b.png")
+    assert prompt_and_seed("b.png")[1] != 5
+
+
+def test_a_picture_of_the_web_ui(draw):
+    write_image("a.jpg", np.zeros((8, 8, 3), np.uint8), WITH_UNUSED)
+    lines = draw("--from", "a.jpg")
+    assert lines == [
+        "a.jpg was made with the model 'other, model', not 'micro'; --checkpoint chooses another.",
+        "these settings in a.jpg are not used: Model hash, Denoising strength, Clip skip, Hires upscale.",
+    ]
+    assert written("picture.png") == [
+        "a (red:1.2) house,",
+        "{{tiled}} [roof]",
+        "Negative prompt: blurry, {b|c}",
+        "Steps: 3, Sampler: Euler Karras, CFG scale: 6.5, Seed: 99, Size: 48x40, Model: micro",
+    ]
+
+
+def test_the_strength_counts_with_an_image(draw):
+    write_image("a.jpg", np.zeros((40, 48, 3), np.uint8), WITH_UNUSED)
+    assert "Denoising" not in draw("--from", "a.jpg", "--image", "a.jpg")[1]
+    assert written("picture.png")[-1].endswith("Denoising strength: 0.7")
+
+
+def test_a_report_has_no_deep_cache(draw):
+    """It shows every stage at every step."""
+    draw("a cat", "--deep-cache", 2, "--steps", 2, "--width", 32, "--height", 32, "--out", "a.png")
+    assert draw("--from", "a.png", "--out", "b.png") == []
+    assert "Deep cache: 2" in written("b.png")[-1]
+    assert draw("--from", "a.png", "--report", "a.html") == ["these settings in a.png are not used: Deep cache."]
+    assert "Deep cache" not in written("picture.png")[-1]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_is_read_back(draw, monkeypatch, sampler):
+    base, karras, _ = sampler.partition("_karras")
+    for pairs in (
+        {"Sampler": SAMPLER_NAMES[base] + (" Karras" if karras else "")},
+        {"Sampler": SAMPLER_NAMES[base], "Schedule type": "Karras" if karras else "Automatic"},
+    ):
+        options = Namespace(sampler=None)
+        _take_sampler(options, pairs)
+        assert (options.sampler, pairs) == (sampler, {})
+
+
+@pytest.mark.parametrize(
+    "sampler, unused, ours",
+    [
+        ("Sampler: UniPC", "Sampler", "DPM++ 2M"),
+        ("Sampler: DPM++ 2M, Schedule type: Exponential", "Schedule type", "DPM++ 2M"),
+        ("Sampler: DDIM Karras", "Schedule type", "DDIM"),
+    ],
+)
+def test_a_sampler_that_does_not_exist_here_is_named(draw, sampler, unused, ours):
+    write_image("a.png", np.zeros((8, 8, 3), np.uint8), f"a\nSteps: 2, {sampler}, Seed: 1, Size: 32x32")
+    assert draw("--from", "a.png") == [f"these settings in a.png are not used: {unused}."]
+    assert f"Sampler: {ours}, " in written("picture.png")[-1]
+
+
+@pytest.mark.parametrize(
+    "setting, sentence",
+    [
+        ("Steps: many", "a.png: Steps should be a whole number, not 'many'."),
+        ("Steps: 5000", "--steps should be a whole number from 1 to 1000, not 5000."),
+        ("CFG scale: high", "a.png: CFG scale should be a number, not 'high'."),
+        ("Size: 512", "a.png: Size should be a width and a height, such as 512x768, not '512'."),
+        ("Size: 100x100", "--height should be a multiple of 8 pixels, not 100."),
+    ],
+)
+def test_bad_settings_are_one_sentence(run_demo, monkeypatch, capsys, setting, sentence):
+    from scripts import demo
+
+    write_image("a.png", np.zeros((8, 8, 3), np.uint8), f"a\n{setting}, Seed: 1, Hires steps: 0, Version: x")
+    monkeypatch.setattr("sys.argv", ["demo.py", "--from", "a.png"])
+    assert demo.main() == 2
+    assert capsys.readouterr().err == f"demo.py: {sentence}\n"

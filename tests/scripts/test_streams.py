@@ -1,6 +1,7 @@
 """Scripts without a console: closed streams, a reader that has gone, a full disk, a folder that has been deleted."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 
 from scripts.support.streams import Stream
 from tests import ROOT
+from tests.support.marks import slow
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
-DEMO = f"{sys.executable} {ROOT}/scripts/demo.py"
+PYTHON = shlex.quote(sys.executable)
+DEMO = f"{PYTHON} {shlex.quote(str(ROOT / 'scripts/demo.py'))}"
 SCRIPTS = ["demo", "download", "train_tiny", "evaluate_tiny", "make_gallery", "benchmark"]
 QUICK = "a --steps 1 --seed 1 --width 32 --height 32 --device cpu --out a.png"
 
@@ -21,7 +24,7 @@ def shell(line, folder):
 
 
 @posix
-@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-"])
+@pytest.mark.parametrize("closed", ["<&- >&-", slow("2>&-")])
 def test_a_picture_without_a_console(tmp_path, closed):
     result = shell(f"{DEMO} {QUICK} {closed}", tmp_path)
     assert result.returncode == 0
@@ -31,9 +34,9 @@ def test_a_picture_without_a_console(tmp_path, closed):
 
 @posix
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [slow("<&- >&-"), slow("2>&-"), "<&- >&- 2>&-"])
 def test_every_script_starts_without_a_console(tmp_path, name, closed):
-    command = f"{sys.executable} {ROOT}/scripts/{name}.py"
+    command = f"{PYTHON} {shlex.quote(str(ROOT / f'scripts/{name}.py'))}"
     for argument, status in (("--help", 0), ("--magic", 2)):
         result = shell(f"{command} {argument} {closed}", tmp_path)
         assert result.returncode == status
@@ -62,7 +65,8 @@ def test_a_full_disk_on_standard_output_is_one_line(tmp_path):
 @posix
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_folder_that_is_gone_is_one_line(tmp_path, name):
-    result = shell(f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} {ROOT}/scripts/{name}.py", tmp_path)
+    script = shlex.quote(str(ROOT / f"scripts/{name}.py"))
+    result = shell(f"mkdir gone; cd gone; rmdir ../gone; {PYTHON} {script}", tmp_path)
     assert result.returncode == 2
     assert (
         result.stderr == f"{name}.py: the current folder no longer exists: change to another one and run this again.\n"
@@ -70,6 +74,7 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path, name):
 
 
 @posix
+@pytest.mark.slow
 def test_no_environment_at_all(tmp_path):
     assert shell(f"env -i OMP_NUM_THREADS=1 {DEMO} {QUICK}", tmp_path).returncode == 0
 

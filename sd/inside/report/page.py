@@ -59,7 +59,7 @@ def report(
         "style": style,
         "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "data": _json({"steps": steps, "maps": maps}),
+        "data": _json({"steps": steps, "maps": maps, **_map_place(recording)}),
         "width": str(width),
         "height": str(height),
         "ratio": f"{width / height:.4f}",
@@ -76,6 +76,18 @@ def report(
     }
     page = Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(parts)
     return page.encode("utf-8", "replace").decode("utf-8")  # lone surrogates, which UTF-8 cannot encode
+
+
+def _map_place(recording: Recording) -> dict[str, str]:
+    """Where the maps lie on the image, as CSS writes it: on all of it, or on the region that was repainted alone."""
+    region = recording.inpainting and recording.inpainting.region
+    if region is None:
+        return {"position": "0 0", "size": "100% 100%"}
+    left, top, right, bottom = region.box
+    height, width = recording.image.shape[:2]
+    rest_x, rest_y = width - (right - left), height - (bottom - top)  # CSS counts shares of what is left free
+    position = f"{100 * left / max(rest_x, 1):.4g}% {100 * top / max(rest_y, 1):.4g}%"
+    return {"position": position, "size": f"{100 - 100 * rest_x / width:.4g}% {100 - 100 * rest_y / height:.4g}%"}
 
 
 def _json(value: object) -> str:
@@ -163,6 +175,8 @@ def _steps(recording: Recording, frames: list[np.ndarray]) -> tuple[list[dict], 
             }
         )
     note = "In the small images, each pixel is one position of the latents; a linear map gives its colour."
+    if recording.inpainting is not None and recording.inpainting.region is not None:
+        note += " They show only the part of the image that was repainted, and the space around it."
     if shows_previews(recording.models):
         note += " The expected images are made by the same map, because decoding all of them would take too long."
     for name, how in (("small", small_done), ("expected", done)):
@@ -216,6 +230,8 @@ def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
     ]
     channels, rows, columns = recording.moments[0].latents.shape[1:]
     height, width = recording.image.shape[:2]
+    if recording.inpainting is not None:  # whose image may be a part of the whole one
+        height, width = recording.inpainting.image.shape[2:]
     start = "the latents of the input image with noise added" if recording.sampler.skipped else "noise"
     text = "Stable Diffusion does not work on pixels but on latents. They are a compressed form of an image: the "
     text += "encoder computes them from an image, and the decoder computes the image from them. Here, "

@@ -12,6 +12,8 @@ lit.id = "lit";
 lit.alt = "";
 lit.hidden = true;
 lit.src = at("image").src;
+for (const name of ["maskPosition", "webkitMaskPosition"]) lit.style[name] = data.position;
+for (const name of ["maskSize", "webkitMaskSize"]) lit.style[name] = data.size;
 stage.append(lit);
 
 function look(token) {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.support.shape import choose_size
+from scripts.support.image_size import choose_size
 
 
 @pytest.mark.parametrize(

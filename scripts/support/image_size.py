@@ -7,7 +7,7 @@ from itertools import product
 
 MULTIPLE = 8  # pixels to a latent
 LARGEST = 8192
-EXTREME = 4  # times the model's own side, or a part of it
+EXTREME = 4  # the longest side is this many times the model's own, and the shortest this part of it
 
 
 def choose_size(image: tuple[int, int] | None, width: int | None, height: int | None, side: int) -> tuple[int, int]:
