@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sd.checkpoints import hub
 from sd.checkpoints.checkpoint import Checkpoint
 from sd.checkpoints.whole_model import name_in_errors, read_model
 from sd.config import ModelConfig
@@ -39,17 +40,18 @@ def load_models(
 ) -> Models:
     """The networks of a checkpoint, in evaluation mode and without gradients.
 
-    `path`: a file, or a folder in the layout of diffusers. The default is the tiny model in `data/`.
+    `path`: a file, a folder in the layout of diffusers, or a name on the hub, "owner/name" (`sd.checkpoints.hub`). The
+        default is the tiny model in `data/`.
     `device`, `dtype`: by default CUDA, MPS or the CPU, and the dtype that is fastest there without a visible loss.
     `ema`: take the averaged U-Net weights that training checkpoints carry.
-    `vae`: a second file or folder, whose VAE replaces the checkpoint's own.
+    `vae`: a second file, folder or name, whose VAE replaces the checkpoint's own.
     `tuned`, `compiled`: faster, see `sd.runtime.speed`. Compiled, the first image takes minutes, and rounding differs.
     `prediction_type`: "v_prediction" if the U-Net predicts v and the file does not say so (`sd.checkpoints` reads what
     it says: its configuration, marks, metadata, or a yaml beside it).
 
-    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x checkpoint, TypeError for a
-    path of another type, and ValueError for an invalid device, dtype or prediction type. The files must not change
-    while the models are in use.
+    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x or 2.x checkpoint, TypeError
+    for a path of another type, ValueError for an invalid device, dtype or prediction type, and what `hub.fetch` raises.
+    The files must not change while the models are in use.
     """
     device = best_device(device)
     dtype = best_dtype(device, dtype)
@@ -60,6 +62,8 @@ def load_models(
             "installing again; `python scripts/train_tiny.py` trains another, and `python scripts/download.py` fetches "
             "Stable Diffusion 1.5 (4.3 GB)."
         )
+    half = dtype.itemsize == 2
+    path, vae = (hub.fetch(given, half) if hub.is_name(given) else given for given in (path, vae))
     checkpoint, config = read_model(path, vae, prediction_type)
     with name_in_errors(path, vae):
         if config.sampling.sampler not in SAMPLERS:

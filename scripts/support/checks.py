@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sd.request import Request
 
 MAX_IMAGES = 10_000
+WEIGHT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 FEATURES = {".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}  # what Pillow calls the formats that some builds lack
 FAR_ABOVE = 2  # times the pixels that the model was trained on
 
@@ -32,7 +33,7 @@ def check_flags(options: argparse.Namespace) -> None:
         if path is not None and not path.is_file() and not pipe:
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
     for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
-        if path is not None and not path.exists():
+        if path is not None and not path.exists() and not _may_be_on_hub(path):
             remedy = "; `python scripts/download.py` fetches the real weights" if flag == "--checkpoint" else ""
             raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{remedy}.")
     check_different_files(
@@ -50,6 +51,11 @@ def check_flags(options: argparse.Namespace) -> None:
         if options.report.suffix.lower() != ".html":
             raise ValueError(f"--report should be a .html file, not {options.report}.")
         check_free("--report", options.report, options.overwrite)
+
+
+def _may_be_on_hub(path: Path) -> bool:
+    """Whether this could be a model's name on the hub, owner/name. `load_models` decides: it needs torch."""
+    return len(path.parts) == 2 and path.suffix.lower() not in WEIGHT_SUFFIXES or ":" in path.name
 
 
 def _check_pairs(options: argparse.Namespace) -> None:

@@ -119,7 +119,7 @@ def run(prog: str, work: Callable[[], object], interrupted: str, explain: Callab
         status, line = done if isinstance(done, int) else 0, None
     except KeyboardInterrupt:
         status, line = 130, interrupted
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, ImportError) as error:  # of a package for one feature only
         status, line = 2, explain(error)
     if line is None and (line := output_error()):
         status = 2

@@ -280,4 +280,4 @@ def _head_width(path: Path, fields: dict[str, object]) -> int:
 
 
 def _foreign(path: Path, name: str, expected: str, value: object) -> CheckpointError:
-    return CheckpointError(f"{path}: {name} should be {expected}, as in Stable Diffusion 1.x, not {value!r:.80}.")
+    return CheckpointError(f"{path}: {name} should be {expected}, as in Stable Diffusion, not {value!r:.80}.")

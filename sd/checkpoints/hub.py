@@ -24,13 +24,17 @@ SETTINGS = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/ad
 
 def is_name(path: str | Path) -> bool:
     """Whether this can only be a name on the hub: neither a file nor a folder here, nor the path of a weight file."""
-    match = NAME.fullmatch(path) if isinstance(path, str) else None
+    match = NAME.fullmatch(_text(path)) if isinstance(path, (str, Path)) else None
     if match is None or Path(path).exists():
         return False
     return match["file"] is not None or not match["repo"].lower().endswith(FILE_SUFFIXES)
 
 
-def fetch(name: str, half: bool = False) -> Path:
+def _text(path: str | Path) -> str:
+    return path.as_posix() if isinstance(path, Path) else path
+
+
+def fetch(name: str | Path, half: bool = False) -> Path:
     """The file of a name with one, or else a folder in the layout of diffusers with the files that are needed.
 
     With `half`, the weights in 16 bits are fetched where the hub has them: half the size. Where the hub cannot be
@@ -47,6 +51,7 @@ def fetch(name: str, half: bool = False) -> Path:
             f"{name} is neither a file nor a folder here. To fetch it from the Hugging Face hub, install the package "
             "huggingface_hub: pip install -r requirements-hub.txt"
         ) from None
+    name = _text(name)
     match = NAME.fullmatch(name)
     repo, revision, file = match["repo"], match["revision"], match["file"]
     with _plain_errors(name, repo, revision):
@@ -68,20 +73,23 @@ def fetch(name: str, half: bool = False) -> Path:
 
 
 def choose(files: Sequence[str], half: bool, cached: Callable[[str], bool] = lambda file: False) -> list[str] | None:
-    """Which of a repository's files are needed, or None if it has no whole model in the layout of diffusers.
+    """Which of a repository's files are needed, or None if it has no whole model, nor a lone VAE, in the layout of
+    diffusers.
 
     For each network, safetensors come before .bin. With `half`, the 16-bit variant comes first, unless others are in
     the cache already; without, it comes last.
     """
+    lone_vae = "config.json" in files and "unet/config.json" not in files
     wanted = [file for file in SETTINGS if file in files]
-    for network, stem in WEIGHTS.items():
+    for network, stem in {"": WEIGHTS["vae"]}.items() if lone_vae else WEIGHTS.items():
+        folder = network and f"{network}/"
         variants = [".fp16", ""] if half else ["", ".fp16"]
-        kinds = [re.compile(re.escape(f"{network}/{stem}") + kind) for kind in _kinds(variants)]
+        kinds = [re.compile(re.escape(f"{folder}{stem}") + kind) for kind in _kinds(variants)]
         found = [names for kind in kinds if (names := [file for file in files if kind.fullmatch(file)])]
-        if not found or f"{network}/config.json" not in files:
+        if not found or f"{folder}config.json" not in files:
             return None
         here = [names for names in found if half and all(map(cached, names))]
-        wanted += [f"{network}/config.json", *(here or found)[0]]
+        wanted += [f"{folder}config.json", *(here or found)[0]]
     return wanted
 
 
@@ -115,10 +123,11 @@ def _cached_folder(repo: str, revision: str | None) -> Path:
     """The folder that the cache has of a repository. Raises ConnectionError if it has none."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(repo, "unet/config.json", revision=revision)
-    if not isinstance(config, str):  # None, or a mark that says that the hub has no such file
-        raise ConnectionError("not in the cache")
-    return Path(config).parent.parent
+    for name in ("unet/config.json", "config.json"):  # the latter of a lone VAE
+        config = try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(config, str):  # not None, and not the mark for a file that the hub does not have
+            return Path(config.removesuffix(name))
+    raise ConnectionError("not in the cache")
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def _from_notes(root: Any, storage_of: Callable[[StorageNote], UntypedStorage]) 
             unreadable[name] = f"kind {note.function.name:.80}"
     if not state:
         if "string_to_param" in top:
-            raise CheckpointError("is a textual inversion embedding; give a Stable Diffusion 1.x checkpoint")
+            raise CheckpointError("is a textual inversion embedding; give a Stable Diffusion 1.x or 2.x checkpoint")
         for name, kind in unreadable.items():
             raise CheckpointError(f"has tensor {name!r:.80} of an unsupported {kind}")
         raise CheckpointError("has no tensors by name, at its top level or under `state_dict`; save model.state_dict()")

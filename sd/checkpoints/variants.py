@@ -167,7 +167,7 @@ def warn_of_unknown(state: dict[str, Tensor], weights: Collection[str]) -> None:
     known = {*weights, *MARKS, POSITION_IDS}
     if unknown := [key for key in map(with_text_model, state) if key not in known and not EXTRAS.match(key)]:
         names = ", ".join(unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
-        warnings.warn(f"Left out, as Stable Diffusion 1.x has no place for it: {names:.300}", stacklevel=2)
+        warnings.warn(f"Left out, as Stable Diffusion has no place for it: {names:.300}", stacklevel=2)
 
 
 def averaged(state: dict[str, Tensor], known: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _other_file(description: str) -> CheckpointError:
-    return CheckpointError(f"This file {description}; give a Stable Diffusion 1.x checkpoint, a file or a folder.")
+    return CheckpointError(f"This file {description}; give a Stable Diffusion 1.x or 2.x checkpoint, a file or a folder.")
 
 
 def with_text_model(key: str) -> str:

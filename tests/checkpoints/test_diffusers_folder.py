@@ -127,13 +127,13 @@ def test_a_vae_alone(folder):
 @pytest.mark.parametrize(
     "name, values, message",
     [
-        ("unet", {"use_linear_projection": True}, "use_linear_projection should be False, as in Stable Diffusion 1.x"),
+        ("unet", {"act_fn": "gelu"}, "act_fn should be 'silu', as in Stable Diffusion, not 'gelu'"),
         ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type should be None"),
         ("unet", {"down_block_types": ["AttnDownBlock2D"]}, "down_block_types should be a list of"),
         ("unet", {"down_block_types": 7}, "down_block_types should be a list of"),
-        ("unet", {"attention_head_dim": [5, 10, 20, 20]}, r"config.unet.heads should be like 8, not \[5, 10, 20, 20\]"),
+        ("unet", {"attention_head_dim": [5, 10, 20, 20]}, "attention_head_dim should be one number, or one for"),
         ("unet", {"layers_per_block": 3}, "missing key model.diffusion_model.input_blocks"),
-        ("text_encoder", {"hidden_act": "gelu"}, "hidden_act should be 'quick_gelu'"),
+        ("text_encoder", {"hidden_act": "relu"}, "should have a known text.activation"),
         ("vae", {"scaling_factor": "much"}, "config.vae.scaling_factor should be like 0.18215"),
         ("vae", {"shift_factor": 0.1}, "shift_factor should be None"),
     ],

@@ -181,7 +181,9 @@ def test_the_package_is_named_where_it_is_missing(tmp_path):
         ("./name", False),
         ("../name", False),
         ("C:\\models\\name", False),
-        (Path("owner/name"), False),
+        (Path("owner/name"), True),
+        (Path("/owner/name"), False),
+        (None, False),
         (5, False),
     ],
 )

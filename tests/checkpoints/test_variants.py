@@ -156,7 +156,6 @@ def test_a_file_without_a_vae():
         ("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", "Stable Diffusion XL"),
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "LoRA"),
         ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "LoRA"),
-        ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
         ("control_model.input_blocks.0.0.weight", "ControlNet"),
         ("zero_convs.0.0.weight", "ControlNet"),
@@ -208,7 +207,7 @@ def test_a_model_is_one_whatever_else_it_carries():
 
 
 @pytest.mark.parametrize(
-    "width, what", [(1024, "Stable Diffusion 2"), (2048, "Stable Diffusion XL"), (1280, "Stable Diffusion XL refiner")]
+    "width, what", [(2048, "Stable Diffusion XL"), (1280, "Stable Diffusion XL refiner")]
 )
 def test_other_models_are_named_by_the_width_of_their_context(width, what):
     key = UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"

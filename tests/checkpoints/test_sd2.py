@@ -1,0 +1,92 @@
+"""Files of Stable Diffusion 2.x: which model they are, and the layouts that their text encoders come in."""
+
+import warnings
+
+import pytest
+import torch
+
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX, SGM_PREFIX
+from sd.checkpoints.variants import V_BIAS, recognise
+from sd.config import SD2, SD2_BASE, SD2_INPAINTING, SD_TURBO
+from sd.model_converter import compvis_shapes, from_compvis, split_qkv, to_compvis, to_our_name, to_their_name
+from tests.support.synthetic import SD2_MICRO, random_networks
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+def full_size(spread=1.0, channels=4):
+    """The keys and shapes of a published file, without memory, and the bias that tells v from noise."""
+    state = {key: torch.empty(shape, device="meta") for key, shape in compvis_shapes(SD2).items()}
+    state[FIRST] = torch.empty(320, channels, 3, 3, device="meta")
+    state[V_BIAS] = torch.linspace(-1, 1, 320) * spread
+    return state
+
+
+@pytest.mark.filterwarnings("ignore:This file of Stable Diffusion 2 does not say")
+@pytest.mark.parametrize(
+    "state, metadata, yaml, config",
+    [
+        (full_size(0.5), {}, "", SD2),
+        (full_size(0.05), {}, "", SD2_BASE),
+        (full_size(0.05), {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "", SD2),
+        (full_size(0.5), {"modelspec.prediction_type": "epsilon"}, "", SD2_BASE),
+        (full_size(0.05), {}, "    parameterization: v\n", SD2),
+        (full_size(0.05) | {"v_pred": torch.empty(0)}, {}, "", SD2),
+        (full_size(0.5, channels=9), {}, "", SD2_INPAINTING),
+    ],
+)
+def test_the_model_is_recognised(state, metadata, yaml, config):
+    assert recognise(state, metadata, yaml) == config
+
+
+def test_a_guess_says_how_a_wrong_one_looks_and_what_to_do():
+    with pytest.warns(UserWarning, match="weights look like v_prediction. If images are noise .* as prediction_type"):
+        recognise(full_size(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recognise(full_size(0.5), {"modelspec.prediction_type": "v"})
+        recognise(full_size(0.5, channels=9))
+
+
+def test_sd_turbo_is_told_by_the_name_of_its_text_encoder():
+    state = {key.replace(OPENCLIP_PREFIX, SGM_PREFIX): tensor for key, tensor in full_size().items()}
+    assert recognise(state) == SD_TURBO
+
+
+@pytest.mark.parametrize("channels, kind", [(5, "depth model"), (7, "upscaler"), (8, "InstructPix2Pix")])
+def test_models_with_other_inputs_are_named(channels, kind):
+    with pytest.raises(CheckpointError, match=kind):
+        recognise(full_size(channels=channels))
+
+
+def as_transformers(state):
+    """The text encoder under transformers' names, with queries, keys and values apart."""
+    ours = {to_our_name(key).removeprefix("open"): t for key, t in state.items() if key.startswith(OPENCLIP_PREFIX)}
+    renamed = {to_their_name(key): tensor for key, tensor in split_qkv(ours).items()}
+    assert all(key.startswith(CLIP_PREFIX) for key in renamed)
+    return {key: tensor for key, tensor in state.items() if not key.startswith(OPENCLIP_PREFIX)} | renamed
+
+
+def as_sgm(state):
+    return {key.replace(OPENCLIP_PREFIX, SGM_PREFIX): tensor for key, tensor in state.items()}
+
+
+def as_published(state):
+    """With the parts of OpenCLIP that no image depends on, and what the trainer left."""
+    extras = ["logit_scale", "text_projection", "transformer.resblocks.23.ln_1.weight"]
+    names = [*(f"{OPENCLIP_PREFIX}{name}" for name in extras), "model_ema.decay", "betas"]
+    return state | {name: torch.ones(1) for name in names}
+
+
+@pytest.mark.parametrize("layout", [dict, as_transformers, as_sgm, as_published])
+def test_every_layout_gives_the_same_weights(layout, recwarn):
+    networks = random_networks(SD2_MICRO)
+    state = to_compvis(networks)
+    assert not any(key.startswith(CLIP_PREFIX) for key in state)
+    back = from_compvis(layout(state), SD2_MICRO)
+    for name, weights in back.items():
+        expected = getattr(networks, name).state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert not recwarn.list
