@@ -88,7 +88,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--report", type=Path, action=Once, metavar="FILE", help="also write a .html report on each image")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own, in --image's shape)")
     add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the same)")
-    add("--checkpoint", type=Path, metavar="PATH", help="Stable Diffusion 1.x or 2.x: a file, a folder or owner/name on the hub")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="Stable Diffusion 1.x or 2.x: a file, a folder or owner/name on the hub",
+    )
     add("--vae", type=Path, metavar="PATH", help="a VAE to use instead of the checkpoint's own")
     add("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, if the file does not say (epsilon)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)")

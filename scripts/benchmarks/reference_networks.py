@@ -31,7 +31,8 @@ def unet(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
         down_block_types=["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in c.attention],
         up_block_types=["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(c.attention)],
         layers_per_block=c.blocks_per_level,
-        attention_head_dim=[c.heads_of(width) for width in c.channels],  # diffusers' name for the number of heads
+        # diffusers' name for the number of heads
+        attention_head_dim=c.heads if c.head_width is None else [c.heads_of(width) for width in c.channels],
         use_linear_projection=config.text.is_openclip,
         norm_num_groups=c.groups,
         cross_attention_dim=c.context_width,

@@ -55,7 +55,7 @@ def check_flags(options: argparse.Namespace) -> None:
 
 def _may_be_on_hub(path: Path) -> bool:
     """Whether this could be a model's name on the hub, owner/name. `load_models` decides: it needs torch."""
-    return len(path.parts) == 2 and path.suffix.lower() not in WEIGHT_SUFFIXES or ":" in path.name
+    return (len(path.parts) == 2 and path.suffix.lower() not in WEIGHT_SUFFIXES) or ":" in path.name
 
 
 def _check_pairs(options: argparse.Namespace) -> None:

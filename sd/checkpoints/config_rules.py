@@ -18,7 +18,7 @@ def check_config(config: ModelConfig) -> None:
         and max(vae.blocks_per_level, unet.blocks_per_level) <= 4,
         "unet.attention as long as unet.channels": len(unet.attention) == len(unet.channels),
         "a text.width divisible by text.heads": text.width % text.heads == 0,
-        "unet.channels divisible by unet.heads or unet.head_width": not any(
+        "unet.channels divisible by unet.heads": not any(
             width % (unet.head_width or unet.heads) for width in unet.channels
         ),
         "a known text.activation": text.activation in ACTIVATIONS,

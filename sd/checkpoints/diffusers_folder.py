@@ -253,12 +253,15 @@ def _fields(folder: Path, name: str) -> dict[str, object]:
         if values.get(field, value) != value:
             raise _foreign(path, field, repr(value), values[field])
     fields = {ours: values[theirs] for ours, theirs in FIELDS[name].items() if theirs in values}
-    if name == "scheduler" and values.get("timestep_spacing") == "trailing":
-        fields["timestep_spacing"] = "trailing"  # others leave it to the sampler
+    # Other spacings are left to the sampler, and with zero-terminal SNR all samplers start at the last timestep anyway.
+    trailing = values.get("timestep_spacing") == "trailing" and not fields.get("rescale_betas_zero_snr")
+    if name == "scheduler" and trailing:
+        fields["timestep_spacing"] = "trailing"
     if name == "text_encoder":
         fields["zero_padding"] = fields.get("activation") == "gelu"
-    if name == "unet" and isinstance(fields.get("heads"), list):
-        fields |= {"heads": UNetConfig.heads, "head_width": _head_width(path, fields)}
+    if name == "unet" and isinstance(heads := fields.get("heads"), list):
+        same = len(heads) > 0 and heads == heads[:1] * len(heads)
+        fields |= {"heads": heads[0]} if same else {"heads": UNetConfig.heads, "head_width": _head_width(path, fields)}
     if name == "unet" and "attention" in fields:
         kinds = fields["attention"]
         if not isinstance(kinds, list) or any(kind not in UNET_LEVELS for kind in kinds):

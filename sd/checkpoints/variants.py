@@ -206,7 +206,9 @@ def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _other_file(description: str) -> CheckpointError:
-    return CheckpointError(f"This file {description}; give a Stable Diffusion 1.x or 2.x checkpoint, a file or a folder.")
+    return CheckpointError(
+        f"This file {description}; give a checkpoint of Stable Diffusion 1.x or 2.x, a file or folder."
+    )
 
 
 def with_text_model(key: str) -> str:

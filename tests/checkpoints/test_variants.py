@@ -206,9 +206,7 @@ def test_a_model_is_one_whatever_else_it_carries():
     identify(["model_ema.diffusion_modelout2bias", CLIP + "text_model.a", *others])
 
 
-@pytest.mark.parametrize(
-    "width, what", [(2048, "Stable Diffusion XL"), (1280, "Stable Diffusion XL refiner")]
-)
+@pytest.mark.parametrize("width, what", [(2048, "Stable Diffusion XL"), (1280, "Stable Diffusion XL refiner")])
 def test_other_models_are_named_by_the_width_of_their_context(width, what):
     key = UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
     state = {key: torch.empty(640, width), CLIP + "text_model.a": torch.empty(1)}
