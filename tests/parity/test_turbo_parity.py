@@ -1,4 +1,4 @@
-"""SD-Turbo's sampling, Euler's method on trailing timesteps, against diffusers' scheduler with its published settings."""
+"""SD-Turbo's sampling, Euler's method on trailing timesteps, against diffusers' scheduler with its settings."""
 
 import pytest
 import torch
