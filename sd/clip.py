@@ -26,7 +26,7 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # SD 1.x, SD 2.x
 class CLIPLayer(nn.Module):
     """One pre-norm transformer layer: attention, then a two-layer perceptron, each added to its input."""
 
-    def __init__(self, width: int, heads: int, activation: str):
+    def __init__(self, width: int, heads: int, activation: str = "quick_gelu"):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)

@@ -12,6 +12,7 @@ from sd import generate, load_models
 from sd.config import SD_TURBO, TINY
 from sd.model_saver import save_folder
 from sd.prompts.added_words import TokenizerWithWords
+from tests.support.marks import slow
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, SD2_INPAINTING_MICRO, SD2_MICRO, random_models
 
 CONFIGS = {"sd15": MICRO, "inpainting": INPAINTING_MICRO, "sd2": SD2_MICRO, "sd2 inpainting": SD2_INPAINTING_MICRO}
@@ -78,7 +79,7 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", ["sd15", "sd2"])
+@pytest.mark.parametrize("name", [slow("sd15"), "sd2"])
 def test_diffusers_draws_the_same_image(tmp_path, name):
     diffusers = pytest.importorskip("diffusers")
     models = random_models(CONFIGS[name], seed=3)

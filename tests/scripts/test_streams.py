@@ -53,6 +53,7 @@ def test_a_reader_that_has_gone_is_no_error(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.slow
 def test_a_full_disk_on_standard_output_is_one_line(tmp_path):
     result = shell(f"{DEMO} {QUICK} > /dev/full", tmp_path)
     assert result.returncode == 2
