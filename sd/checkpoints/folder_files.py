@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,16 @@ def find_weights(folder: Path, network: str) -> Path:
     They come in its order: no variant before float16, safetensors before .bin. Other files count for nothing, such as
     an optimizer, a LoRA or another library's weights. Raises CheckpointError if there is none.
     """
-    for name in _weight_names(network):
+    for name in weight_names(network):
         if (folder / name).is_file():
             return folder / name
     stem, suffix = _names(network)[0]
     raise CheckpointError(f"{folder} has no weights: it should hold {stem}{suffix} or {stem}{suffix}{INDEX}, or .bin.")
 
 
-def _weight_names(network: str) -> Iterator[str]:
-    for variant in VARIANTS:
+def weight_names(network: str, variants: Iterable[str] = VARIANTS) -> Iterator[str]:
+    """The names that a network's file of weights, or the index of several, can have: the best first."""
+    for variant in variants:
         for stem, suffix in _names(network):
             names = [f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}"]
             yield from reversed(names) if network == "text_encoder" else names  # transformers looks for one file first

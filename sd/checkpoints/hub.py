@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from sd.checkpoints.diffusers_folder import NETWORKS
+from sd.checkpoints.folder_files import VARIANTS, weight_names
 
 NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<file>[^:]+))?")
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
-# The files of a folder in the layout of diffusers: for each network, how its files of weights begin.
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+# Of a folder in the layout of diffusers, besides the weights and the config.json of each network.
 SETTINGS = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/added_tokens.json"]
 
 
@@ -72,33 +74,36 @@ def fetch(name: str | Path, half: bool = False) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
-def choose(files: Sequence[str], half: bool, cached: Callable[[str], bool] = lambda file: False) -> list[str] | None:
+def choose(files: Collection[str], half: bool, cached: Callable[[str], bool] = lambda file: False) -> list[str] | None:
     """Which of a repository's files are needed, or None if it has no whole model, nor a lone VAE, in the layout of
     diffusers.
 
-    For each network, safetensors come before .bin. With `half`, the 16-bit variant comes first, unless others are in
-    the cache already; without, it comes last.
+    For each network, it is what `folder_files.find_weights` looks for. With `half`, the 16-bit variant comes first,
+    unless others are in the cache already.
     """
     lone_vae = "config.json" in files and "unet/config.json" not in files
+    folders = {"vae": ""} if lone_vae else {network: f"{network}/" for network in NETWORKS}
+    variants = sorted(VARIANTS, key=lambda variant: variant != ".fp16") if half else VARIANTS
     wanted = [file for file in SETTINGS if file in files]
-    for network, stem in {"": WEIGHTS["vae"]}.items() if lone_vae else WEIGHTS.items():
-        folder = network and f"{network}/"
-        variants = [".fp16", ""] if half else ["", ".fp16"]
-        kinds = [re.compile(re.escape(f"{folder}{stem}") + kind) for kind in _kinds(variants)]
-        found = [names for kind in kinds if (names := [file for file in files if kind.fullmatch(file)])]
-        if not found or f"{folder}config.json" not in files:
+    for network, folder in folders.items():
+        names = [folder + name for name in weight_names(network, variants) if folder + name in files]
+        if not names or f"{folder}config.json" not in files:
             return None
-        here = [names for names in found if half and all(map(cached, names))]
-        wanted += [f"{folder}config.json", *(here or found)[0]]
+        choices = [[name, *_shards(name, files)] for name in names]
+        here = [choice for choice in choices if half and all(map(cached, choice))]
+        wanted += [f"{folder}config.json", *(here or choices)[0]]
     return wanted
 
 
-def _kinds(variants: list[str]) -> Iterator[str]:
-    """Patterns for the rest of a weight file's name, the best first: whole, or in shards with their index."""
-    for suffix in (".safetensors", ".bin"):
-        for variant in map(re.escape, variants):
-            yield variant + re.escape(suffix)
-            yield rf"({variant}-\d{{5}}-of-\d{{5}}{re.escape(suffix)}|{re.escape(suffix)}\.index{variant}\.json)"
+def _shards(index: str, files: Collection[str]) -> list[str]:
+    """The files that an index stands for, or none for a single file."""
+    match = re.fullmatch(r"(.+)(\.safetensors|\.bin)\.index(\.\w+)?\.json", index)
+    if match is None:
+        return []
+    stem, suffix, variant = match[1], match[2], match[3] or ""
+    # diffusers has written the variant before the number, and after it.
+    pattern = re.compile(rf"{re.escape(stem)}({variant}-\d+-of-\d+|-\d+-of-\d+{variant}){re.escape(suffix)}")
+    return [file for file in files if pattern.fullmatch(file)]
 
 
 def _list_files(repo: str, revision: str | None) -> list[str] | None:

@@ -32,7 +32,8 @@ MAX_NAMED = 5  # tensors that the warning about unknown ones names
 # scales of float8 weights.
 EXTRAS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|(sqrt|log)_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|ddim_sigmas"
-    r"|scaled_fp8|.*\.(scale_weight|scale_input)|model_ema\..*|(first_stage_model\.)?loss\..*|first_stage_model\.(model_ema\..*|logvar)|embedding_manager\..*"
+    r"|scaled_fp8|.*\.(scale_weight|scale_input)|model_ema\..*|embedding_manager\..*"
+    r"|(first_stage_model\.)?loss\..*|first_stage_model\.(model_ema\..*|logvar)"
     r"|denoiser\.sigmas|cond_stage_model\.model\.(logit_scale|text_projection|transformer\.resblocks\.23\..*)"
     r"|cond_stage_model\.(logit_scale|text_projection.*"
     r"|transformer\.(text_model\.)?(logit_scale|text_projection.*|vision_model\..*|visual_projection.*)))$"
@@ -77,12 +78,12 @@ V_BIAS, V_SPREAD = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.
 def recognise(state: dict[str, Tensor], metadata: dict[str, str] | None = None, yaml: str = "") -> ModelConfig:
     """The configuration of a published checkpoint, from its keys and shapes, and from what it says of itself.
 
-    It is SD15 or SD15_INPAINTING, perhaps with another prediction type, size or noise schedule. `metadata` is that of a
-    safetensors file, `yaml` the text of the yaml beside it. Raises CheckpointError for any other file, and says what
-    the file is.
+    It is one of the models in `sd.config`, perhaps with another prediction type, size or noise schedule. `metadata` is
+    that of a safetensors file, `yaml` the text of the yaml beside it. Raises CheckpointError for any other file, and
+    says what the file is.
     """
     identify(state)
-    widths = {tensor.shape[1:2] for key, tensor in state.items() if key.startswith(UNET_PREFIX) and "attn2.to_k" in key}
+    widths = _context_widths(state)
     if other := widths & CONTEXT_WIDTHS.keys():
         raise _other_file(CONTEXT_WIDTHS[other.pop()])
     first = state.get(FIRST_WEIGHT, state.get(averaged_name(FIRST_WEIGHT)))
@@ -102,15 +103,20 @@ def recognise(state: dict[str, Tensor], metadata: dict[str, str] | None = None, 
     return described(config, state.keys(), metadata, yaml)
 
 
+def _context_widths(state: dict[str, Tensor]) -> set[tuple[int, ...]]:
+    """The width of the prompt's context, (D,), in a set; an empty set for a file without a U-Net."""
+    names = re.compile(rf"({re.escape(UNET_PREFIX)}|{re.escape(AVERAGED_PREFIX)}).*attn2\.?to_k")
+    return {tuple(tensor.shape[1:2]) for key, tensor in state.items() if names.match(key)}
+
+
 def _base_or_v(state: dict[str, Tensor], metadata: dict[str, str] | None, yaml: str) -> ModelConfig:
     """SD 2.x's model for noise and 512 pixels, or the one for v and 768. All their tensors have the same shapes."""
     said = prediction_said(state.keys(), metadata or {}, yaml)
     if said is None:
         bias = state.get(V_BIAS)
-        guess = "v_prediction" if bias is not None and bias.float().std() > V_SPREAD else "epsilon"
-        said = guess
+        said = "v_prediction" if bias is not None and bias.float().std() > V_SPREAD else "epsilon"
         warnings.warn(
-            f"This file of Stable Diffusion 2 does not say what its U-Net predicts; its weights look like {guess}. If "
+            f"This file of Stable Diffusion 2 does not say what its U-Net predicts; its weights look like {said}. If "
             "images are noise or brown blobs, give the other one as prediction_type: epsilon or v_prediction.",
             stacklevel=4,
         )
@@ -123,9 +129,9 @@ def with_prediction(config: ModelConfig, prediction_type: str) -> ModelConfig:
 
 
 def identify(keys: Iterable[str]) -> None:
-    """Raises CheckpointError, which says what the file is, unless these are keys of Stable Diffusion 1.x.
+    """Raises CheckpointError, which says what the file is, unless these are keys of Stable Diffusion.
 
-    A file with a U-Net and a text encoder of Stable Diffusion 1.x is a model, whatever else it holds.
+    A file with a U-Net and a text encoder of Stable Diffusion 1.x or 2.x is a model, whatever else it holds.
     """
     keys = list(keys)
     unet = any(key.startswith((UNET_PREFIX, AVERAGED_PREFIX)) for key in keys)
@@ -193,7 +199,8 @@ def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises CheckpointError if there are none.
     """
-    if any(key.startswith("conditioner.embedders.") for key in state):
+    embedders = [key for key in state if key.startswith("conditioner.embedders.")]  # SD-Turbo has them too
+    if _context_widths(state) & CONTEXT_WIDTHS.keys() or any(not key.startswith(SGM_PREFIX) for key in embedders):
         raise CheckpointError("This file is a Stable Diffusion XL checkpoint, whose VAE makes other latents.")
     if is_diffusers_vae(state):
         state = vae_names(state)

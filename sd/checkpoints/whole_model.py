@@ -37,7 +37,7 @@ def read_model(
         raise ValueError(f"prediction_type should be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}.")
     with name_in_errors(path):
         checkpoint = _read(Path(path))
-        config = _config(checkpoint, Path(path))
+        config = _config(checkpoint, Path(path), prediction_type)
     if prediction_type is not None:
         config = variants.with_prediction(config, prediction_type)
     if vae is not None:
@@ -85,10 +85,15 @@ def _read(path: Path) -> Checkpoint:
     return replace(checkpoint, state=state, unreadable=unreadable)
 
 
-def _config(checkpoint: Checkpoint, path: Path) -> ModelConfig:
-    """The configuration that the checkpoint carries, or else the one that its tensors and its description show."""
+def _config(checkpoint: Checkpoint, path: Path, prediction_type: str | None = None) -> ModelConfig:
+    """The configuration that the checkpoint carries, or else the one that its tensors and its description show.
+
+    Of Stable Diffusion 2, the image size follows from the prediction type. So what the caller says comes in as if the
+    file said it.
+    """
     if checkpoint.config is None:
-        return variants.recognise(checkpoint.state, checkpoint.metadata, yaml_beside(path))
+        said = {"modelspec.prediction_type": prediction_type} if prediction_type else {}
+        return variants.recognise(checkpoint.state, checkpoint.metadata | said, yaml_beside(path))
     variants.identify(checkpoint.state)  # the folder of a lone VAE carries a configuration too
     return ModelConfig.from_dict(checkpoint.config)
 

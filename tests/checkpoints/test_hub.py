@@ -214,7 +214,17 @@ def test_shards_and_variants_are_chosen_like_diffusers_does():
         for is_half in kinds:
             chosen = choose(files, is_half)
             assert sorted(chosen) == sorted([*CONFIGS, "model_index.json", *weights(*first)])
-    assert choose(list(folder(".bin", ".fp16.safetensors")), False)[-1].endswith(".fp16.safetensors")
-    assert choose(list(folder(".bin")), True)[-1].endswith(".bin")
+    assert choose(list(folder(".bin", ".fp16.safetensors")), False)[-1].endswith("/model.bin")  # full precision first
+    assert choose(list(folder(".bin", ".fp16.safetensors")), True)[-1].endswith(".fp16.safetensors")
+    torch_files = {
+        name.replace("r/model.bin", "r/pytorch_model.bin"): content for name, content in folder(".bin").items()
+    }
+    assert choose(list(torch_files), True)[-1] == "text_encoder/pytorch_model.bin"  # as transformers calls it
+    older = [f"unet/diffusion_pytorch_model-0000{n}-of-00002.fp16.safetensors" for n in (1, 2)]
+    older.append("unet/diffusion_pytorch_model.safetensors.index.fp16.json")
+    files = [name for name in folder(".fp16.safetensors") if not name.startswith("unet/diffusion")] + older
+    assert set(older) < set(choose(files, True))
+    lone_vae = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "README.md"]
+    assert choose(lone_vae, True) == lone_vae[:2]
     assert choose(list(weights(".safetensors")), True) is None
     assert choose(list(CONFIGS), True) is None

@@ -1,17 +1,20 @@
 """Files of Stable Diffusion 2.x: which model they are, and the layouts that their text encoders come in."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX, SGM_PREFIX
-from sd.checkpoints.variants import V_BIAS, recognise
+from sd.checkpoints.variants import V_BIAS, averaged_name, recognise, vae_layout
+from sd.checkpoints.whole_model import _config
 from sd.config import SD2, SD2_BASE, SD2_INPAINTING, SD_TURBO
 from sd.model_converter import compvis_shapes, from_compvis, split_qkv, to_compvis, to_our_name, to_their_name
 from tests.support.synthetic import SD2_MICRO, random_networks
 
+ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 
 
@@ -52,6 +55,25 @@ def test_a_guess_says_how_a_wrong_one_looks_and_what_to_do():
 def test_sd_turbo_is_told_by_the_name_of_its_text_encoder():
     state = {key.replace(OPENCLIP_PREFIX, SGM_PREFIX): tensor for key, tensor in full_size().items()}
     assert recognise(state) == SD_TURBO
+
+
+def test_what_the_user_says_decides_the_image_size_too(recwarn):
+    for spread, said, config in ((0.05, "v_prediction", SD2), (0.5, "epsilon", SD2_BASE)):
+        assert _config(Checkpoint(full_size(spread), None), Path("a.safetensors"), said) == config
+    assert not recwarn.list
+
+
+def test_averaged_weights_alone_are_recognised_too():
+    state = full_size(channels=9)
+    assert recognise({averaged_name(k) if k.startswith("model.") else k: t for k, t in state.items()}) == SD2_INPAINTING
+
+
+def test_the_vae_of_sd_turbo_may_replace_another():
+    state = as_sgm(to_compvis(random_networks(SD2_MICRO)))
+    assert vae_layout(state).keys() == {key for key in state if key.startswith("first_stage_model.")}
+    for other in ({"conditioner.embedders.1.model.ln_final.bias": torch.ones(1)}, {ATTENTION: torch.ones(4, 1280)}):
+        with pytest.raises(CheckpointError, match="Stable Diffusion XL"):
+            vae_layout(state | other)
 
 
 @pytest.mark.parametrize("channels, kind", [(5, "depth model"), (7, "upscaler"), (8, "InstructPix2Pix")])
