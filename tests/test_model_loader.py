@@ -88,7 +88,7 @@ def test_a_config_that_was_recognised(tmp_path):
     zeros = torch.zeros(max(shape.numel() for shape in shapes.values()), dtype=torch.float16)
     state = {key: zeros[: shape.numel()].view(shape) for key, shape in shapes.items()}
     torch.save({"state_dict": state}, tmp_path / "inpainting.ckpt")  # the zeros are stored once
-    models = load_models(tmp_path / "inpainting.ckpt", "cpu", torch.float32)
+    models = load_models(tmp_path / "inpainting.ckpt", "cpu", torch.float16)
     assert models.config == SD15_INPAINTING
     assert models.diffusion.down[0][0].weight.shape == (320, 9, 3, 3)
 

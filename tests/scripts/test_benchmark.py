@@ -113,6 +113,7 @@ def test_throughput_stops_when_memory_runs_out():
     assert [row["sd fp32"] for row in results.figures.values()] == [[0.5], [1.0]]
 
 
+@pytest.mark.slow
 def test_a_worker_warms_up_and_runs(tmp_path):
     write_checkpoint(tmp_path / "micro.safetensors", random_state(MICRO), MICRO.to_dict())
     with workers([("sd", "fp32", "cpu", tmp_path / "micro.safetensors")]) as (worker,):
