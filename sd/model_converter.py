@@ -198,7 +198,10 @@ def _openclip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {rename(key, [(SGM_PREFIX, OPENCLIP_PREFIX)]): tensor for key, tensor in state.items()}
     text = {key: tensor for key, tensor in state.items() if key.startswith(CLIP_PREFIX) and key != POSITION_IDS}
     ours = {to_our_name(with_text_model(key)): tensor for key, tensor in text.items()}
-    renamed = {to_their_name(f"open{name}"): tensor for name, tensor in _fuse(ours).items()}
+    try:
+        renamed = {to_their_name(f"open{name}"): tensor for name, tensor in _fuse(ours).items()}
+    except KeyError as missing:  # queries without keys or values
+        raise CheckpointError(f"The text encoder has no {to_their_name(missing.args[0])}.") from None
     return {key: tensor for key, tensor in state.items() if key not in text} | renamed
 
 

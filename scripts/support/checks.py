@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sd.request import Request
 
 MAX_IMAGES = 10_000
-WEIGHT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")  # those of `hub`, whose import takes torch's second
 FEATURES = {".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}  # what Pillow calls the formats that some builds lack
 FAR_ABOVE = 2  # times the pixels that the model was trained on
 

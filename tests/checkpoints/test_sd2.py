@@ -68,6 +68,14 @@ def test_averaged_weights_alone_are_recognised_too():
     assert recognise({averaged_name(k) if k.startswith("model.") else k: t for k, t in state.items()}) == SD2_INPAINTING
 
 
+def test_a_text_encoder_without_all_its_matrices_is_one_sentence():
+    state = as_transformers(to_compvis(random_networks(SD2_MICRO)))
+    key = f"{CLIP_PREFIX}text_model.encoder.layers.1.self_attn.k_proj.weight"
+    del state[key]
+    with pytest.raises(CheckpointError, match=f"^The text encoder has no {key}.$"):
+        from_compvis(state, SD2_MICRO)
+
+
 def test_the_vae_of_sd_turbo_may_replace_another():
     state = as_sgm(to_compvis(random_networks(SD2_MICRO)))
     assert vae_layout(state).keys() == {key for key in state if key.startswith("first_stage_model.")}
