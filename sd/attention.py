@@ -12,7 +12,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: boo
     """Scaled dot-product attention in `heads` independent heads: softmax(q k^T / sqrt(d)) v (1706.03762, eq. 1).
 
     query (B, N, C), key and value (B, M, C) -> (B, N, C). With `causal`, position i sees positions 0 to i only.
-    torch's fused kernels (2205.14135), where it has one, never store the (N, M) scores.
+    torch's fused kernels (2205.14135), where it has one, never store the (N, M) scores. In 16 bits too, torch computes
+    them in float32: those of SD 2.1 are too large for float16 (diffusers calls that `upcast_attention`).
     """
     # (B, N, C) -> (B, heads, N, C / heads)
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))

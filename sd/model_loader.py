@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sd.checkpoints import hub
 from sd.checkpoints.checkpoint import Checkpoint
+from sd.checkpoints.probe import settle_prediction
 from sd.checkpoints.whole_model import name_in_errors, read_model
 from sd.config import ModelConfig
 from sd.files import DATA
@@ -79,9 +80,13 @@ def load_models(
         pack = name == "diffusion" and tuned and not compiled and speed.can_pack(device, dtype)
         speed.place_weights(network, _placer(checkpoint, device, dtype, reorder=tuned and not pack), pack)
     checkpoint.release()  # tensors that were joined or converted are not read again
+    tokenizer = _tokenizer(config, checkpoint.added_words)
+    models = Models(**networks, tokenizer=tokenizer, config=config, device=device)
+    if checkpoint.prediction_guessed:
+        models.config = settle_prediction(models)
     if compiled:
-        speed.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)
-    return Models(**networks, tokenizer=_tokenizer(config, checkpoint.added_words), config=config, device=device)
+        speed.compile_networks([models.diffusion, models.decoder], device, dtype)
+    return models
 
 
 def _tokenizer(config: ModelConfig, added_words: dict[str, int]) -> Tokenizer:

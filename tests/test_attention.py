@@ -15,6 +15,16 @@ def test_attention(n, m, causal, heads):
     torch.testing.assert_close(actual, definitions.attention(query, key, value, heads, causal), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_may_exceed_the_range_of_float16(dtype):
+    """As in SD 2.1, whose images were black with scores in float16."""
+    query, key, value = (torch.randn(2, 64, 32).to(dtype) for _ in range(3))
+    query, key = 300 * query, 300 * key
+    assert (query.double() @ key.double().mT).abs().max() / 4 > 65504  # 16 wide heads
+    expected = definitions.attention(query.double(), key.double(), value.double(), 2, False)
+    torch.testing.assert_close(attention(query, key, value, 2).double(), expected, rtol=0, atol=0.03)
+
+
 def test_self_attention_projects_queries_keys_and_values_in_that_order():
     layer = SelfAttention(8, heads=2)
     x = torch.randn(2, 5, 8)

@@ -42,6 +42,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors file
     unreadable: dict[str, str] = field(default_factory=dict)  # tensors that cannot be represented, and their kind
     added_words: dict[str, int] = field(default_factory=dict)  # of a folder's tokenizer, with their token ids
+    prediction_guessed: bool = False  # nothing in the file says what its U-Net predicts
 
     def release(self) -> None:
         """Frees the memory of all pages read so far. A page that is needed again is read from the file again.

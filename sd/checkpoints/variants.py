@@ -115,12 +115,13 @@ def _base_or_v(state: dict[str, Tensor], metadata: dict[str, str] | None, yaml: 
     if said is None:
         bias = state.get(V_BIAS)
         said = "v_prediction" if bias is not None and bias.float().std() > V_SPREAD else "epsilon"
-        warnings.warn(
-            f"This file of Stable Diffusion 2 does not say what its U-Net predicts; its weights look like {said}. If "
-            "images are noise or brown blobs, give the other one as prediction_type: epsilon or v_prediction.",
-            stacklevel=4,
-        )
     return SD2 if said == "v_prediction" else SD2_BASE
+
+
+def is_guess(config: ModelConfig, state: dict[str, Tensor], metadata: dict[str, str], yaml: str) -> bool:
+    """Whether nothing but a bias shows what the U-Net of a recognised file predicts."""
+    base_or_v = (config.unet, config.sampling) == (SD2.unet, SD2.sampling)
+    return base_or_v and prediction_said(state.keys(), metadata, yaml) is None
 
 
 def with_prediction(config: ModelConfig, prediction_type: str) -> ModelConfig:

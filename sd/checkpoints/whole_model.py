@@ -37,7 +37,7 @@ def read_model(
         raise ValueError(f"prediction_type should be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}.")
     with name_in_errors(path):
         checkpoint = _read(Path(path))
-        config = _config(checkpoint, Path(path), prediction_type)
+        checkpoint, config = _configured(checkpoint, Path(path), prediction_type)
     if prediction_type is not None:
         config = variants.with_prediction(config, prediction_type)
     if vae is not None:
@@ -85,17 +85,22 @@ def _read(path: Path) -> Checkpoint:
     return replace(checkpoint, state=state, unreadable=unreadable)
 
 
-def _config(checkpoint: Checkpoint, path: Path, prediction_type: str | None = None) -> ModelConfig:
-    """The configuration that the checkpoint carries, or else the one that its tensors and its description show.
+def _configured(
+    checkpoint: Checkpoint, path: Path, prediction_type: str | None = None
+) -> tuple[Checkpoint, ModelConfig]:
+    """The checkpoint with the configuration that it carries, or else with the one that its tensors and its description
+    show.
 
     Of Stable Diffusion 2, the image size follows from the prediction type. So what the caller says comes in as if the
     file said it.
     """
-    if checkpoint.config is None:
-        said = {"modelspec.prediction_type": prediction_type} if prediction_type else {}
-        return variants.recognise(checkpoint.state, checkpoint.metadata | said, yaml_beside(path))
-    variants.identify(checkpoint.state)  # the folder of a lone VAE carries a configuration too
-    return ModelConfig.from_dict(checkpoint.config)
+    if checkpoint.config is not None:
+        variants.identify(checkpoint.state)  # the folder of a lone VAE carries a configuration too
+        return checkpoint, ModelConfig.from_dict(checkpoint.config)
+    said = {"modelspec.prediction_type": prediction_type} if prediction_type else {}
+    description = checkpoint.metadata | said, yaml_beside(path)
+    config = variants.recognise(checkpoint.state, *description)
+    return replace(checkpoint, prediction_guessed=variants.is_guess(config, checkpoint.state, *description)), config
 
 
 def _with_vae(checkpoint: Checkpoint, config: ModelConfig, other: Checkpoint) -> tuple[Checkpoint, ModelConfig]:

@@ -1,6 +1,7 @@
 """Files of Stable Diffusion 2.x: which model they are, and the layouts that their text encoders come in."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX, SGM_PREFIX
-from sd.checkpoints.variants import V_BIAS, averaged_name, recognise, vae_layout
-from sd.checkpoints.whole_model import _config
-from sd.config import SD2, SD2_BASE, SD2_INPAINTING, SD_TURBO
+from sd.checkpoints.probe import settle_prediction, slope
+from sd.checkpoints.variants import V_BIAS, averaged_name, is_guess, recognise, vae_layout
+from sd.checkpoints.whole_model import _configured
+from sd.config import SD2, SD2_BASE, SD2_INPAINTING, SD_TURBO, TINY
 from sd.model_converter import compvis_shapes, from_compvis, split_qkv, to_compvis, to_our_name, to_their_name
+from sd.model_loader import load_models
+from sd.noise import make_betas
 from tests.support.synthetic import SD2_MICRO, random_networks
 
 ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -26,7 +30,6 @@ def full_size(spread=1.0, channels=4):
     return state
 
 
-@pytest.mark.filterwarnings("ignore:This file of Stable Diffusion 2 does not say")
 @pytest.mark.parametrize(
     "state, metadata, yaml, config",
     [
@@ -43,13 +46,51 @@ def test_the_model_is_recognised(state, metadata, yaml, config):
     assert recognise(state, metadata, yaml) == config
 
 
-def test_a_guess_says_how_a_wrong_one_looks_and_what_to_do():
-    with pytest.warns(UserWarning, match="weights look like v_prediction. If images are noise .* as prediction_type"):
-        recognise(full_size(0.5))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        recognise(full_size(0.5), {"modelspec.prediction_type": "v"})
-        recognise(full_size(0.5, channels=9))
+def test_what_is_a_guess():
+    for state, metadata, guess in [
+        (full_size(0.5), {}, True),
+        (full_size(0.05), {}, True),
+        (full_size(0.5), {"modelspec.prediction_type": "v"}, False),
+        (full_size(0.5, channels=9), {}, False),
+        ({ATTENTION: torch.empty(320, 768)}, {}, False),  # of SD 1.x
+    ]:
+        assert is_guess(recognise(state, metadata), state, metadata, "") == guess
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_models(device="cpu", dtype=torch.float32)
+
+
+class Predicts(torch.nn.Module):
+    """The tiny model's U-Net, and the v that its noise stands for."""
+
+    def __init__(self, models, prediction_type):
+        super().__init__()
+        self.unet, self.prediction_type = models.diffusion, prediction_type
+
+    def forward(self, x, context, timesteps):
+        noise = self.unet(x, context, timesteps)
+        a = (1 - make_betas(TINY.schedule)).prod()
+        x_0 = (x - (1 - a).sqrt() * noise) / a.sqrt()
+        return noise if self.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * x_0
+
+
+@pytest.mark.parametrize("true, returned", [("epsilon", (0.99, 1)), ("v_prediction", (-0.1, 0.15))])
+@pytest.mark.parametrize("guess", [SD2_BASE, SD2])
+def test_the_unet_is_run_to_check_the_guess(tiny, true, returned, guess):
+    """A right guess causes no warning. A wrong one gives way where the U-Net returns noise."""
+    models = replace(tiny, diffusion=Predicts(tiny, true))
+    low, high = returned
+    assert low < slope(models) < high
+    models.config = replace(guess, unet=TINY.unet)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = settle_prediction(models)
+    right = guess.schedule.prediction_type == true
+    assert ["give the other one as prediction_type: epsilon or v_" in str(w.message) for w in caught] == [True][right:]
+    expected = SD2_BASE if true == "epsilon" else guess
+    assert (config.schedule, config.image_size) == (expected.schedule, expected.image_size)
 
 
 def test_sd_turbo_is_told_by_the_name_of_its_text_encoder():
@@ -57,10 +98,10 @@ def test_sd_turbo_is_told_by_the_name_of_its_text_encoder():
     assert recognise(state) == SD_TURBO
 
 
-def test_what_the_user_says_decides_the_image_size_too(recwarn):
+def test_what_the_user_says_decides_the_image_size_too():
     for spread, said, config in ((0.05, "v_prediction", SD2), (0.5, "epsilon", SD2_BASE)):
-        assert _config(Checkpoint(full_size(spread), None), Path("a.safetensors"), said) == config
-    assert not recwarn.list
+        checkpoint, found = _configured(Checkpoint(full_size(spread), None), Path("a.safetensors"), said)
+        assert (found, checkpoint.prediction_guessed) == (config, False)
 
 
 def test_averaged_weights_alone_are_recognised_too():
