@@ -75,12 +75,14 @@ INPUTS = {
 V_BIAS, V_SPREAD = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 
 
-def recognise(state: dict[str, Tensor], metadata: dict[str, str] | None = None, yaml: str = "") -> ModelConfig:
+def recognise(
+    state: dict[str, Tensor], metadata: dict[str, str] | None = None, yaml: str = "", name: str = ""
+) -> ModelConfig:
     """The configuration of a published checkpoint, from its keys and shapes, and from what it says of itself.
 
     It is one of the models in `sd.config`, perhaps with another prediction type, size or noise schedule. `metadata` is
-    that of a safetensors file, `yaml` the text of the yaml beside it. Raises CheckpointError for any other file, and
-    says what the file is.
+    that of a safetensors file, `yaml` the text of the yaml beside it, `name` the file's. Raises CheckpointError for any
+    other file, and says what the file is.
     """
     identify(state)
     widths = _context_widths(state)
@@ -91,9 +93,12 @@ def recognise(state: dict[str, Tensor], metadata: dict[str, str] | None = None, 
     if channels in INPUTS:
         raise CheckpointError(f"This file is {INPUTS[channels]}.")
     if (1024,) in widths:
-        turbo = any(key.startswith(SGM_PREFIX) for key in state)  # of all models of SD 2.x, it alone has these names
-        base = SD_TURBO if turbo else SD2_INPAINTING
-        config = base if turbo or channels == (9,) else _base_or_v(state, metadata, yaml)
+        # Of all models of SD 2.x, only SD-Turbo has these names. A copy with others looks like a base.
+        turbo = any(key.startswith(SGM_PREFIX) for key in state) or "turbo" in name.lower()
+        if channels == (9,):
+            config = SD2_INPAINTING
+        else:
+            config = SD_TURBO if turbo else _base_or_v(state, metadata, yaml)
     else:
         config = SD15_INPAINTING if channels == (9,) else SD15
     words = max((len(tensor) for key, tensor in state.items() if TOKEN_TABLE.match(key) and tensor.ndim), default=0)

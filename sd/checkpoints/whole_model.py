@@ -99,7 +99,7 @@ def _configured(
         return checkpoint, ModelConfig.from_dict(checkpoint.config)
     said = {"modelspec.prediction_type": prediction_type} if prediction_type else {}
     description = checkpoint.metadata | said, yaml_beside(path)
-    config = variants.recognise(checkpoint.state, *description)
+    config = variants.recognise(checkpoint.state, *description, path.name)
     return replace(checkpoint, prediction_guessed=variants.is_guess(config, checkpoint.state, *description)), config
 
 

@@ -93,9 +93,11 @@ def test_the_unet_is_run_to_check_the_guess(tiny, true, returned, guess):
     assert (config.schedule, config.image_size) == (expected.schedule, expected.image_size)
 
 
-def test_sd_turbo_is_told_by_the_name_of_its_text_encoder():
+def test_sd_turbo_is_told_by_the_names_of_its_text_encoder_or_of_the_file():
     state = {key.replace(OPENCLIP_PREFIX, SGM_PREFIX): tensor for key, tensor in full_size().items()}
     assert recognise(state) == SD_TURBO
+    assert recognise(full_size(0.05), name="sd_Turbo.fp16.safetensors") == SD_TURBO  # a copy under other names
+    assert recognise(full_size(channels=9), name="turbo-inpainting.safetensors") == SD2_INPAINTING
 
 
 def test_what_the_user_says_decides_the_image_size_too():
