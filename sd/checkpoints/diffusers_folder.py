@@ -29,7 +29,7 @@ from sd.checkpoints.folder_files import class_name, find_weights, read_added_wor
 from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Value, rename, without_wrappers
 from sd.checkpoints.self_description import warn_of_unnamed_words
 from sd.checkpoints.shards import read_shards
-from sd.config import SD_TURBO, ModelConfig, TextConfig, UNetConfig
+from sd.config import PREDICTION_TYPES, SD_TURBO, ModelConfig, TextConfig, UNetConfig
 
 NETWORKS = ("unet", "vae", "text_encoder")
 TURBO_SCHEDULER = "EulerDiscreteScheduler"  # with trailing timesteps and OpenCLIP's text encoder: SD-Turbo
@@ -54,6 +54,24 @@ FIXED = {
     "vae": {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "shift_factor": None, "latents_mean": None},
     "text_encoder": {"layer_norm_eps": 1e-5},
     "scheduler": {"trained_betas": None},
+}
+
+# Values that may be one of several.
+CHOICES = {
+    "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
+    "scheduler": {"prediction_type": PREDICTION_TYPES, "beta_schedule": ("scaled_linear", "linear")},
+}
+
+# What a folder holds if the name of its pipeline contains one of these.
+OTHER_PIPELINES = {
+    "XL": "Stable Diffusion XL",
+    "Diffusion3": "Stable Diffusion 3",
+    "Flux": "FLUX",
+    "PixArt": "PixArt",
+    "Depth2Img": "Stable Diffusion 2's depth model, whose U-Net also takes a map of depths",
+    "Upscale": "Stable Diffusion 2's upscaler, whose U-Net also takes a small image",
+    "InstructPix2Pix": "an InstructPix2Pix model, whose U-Net takes a second image",
+    "UnCLIP": "Stable unCLIP, whose U-Net takes the embedding of an image",
 }
 
 # The fields of a ModelConfig: our name, their name.
@@ -145,6 +163,10 @@ def read_folder(path: Path) -> Checkpoint:
         file = _read_network(path, "vae")
         config = {"vae": _fields(path, "vae")}
         return Checkpoint(_compvis_names("vae", file.state, ModelConfig()), config, file.mappings)
+    pipeline = class_name(path, "model_index.json") or ""
+    for part, model in OTHER_PIPELINES.items():
+        if part in pipeline:
+            raise CheckpointError(f"{path} is {model}; give a model of Stable Diffusion 1.x or 2.x.")
     networks = [name for name in NETWORKS if (path / name / "config.json").is_file()]
     if missing := [name for name in NETWORKS if name not in networks and name != "vae"]:
         raise CheckpointError(
@@ -159,7 +181,11 @@ def read_folder(path: Path) -> Checkpoint:
         state |= _compvis_names(name, file.state, config)
         unreadable |= _compvis_names(name, file.unreadable, config)
         mappings += file.mappings
-    return Checkpoint(state, config.to_dict(), mappings, unreadable=unreadable, added_words=words)
+    # Without its scheduler, nothing in a folder says what a U-Net predicts. All of SD 1.x predict noise.
+    guess = config.text.is_openclip and not (path / "scheduler" / "scheduler_config.json").is_file()
+    return Checkpoint(
+        state, config.to_dict(), mappings, unreadable=unreadable, added_words=words, prediction_guessed=guess
+    )
 
 
 def is_vae_folder(path: Path) -> bool:
@@ -252,6 +278,9 @@ def _fields(folder: Path, name: str) -> dict[str, object]:
     for field, value in FIXED[name].items():
         if values.get(field, value) != value:
             raise _foreign(path, field, repr(value), values[field])
+    for field, choices in CHOICES.get(name, {}).items():
+        if values.get(field, choices[0]) not in choices:
+            raise _foreign(path, field, " or ".join(map(repr, choices)), values[field])
     fields = {ours: values[theirs] for ours, theirs in FIELDS[name].items() if theirs in values}
     # Other spacings are left to the sampler, and with zero-terminal SNR all samplers start at the last timestep anyway.
     trailing = values.get("timestep_spacing") == "trailing" and not fields.get("rescale_betas_zero_snr")

@@ -46,7 +46,7 @@ def settle_prediction(models: Models) -> ModelConfig:
         return guess
     config = replace(guess, schedule=SD2_BASE.schedule, image_size=SD2_BASE.image_size) if noise else guess
     warnings.warn(
-        "This file of Stable Diffusion 2 does not say what its U-Net predicts. Its weights look like "
+        "This model of Stable Diffusion 2 does not say what its U-Net predicts. Its weights look like "
         f"{guessed}, its output does not: {config.schedule.prediction_type} was chosen. If images are noise or brown "
         "blobs, give the other one as prediction_type: epsilon or v_prediction.",
         stacklevel=3,

@@ -45,6 +45,7 @@ OTHER_FILES = [
     (r"^conditioner\.embedders\.(?!0\.model\.)", "is a Stable Diffusion XL checkpoint"),
     (r"\.joint_blocks\.", "is a Stable Diffusion 3 checkpoint"),
     (r"\.double_blocks\.", "is a FLUX checkpoint"),
+    (r"(^|\.)(y_embedder|adaln_single|caption_projection)\.", "is a PixArt checkpoint"),
     (
         r"(^|\.)control_model\.|^zero_convs\.|^controlnet_cond_embedding\.",
         "is a ControlNet, an addition to a model rather than a model",
@@ -116,11 +117,14 @@ def _context_widths(state: dict[str, Tensor]) -> set[tuple[int, ...]]:
 
 def _base_or_v(state: dict[str, Tensor], metadata: dict[str, str] | None, yaml: str) -> ModelConfig:
     """SD 2.x's model for noise and 512 pixels, or the one for v and 768. All their tensors have the same shapes."""
-    said = prediction_said(state.keys(), metadata or {}, yaml)
-    if said is None:
-        bias = state.get(V_BIAS)
-        said = "v_prediction" if bias is not None and bias.float().std() > V_SPREAD else "epsilon"
+    said = prediction_said(state.keys(), metadata or {}, yaml) or prediction_by_bias(state)
     return SD2 if said == "v_prediction" else SD2_BASE
+
+
+def prediction_by_bias(state: dict[str, Tensor]) -> str:
+    """What a U-Net of SD 2.x seems to predict."""
+    bias = state.get(V_BIAS)
+    return "v_prediction" if bias is not None and bias.float().std() > V_SPREAD else "epsilon"
 
 
 def is_guess(config: ModelConfig, state: dict[str, Tensor], metadata: dict[str, str], yaml: str) -> bool:

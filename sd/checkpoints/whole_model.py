@@ -40,6 +40,7 @@ def read_model(
         checkpoint, config = _configured(checkpoint, Path(path), prediction_type)
     if prediction_type is not None:
         config = variants.with_prediction(config, prediction_type)
+        checkpoint = replace(checkpoint, prediction_guessed=False)
     if vae is not None:
         with name_in_errors(vae, argument="vae: "):
             checkpoint, config = _with_vae(checkpoint, config, _read(Path(vae)))
@@ -96,7 +97,10 @@ def _configured(
     """
     if checkpoint.config is not None:
         variants.identify(checkpoint.state)  # the folder of a lone VAE carries a configuration too
-        return checkpoint, ModelConfig.from_dict(checkpoint.config)
+        config = ModelConfig.from_dict(checkpoint.config)
+        if checkpoint.prediction_guessed:
+            config = variants.with_prediction(config, variants.prediction_by_bias(checkpoint.state))
+        return checkpoint, config
     said = {"modelspec.prediction_type": prediction_type} if prediction_type else {}
     description = checkpoint.metadata | said, yaml_beside(path)
     config = variants.recognise(checkpoint.state, *description, path.name)

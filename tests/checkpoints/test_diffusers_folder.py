@@ -12,7 +12,8 @@ from sd.checkpoints.diffusers_folder import read_folder
 from sd.checkpoints.files import read_checkpoint
 from sd.model_converter import to_compvis
 from sd.model_loader import load_models
-from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_state
+from sd.model_saver import save_folder
+from tests.support.synthetic import INPAINTING_MICRO, MICRO, SD2_MICRO, random_models, random_state
 
 VAE = "first_stage_model."
 
@@ -105,8 +106,34 @@ def test_the_schedule(folder):
     schedule = load_models(folder, "cpu").config.schedule
     assert (schedule.prediction_type, schedule.beta_end, schedule.beta_start) == ("v_prediction", 0.02, 0.00085)
     change(path, prediction_type="sample")
-    with pytest.raises(CheckpointError, match="a known schedule"):
+    with pytest.raises(CheckpointError, match="prediction_type should be 'epsilon' or 'v_prediction'"):
         load_models(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "pipeline, name",
+    [
+        ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
+        ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
+        ("FluxPipeline", "FLUX"),
+        ("PixArtAlphaPipeline", "PixArt"),
+        ("StableDiffusionDepth2ImgPipeline", "Stable Diffusion 2's depth model"),
+        ("StableDiffusionUpscalePipeline", "Stable Diffusion 2's upscaler"),
+        ("StableDiffusionInstructPix2PixPipeline", "an InstructPix2Pix model"),
+        ("StableUnCLIPImg2ImgPipeline", "Stable unCLIP"),
+    ],
+)
+def test_the_pipelines_of_other_models_are_named(tmp_path, pipeline, name):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    with pytest.raises(CheckpointError, match=f"is {name}.*; give a model of Stable Diffusion 1.x or 2.x"):
+        load_models(tmp_path, "cpu")
+
+
+def test_without_its_scheduler_a_folder_of_sd_2_is_a_guess(tmp_path):
+    save_folder(random_models(SD2_MICRO), tmp_path / "model")
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").unlink()
+    assert read_folder(tmp_path / "model").prediction_guessed
+    assert load_models(tmp_path / "model", "cpu", prediction_type="v_prediction").config.schedule == SD2_MICRO.schedule
 
 
 def test_a_vae_of_diffusers_for_another_checkpoint(folder, tmp_path):
@@ -133,7 +160,7 @@ def test_a_vae_alone(folder):
         ("unet", {"down_block_types": 7}, "down_block_types should be a list of"),
         ("unet", {"attention_head_dim": [5, 10, 20, 20]}, "attention_head_dim should be one number, or one for"),
         ("unet", {"layers_per_block": 3}, "missing key model.diffusion_model.input_blocks"),
-        ("text_encoder", {"hidden_act": "relu"}, "should have a known text.activation"),
+        ("text_encoder", {"hidden_act": "relu"}, "hidden_act should be 'quick_gelu' or 'gelu', as in"),
         ("vae", {"scaling_factor": "much"}, "config.vae.scaling_factor should be like 0.18215"),
         ("vae", {"shift_factor": 0.1}, "shift_factor should be None"),
     ],

@@ -161,6 +161,7 @@ def test_a_file_without_a_vae():
         ("zero_convs.0.0.weight", "ControlNet"),
         ("controlnet_cond_embedding.conv_in.weight", "ControlNet"),
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("adaln_single.linear.weight", "PixArt"),
         ("input_blocks.0.0.weight", "U-Net alone, without a text encoder and a VAE"),
         ("down_blocks.0.resnets.0.conv1.weight", "diffusers"),
         ("encoder.down_blocks.0.resnets.0.conv1.weight", "diffusers"),
