@@ -127,6 +127,19 @@ def test_the_vae_of_sd_turbo_may_replace_another():
             vae_layout(state | other)
 
 
+def test_the_keys_are_those_of_the_published_file():
+    """Without what no image depends on: the text encoder's last layer, its projection, and what trainers store."""
+    keys = compvis_shapes(SD2).keys()
+    counts = {part: sum(key.startswith(part) for key in keys) for part in ("model.", "first_stage_", "cond_stage_")}
+    assert counts == {"model.": 686, "first_stage_": 248, "cond_stage_": 294 - 12 - 2}
+    assert len(keys) == sum(counts.values())
+
+
+def test_another_width_is_named():
+    with pytest.raises(CheckpointError, match="should be 1024 wide, not 64 as in this file's U-Net"):
+        recognise({ATTENTION: torch.empty(32, 64), f"{OPENCLIP_PREFIX}ln_final.bias": torch.empty(64)})
+
+
 @pytest.mark.parametrize("channels, kind", [(5, "depth model"), (7, "upscaler"), (8, "InstructPix2Pix")])
 def test_models_with_other_inputs_are_named(channels, kind):
     with pytest.raises(CheckpointError, match=kind):
