@@ -92,7 +92,7 @@ def recognise(
     openclip = any(key.startswith((OPENCLIP_PREFIX, SGM_PREFIX)) for key in state)
     if widths and openclip and (1024,) not in widths:
         raise CheckpointError(
-            f"The prompt's context of Stable Diffusion 2 should be 1024 wide, not {max(widths)[0]} as in this file's U-Net."
+            f"The context of Stable Diffusion 2's U-Net should be 1024 wide, not {max(widths)[0]} as in this file."
         )
     first = state.get(FIRST_WEIGHT, state.get(averaged_name(FIRST_WEIGHT)))
     channels = None if first is None else tuple(first.shape[1:2])

@@ -136,7 +136,7 @@ def test_the_keys_are_those_of_the_published_file():
 
 
 def test_another_width_is_named():
-    with pytest.raises(CheckpointError, match="should be 1024 wide, not 64 as in this file's U-Net"):
+    with pytest.raises(CheckpointError, match="should be 1024 wide, not 64 as in this file"):
         recognise({ATTENTION: torch.empty(32, 64), f"{OPENCLIP_PREFIX}ln_final.bias": torch.empty(64)})
 
 
