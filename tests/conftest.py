@@ -32,18 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in slow]
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """A local web server that misbehaves on demand. Downloads read small chunks from it."""
-    from scripts.support import transfer
-    from tests.support.misbehaving_server import running
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(transfer, "CHUNK", 10_000)
-    with running() as server:
-        yield server
-
-
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory):
     """A checkpoint of a very small model with random weights."""

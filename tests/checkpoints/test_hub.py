@@ -1,14 +1,15 @@
 """Models by their name on the hub, with the real client against a server on this computer."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sd.checkpoints import hub
 from sd.checkpoints.hub import choose, is_name
 from tests import ROOT
+from tests.support.hub_client import run_code, settings
 from tests.support.hub_server import COMMIT, Repository, serve
 from tests.support.marks import slow
 
@@ -47,27 +48,17 @@ def server():
         yield running
 
 
-def client_settings(server, cache: Path) -> dict[str, str]:
-    """This process's environment, with the server in place of the hub."""
-    mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    hub = {"HF_ENDPOINT": server.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return mine | hub | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-
-
 def fetch(server, cache: Path, *calls: str | tuple[str, bool], **environment: str) -> list[str]:
-    """What `fetch` returns or raises for each name (and `half`), in one new process: the client reads its settings
-    when it is imported."""
+    """What `fetch` returns or raises for each name (and `half`), in one new process."""
     server.downloads.clear()
     calls = [(call, False) if isinstance(call, str) else call for call in calls]
     code = (
         f"from sd.checkpoints.hub import fetch\nfor name, half in {calls!r}:\n"
         "    try: print(fetch(name, half))\n    except Exception as error: print(type(error).__name__, error, sep=': ')"
     )
-    settings = client_settings(server, cache) | environment
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
+    done = run_code(code, settings(server, cache, **environment), cache)
+    assert done.status == 0, done.err
+    lines = done.out.splitlines()
     assert len(lines) == len(calls), "an error has more than one line"
     return lines
 
@@ -157,25 +148,24 @@ def test_without_a_network_and_without_a_cache(server, tmp_path, offline):
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     """A limit on the size of files stands for the full disk."""
     with serve({"owner/files": Repository({"a.ckpt": os.urandom(300_000)})}) as server:
-        settings = client_settings(server, tmp_path)
         code = (
             "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\nfrom sd.checkpoints.hub import fetch\n"
             "try: fetch('owner/files:a.ckpt')\nexcept OSError as error: print(error)"
         )
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=settings, capture_output=True, check=True)
+        done = run_code(code, settings(server, tmp_path), tmp_path)
+    place = f"it goes to {tmp_path / 'hub'}, which HF_HOME moves."
+    assert done.out == f"owner/files:a.ckpt could not be saved (File too large): {place}\n"
     assert not list(tmp_path.rglob("a.ckpt"))
 
 
-def test_the_package_is_named_where_it_is_missing(tmp_path):
-    code = (
-        "import sys; sys.modules['huggingface_hub'] = None\nfrom sd.checkpoints.hub import fetch\n"
-        "try: fetch('owner/name')\nexcept ImportError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == (
+def test_the_package_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError) as caught:
+        hub.fetch("owner/name")
+    assert str(caught.value) == (
         "owner/name is neither a file nor a folder here. To fetch it from the Hugging Face hub, install the package "
-        "huggingface_hub: pip install -r requirements-hub.txt\n"
+        "huggingface_hub: pip install -r requirements-hub.txt"
     )
 
 

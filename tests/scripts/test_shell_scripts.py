@@ -24,7 +24,7 @@ def repository(tmp_path):
     (root / ".venv/bin/python").write_text(PYTHON)
     (root / ".venv/bin/python").chmod(0o755)
     shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("requirements.txt", "requirements-notebooks.txt"):
+    for name in ("requirements.txt", "requirements-hub.txt", "requirements-notebooks.txt"):
         shutil.copy(ROOT / name, root / name)
         with open(root / name, "rb") as file:
             checksum = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True).stdout.strip()
@@ -33,7 +33,12 @@ def repository(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, first", [("demo.sh", ["{root}/scripts/demo.py"]), ("notebooks.sh", ["-m", "jupyterlab", "--notebook-dir"])]
+    "script, first",
+    [
+        ("demo.sh", ["{root}/scripts/demo.py"]),
+        ("download.sh", ["{root}/scripts/download.py"]),
+        ("notebooks.sh", ["-m", "jupyterlab", "--notebook-dir"]),
+    ],
 )
 @pytest.mark.parametrize("where", ["beside", "link", "inside", "closed"])
 def test_from_anywhere(repository, tmp_path, script, first, where):

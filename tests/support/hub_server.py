@@ -34,11 +34,14 @@ class Server:
 
 
 @contextmanager
-def serve(repositories: dict[str, Repository], cut_after: int | None = None) -> Iterator[Server]:
-    """A running server. With `cut_after`, the first download of each file breaks off after so many bytes."""
+def serve(
+    repositories: dict[str, Repository], cut_after: int | None = None, stall: threading.Event | None = None
+) -> Iterator[Server]:
+    """A running server. With `cut_after`, the first download of each file breaks off after that number of bytes. With
+    `stall`, it waits there for this event, and then sends the rest."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
-    server.repositories, server.cut_after, server.cut = repositories, cut_after, set()
+    server.repositories, server.cut_after, server.stall, server.cut = repositories, cut_after, stall, set()
     server.record = Server(f"http://127.0.0.1:{server.server_port}")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -97,11 +100,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         self.server.record.downloads.append(f"{name}{f' from {start}' if start else ''}")
-        if self.server.cut_after is not None and name not in self.server.cut:
+        if self.server.cut_after in range(len(content)) and name not in self.server.cut:
             self.server.cut.add(name)
-            self.wfile.write(content[: self.server.cut_after])
-            self.close_connection = True
-            return
+            self.wfile.write(content[start : self.server.cut_after])
+            if self.server.stall is None:
+                self.close_connection = True
+                return
+            self.server.stall.wait()
+            start = max(start, self.server.cut_after)
         self.wfile.write(content[start:])
 
     def answer_json(self, value: object) -> None:

@@ -1,10 +1,10 @@
 """Starts a writer, kills it at a random moment, and checks its files; repeats that, and prints a report as JSON.
 
-    python -m tests.support.killer FOLDER KILLS SEED URL
+    python -m tests.support.killer FOLDER KILLS SEED
 
 A writer is a fork of this process, so it starts in a millisecond. It writes as fast as it can until it is killed:
-images, checkpoints, training states, or a download from URL. Each is killed KILLS times. After every kill, no file with
-a final name may be truncated, damaged, older than before, or missing. Temporary files must not accumulate.
+images, checkpoints or training states. Each is killed KILLS times. After every kill, no file with a final name may be
+truncated, damaged, older than before, or missing. Temporary files must not accumulate.
 """
 
 import contextlib
@@ -16,18 +16,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from scripts.download import download
-from scripts.support import transfer
 from sd.checkpoints.files import read_state_dict, write_checkpoint
 from sd.images import read_image, write_animation, write_png
 from sd.training.loop import Training
-from tests.support.misbehaving_server import BODY, weights
 from tests.training.test_loop import Line
 
 
@@ -117,38 +113,6 @@ class States:
         assert self.training(folder).step <= self.whole.step + 1  # it can be resumed
 
 
-class Downloads:
-    """A download from a slow server, resumed after every kill."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.longest = url, 0
-        transfer.CHUNK = 2000
-
-    def fetch(self, folder: Path) -> None:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
-            download(weights(), folder, self.url, lambda _: None)
-
-    def write(self, folder: Path) -> None:
-        self.fetch(folder)
-        time.sleep(99)
-
-    def check(self, folder: Path) -> None:
-        if (folder / "model.ckpt").exists():
-            assert (folder / "model.ckpt").read_bytes() == BODY
-            (folder / "model.ckpt").unlink()  # start again
-            self.longest = 0
-        elif (folder / "model.ckpt.part").exists():
-            part = (folder / "model.ckpt.part").read_bytes()
-            assert BODY.startswith(part), "the part is not the beginning of the file"
-            assert len(part) >= self.longest, "bytes of an earlier run were lost"
-            self.longest = len(part)
-
-    def finish(self, folder: Path) -> None:
-        self.fetch(folder)
-        assert [path.name for path in folder.iterdir()] == ["model.ckpt"]
-        assert (folder / "model.ckpt").read_bytes() == BODY
-
-
 def kill_at(moment: float, write: Callable[[Path], None], folder: Path) -> None:
     """Starts a writer and kills it after `moment` seconds."""
     child = os.fork()
@@ -163,10 +127,10 @@ def kill_at(moment: float, write: Callable[[Path], None], folder: Path) -> None:
     os.waitpid(child, 0)
 
 
-def main(folder: Path, kills: int, seed: int, url: str) -> None:
+def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     rng, left_behind = random.Random(seed), {}
-    for writer in (Pictures(), Checkpoints(), States(folder), Downloads(url)):
+    for writer in (Pictures(), Checkpoints(), States(folder)):
         name = type(writer).__name__.lower()
         place, left_behind[name] = folder / name, 0
         place.mkdir()
@@ -176,10 +140,8 @@ def main(folder: Path, kills: int, seed: int, url: str) -> None:
             left_behind[name] += len(left)
             assert len(left) <= 1, "temporary files of killed writers accumulate"
             writer.check(place)
-        if hasattr(writer, "finish"):
-            writer.finish(place)
     json.dump(left_behind, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
