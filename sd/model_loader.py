@@ -60,7 +60,7 @@ def load_models(
     if path == TINY_CHECKPOINT and not TINY_CHECKPOINT.exists():
         raise FileNotFoundError(
             f"The tiny model, {path}, is missing: `git checkout data/tiny.ckpt` brings it back, and so does cloning or "
-            "installing again; `python scripts/train_tiny.py` trains another, and `python scripts/download.py` fetches "
+            "installing again; `python scripts/train_tiny.py` trains another, and `sh scripts/download.sh` fetches "
             "Stable Diffusion 1.5 (4.3 GB)."
         )
     half = dtype.itemsize == 2

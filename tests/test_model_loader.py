@@ -144,7 +144,7 @@ def test_errors_name_the_file(tmp_path, state):
 
 
 def test_a_missing_file_says_where_to_get_it(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*none.ckpt: `python scripts/download.py`"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*none.ckpt: `sh scripts/download.sh`"):
         load_models(tmp_path / "none.ckpt")
     monkeypatch.setattr(model_loader, "TINY_CHECKPOINT", tmp_path / "tiny.ckpt")
     with pytest.raises(FileNotFoundError, match=r"tiny\.ckpt"):

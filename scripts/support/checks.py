@@ -34,7 +34,7 @@ def check_flags(options: argparse.Namespace) -> None:
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
     for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
         if path is not None and not path.exists() and not _may_be_on_hub(path):
-            remedy = "; `python scripts/download.py` fetches the real weights" if flag == "--checkpoint" else ""
+            remedy = "; `sh scripts/download.sh` fetches the real weights" if flag == "--checkpoint" else ""
             raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{remedy}.")
     check_different_files(
         {**files, "--checkpoint": options.checkpoint, "--vae": options.vae},

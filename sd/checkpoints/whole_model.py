@@ -65,7 +65,7 @@ def name_in_errors(path: str | Path, vae: str | Path | None = None, argument: st
         if argument:
             raise FileNotFoundError(f"{argument}There is no file or folder at {name}.") from None
         raise FileNotFoundError(
-            f"There is no checkpoint {name}: `python scripts/download.py` fetches the Stable Diffusion 1.5 weights."
+            f"There is no checkpoint {name}: `sh scripts/download.sh` fetches the Stable Diffusion 1.5 weights."
         ) from None
     except ValueError as error:
         raise CheckpointError(argument + (str(error) if name in str(error) else f"{name}: {error}")) from error

@@ -215,7 +215,7 @@ def test_every_prompt_with_every_seed(run_demo):
         ),
         (
             ["--checkpoint", "none.ckpt"],
-            "--checkpoint should be a file or a folder: there is none at none.ckpt; `python scripts",
+            "--checkpoint should be a file or a folder: there is none at none.ckpt; `sh scripts",
         ),
         (["--vae", "none.pt"], "--vae should be a file or a folder: there is none at none.pt."),
         (["--prediction-type", "x_0"], "--prediction-type should be one of epsilon, v_prediction, not 'x_0'."),
@@ -299,4 +299,4 @@ def test_without_any_weights_it_says_where_to_get_them(monkeypatch, tmp_path, ca
     monkeypatch.setattr(model_loader, "TINY_CHECKPOINT", tmp_path / "tiny.ckpt")
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 2
-    assert "python scripts/download.py" in capsys.readouterr().err
+    assert "sh scripts/download.sh" in capsys.readouterr().err
