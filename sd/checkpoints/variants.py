@@ -72,8 +72,10 @@ INPUTS = {
     (7,): "Stable Diffusion 2's upscaler, whose U-Net also takes a small image",
     (8,): "an InstructPix2Pix model, whose U-Net takes a second image",
 }
-# The bias by which ComfyUI tells models of SD 2.x that predict v: its standard deviation is above 0.09.
+# The bias by which ComfyUI tells models of SD 2.x that predict v: its standard deviation is above 0.09. Near it, there
+# is doubt.
 V_BIAS, V_SPREAD = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
+DOUBTFUL_SPREADS = (0.06, 0.135)
 
 
 def recognise(
@@ -128,14 +130,23 @@ def _base_or_v(state: dict[str, Tensor], metadata: dict[str, str] | None, yaml: 
 
 def prediction_by_bias(state: dict[str, Tensor]) -> str:
     """What a U-Net of SD 2.x seems to predict."""
-    bias = state.get(V_BIAS)
-    return "v_prediction" if bias is not None and bias.float().std() > V_SPREAD else "epsilon"
+    return "v_prediction" if _spread(state) > V_SPREAD else "epsilon"
+
+
+def is_doubtful(state: dict[str, Tensor]) -> bool:
+    """Whether `prediction_by_bias` may be wrong."""
+    low, high = DOUBTFUL_SPREADS
+    return V_BIAS not in state or low < _spread(state) < high
+
+
+def _spread(state: dict[str, Tensor]) -> float:
+    return state[V_BIAS].float().std().item() if V_BIAS in state else 0.0
 
 
 def is_guess(config: ModelConfig, state: dict[str, Tensor], metadata: dict[str, str], yaml: str) -> bool:
-    """Whether nothing but a bias shows what the U-Net of a recognised file predicts."""
+    """Whether nothing but a doubtful bias shows what the U-Net of a recognised file predicts."""
     base_or_v = (config.unet, config.sampling) == (SD2.unet, SD2.sampling)
-    return base_or_v and prediction_said(state.keys(), metadata, yaml) is None
+    return base_or_v and is_doubtful(state) and prediction_said(state.keys(), metadata, yaml) is None
 
 
 def with_prediction(config: ModelConfig, prediction_type: str) -> ModelConfig:

@@ -100,6 +100,7 @@ def _configured(
         config = ModelConfig.from_dict(checkpoint.config)
         if checkpoint.prediction_guessed:
             config = variants.with_prediction(config, variants.prediction_by_bias(checkpoint.state))
+            checkpoint = replace(checkpoint, prediction_guessed=variants.is_doubtful(checkpoint.state))
         return checkpoint, config
     said = {"modelspec.prediction_type": prediction_type} if prediction_type else {}
     description = checkpoint.metadata | said, yaml_beside(path)

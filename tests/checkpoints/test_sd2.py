@@ -48,9 +48,11 @@ def test_the_model_is_recognised(state, metadata, yaml, config):
 
 def test_what_is_a_guess():
     for state, metadata, guess in [
-        (full_size(0.5), {}, True),
-        (full_size(0.05), {}, True),
-        (full_size(0.5), {"modelspec.prediction_type": "v"}, False),
+        (full_size(0.2), {}, True),  # a standard deviation of 0.116
+        (full_size(0.12), {}, True),
+        (full_size(0.2), {"modelspec.prediction_type": "v"}, False),
+        (full_size(0.5), {}, False),
+        (full_size(0.05), {}, False),
         (full_size(0.5, channels=9), {}, False),
         ({ATTENTION: torch.empty(320, 768)}, {}, False),  # of SD 1.x
     ]:
