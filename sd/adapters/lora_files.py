@@ -66,7 +66,7 @@ class Lora(NamedTuple):
 
 def as_lora(given: Given) -> Lora:
     """A path, (path, strength) or (path, in the U-Net, in the text encoder) -> a `Lora`."""
-    path, *strengths = [given] if isinstance(given, (str, os.PathLike)) else list(given)
+    path, *strengths = given if isinstance(given, (tuple, list)) else [given]
     if not isinstance(path, (str, os.PathLike)) or len(strengths) > 2:
         raise TypeError(f"A LoRA should be a path, (path, strength) or (path, unet, text), not {given!r:.80}.")
     for strength in strengths:
