@@ -110,14 +110,18 @@ def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device =
 
 
 def _read(
-    path: str | Path, vae: str | Path | None, prediction_type: str | None, ema: bool
+    path: str | Path,
+    vae: str | Path | None,
+    prediction_type: str | None,
+    ema: bool,
+    networks: dict[str, nn.Module] | None = None,
 ) -> tuple[Checkpoint, ModelConfig, dict[str, nn.Module], dict[str, dict[str, Tensor]]]:
-    """The checkpoint, its configuration, networks without memory, and the state dict of each."""
+    """The checkpoint, its configuration, empty `networks` (made here, or given), and the state dict of each."""
     checkpoint, config = read_model(path, vae, prediction_type)
     with name_in_errors(path, vae):
         if config.sampling.sampler not in SAMPLERS:
             raise ValueError(f"config.sampling.sampler should be one of {', '.join(SAMPLERS)}.")
-        networks = empty_networks(config)
+        networks = networks or empty_networks(config)
         weights = from_compvis(checkpoint.state, config, ema, networks, checkpoint.unreadable)
     return checkpoint, config, networks, weights
 
@@ -147,7 +151,7 @@ class _Source:
                 raise CheckpointError(f"{self.path} has changed since it was loaded: load it again.")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it has warned when it was loaded
-                checkpoint, _, _, weights = _read(self.path, self.vae, self.prediction_type, self.ema)
+                checkpoint, _, _, weights = _read(self.path, self.vae, self.prediction_type, self.ema, blank)
         for name in sorted({name for name, _ in modules}):
             network = getattr(models, name)
             device, dtype = device_and_dtype(network)

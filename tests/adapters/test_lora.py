@@ -14,6 +14,7 @@ from sd.checkpoints.files import write_checkpoint
 from sd.model_converter import to_compvis
 from sd.runtime import speed
 from sd.runtime.devices import is_compiled
+from tests.support.marks import slow
 from tests.support.model_mutations import NANO
 from tests.support.synthetic import random_models, random_state
 
@@ -89,7 +90,7 @@ def changed(models, base):
     return [key for key in state if not torch.equal(state[key], before[key])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float16), torch.bfloat16])
 def test_only_these_layers_change_and_are_rounded_once(base, models, file, dtype):
     state = everywhere()
     loaded = load_models(base, "cpu", dtype, loras=[(file(state), 0.5)])
@@ -106,7 +107,7 @@ def test_only_these_layers_change_and_are_rounded_once(base, models, file, dtype
     assert not loaded.diffusion.down[1][1].mlp[0].training
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float16), torch.bfloat16])
 def test_they_come_off_to_the_bit(base, file, dtype):
     plain = load_models(base, "cpu", dtype)
     first, second = file(everywhere()), file(low_rank(TO_K, 8, 16), "b.safetensors")
