@@ -20,6 +20,7 @@ from sd.checkpoints.folder_files import read_json
 from sd.checkpoints.key_rules import SGM_PREFIX, UNET_PREFIX
 from sd.checkpoints.variants import OTHER_FILES
 from sd.config import ModelConfig
+from sd.models import empty_networks
 
 MAX_STRENGTH = 100
 MAX_LISTED = 3  # names that an error lists of each kind of problem
@@ -63,6 +64,12 @@ class Lora(NamedTuple):
     unet: float = 1.0
     text: float = 1.0
 
+    @property
+    def label(self) -> str:
+        """The file's name with its strengths."""
+        both = f"{self.unet:g} in the U-Net, {self.text:g} in the text encoder"
+        return f"{self.path.name} ({self.unet:g})" if self.unet == self.text else f"{self.path.name} ({both})"
+
 
 def as_lora(given: Given) -> Lora:
     """A path, (path, strength) or (path, in the U-Net, in the text encoder) -> a `Lora`."""
@@ -93,6 +100,11 @@ def read_loras(loras: Iterable[Lora], config: ModelConfig, networks: dict[str, n
     return changes
 
 
+def check_loras(loras: Iterable[Given], config: ModelConfig) -> None:
+    """Raises what `load_models` would raise for these LoRAs and a model of this configuration."""
+    read_loras(map(as_lora, loras), config, empty_networks(config))
+
+
 def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> dict[Layer, Parts]:
     """The tensors of a LoRA file, by layer and by part: views of the mapped file.
 
@@ -114,19 +126,19 @@ def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> dict[
             problem = "unknown tensors" if part is None else "unknown modules"
             problems.setdefault(problem, []).append(name)
         elif part in found.setdefault(layer, {}):
-            problems.setdefault("tensors that are there twice, under two names", []).append(key)
+            problems.setdefault("twice, under two names", []).append(key)
         elif problem := _numbers_problem(part, tensor):
             problems.setdefault(problem, []).append(key)
         else:
             found[layer][part] = tensor
     for key, kind in checkpoint.unreadable.items():
-        problems.setdefault(f"tensors of {kind}", []).append(key)
+        problems.setdefault(kind, []).append(key)
     if not problems:
         for layer, parts in found.items():
             if problem := _shapes_problem(layer, parts):
                 problems.setdefault(problem, []).append(layer.path)
     if problems:
-        texts = "; ".join(_listed(kind, list(dict.fromkeys(names))) for kind, names in problems.items())
+        texts = "; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items())
         raise CheckpointError(f"{path} does not fit this model: {texts}.")
     _add_alphas(found, path, checkpoint)
     return found
@@ -140,7 +152,9 @@ def _check_kind(path: Path, keys: dict[str, tuple[str, str] | None], state: Part
             raise CheckpointError(f"{path} should be LoRA, LoCon, LoHa, LoKr, DoRA or whole differences, not {kind}.")
     if len(others) == len(keys):
         found = (text for pattern, text in OTHER_FILES if any(re.search(pattern, key) for key in keys))
-        what = next(found, "has no tensors of a LoRA")
+        what = next(found, "is a LoRA")
+        if what.startswith("is a LoRA"):
+            what = f"has only tensors with unknown names: {_listed(keys)}"
         if any(key.startswith((UNET_PREFIX, SGM_PREFIX)) for key in keys):
             what = "is a whole model: give it as the checkpoint"
         raise CheckpointError(f"{path} should be a LoRA, but it {what}.")
@@ -156,35 +170,35 @@ def _check_kind(path: Path, keys: dict[str, tuple[str, str] | None], state: Part
 
 
 def _numbers_problem(part: str, tensor: Tensor) -> str:
-    """What is wrong with the numbers of a tensor, as a plural, or nothing."""
+    """What is wrong with the numbers of a tensor, or nothing."""
     if tensor.is_complex() or not (tensor.is_floating_point() or part == "alpha"):
-        return "tensors that are not floating point"
-    return "" if tensor.float().isfinite().all() else "tensors with NaN or infinity"
+        return "not floating point"
+    return "" if tensor.float().isfinite().all() else "NaN or infinity"
 
 
 def _shapes_problem(layer: Layer, parts: Parts) -> str:
-    """What is wrong with the tensors of a layer, as a plural, or nothing. The formulas run without numbers."""
+    """What is wrong with the tensors of a layer, or nothing. The formulas run without numbers."""
     kind = {*parts} - ADDED
     if kind not in KINDS and (kind or {*parts} != {"diff_b"}):
-        return "modules without all their tensors"
+        return "tensors missing, or of two kinds"
     if not all(part.numel() for part in parts.values()) or ("alpha" in parts and parts["alpha"].numel() != 1):
-        return "modules with an empty tensor or several alphas"
+        return "an empty tensor, or several alphas"
     if "diff_b" in parts and not (layer.has_bias and parts["diff_b"].numel() == layer.shape[0]):
-        return "biases that the model lacks, or of another shape"
+        return "a bias that the model lacks, or of another shape"
     try:
         if kind:
             empty = {name: torch.empty(part.shape, device="meta") for name, part in parts.items()}
             delta(empty, torch.empty(layer.shape, device="meta"))
     except (ValueError, RuntimeError, IndexError, TypeError):  # what torch raises for shapes and axes
-        return "modules of another shape or rank"
+        return "another shape or rank"
     return ""
 
 
-def _listed(kind: str, names: list[str]) -> str:
-    """12 unknown modules (a, b, c and 9 more)."""
+def _listed(names: Iterable[str]) -> str:
+    """The first few of many names, and how many more there are, without repetitions."""
+    names = list(dict.fromkeys(names))
     shown = ", ".join(" ".join(name.split())[:MAX_NAME] for name in names[:MAX_LISTED])
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return f"{len(names)} {kind} ({shown}{more})"
+    return shown + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
 
 def _add_alphas(found: dict[Layer, Parts], path: Path, checkpoint: Checkpoint) -> None:

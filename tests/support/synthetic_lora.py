@@ -124,6 +124,8 @@ def _key(name: str, part: str, style: str) -> str:
     if style in ("peft", "peft raw"):
         name = f"base_model.model.{path}" if style == "peft raw" else name
         return f"{name}.{part.replace('lora_up', 'lora_B').replace('lora_down', 'lora_A')}"
+    if part == "alpha":
+        return f"{name}.alpha"
     part = part.replace("lora_", "")  # up.weight, down.weight
     if network == "text_encoder":
         return f"{name}.lora_linear_layer.{part}"
