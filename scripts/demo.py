@@ -3,6 +3,7 @@
     python scripts/demo.py "a lighthouse at night"
     python scripts/demo.py "an astronaut" --checkpoint data/v1-5-pruned-emaonly.safetensors --steps 30 --seed 7
     python scripts/demo.py "a watercolour" --image photo.jpg --strength 0.6 --out watercolour.png
+    python scripts/demo.py "a portrait <lora:style:0.8>" --lora detail.safetensors:0.5
     python scripts/demo.py "a red hat" --image photo.jpg --mask mask.png --feather 8
     python scripts/demo.py "a {red|blue} house" "a white tent" --n 3 --grid
     python scripts/demo.py "a yellow balloon" --film balloon.webp --report balloon.html
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from scripts.support.loras import Lora
     from sd.inside.recording import Recording
     from sd.inside.tracer import Tracer
     from sd.models import Models
@@ -43,6 +45,7 @@ from scripts.support.checks import check_flags, note_crop, note_size, note_unkno
 from scripts.support.command_line import Once, Parser, demo_name, import_torch, run, say
 from scripts.support.flags import with_flags
 from scripts.support.image_size import choose_size
+from scripts.support.loras import hash_notes
 from scripts.support.output_files import candidates, first_path, save
 from scripts.support.prompts import all_prompts
 from scripts.support.saved_settings import parameters, use_saved
@@ -95,6 +98,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Stable Diffusion 1.x or 2.x: a file, a folder or owner/name on the hub",
     )
     add("--vae", type=Path, metavar="PATH", help="a VAE to use instead of the checkpoint's own")
+    help = "a LoRA, its strength (1), and that for the text encoder (the same); repeatable. In a prompt, "
+    help += "<lora:name:0.8> takes it from data/loras"
+    add("--lora", action="append", metavar="FILE[:S[:S]]", help=help)
     add("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, if the file does not say (epsilon)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
@@ -150,8 +156,8 @@ def make_images(options: argparse.Namespace) -> int:
     import_torch()
     from sd import images  # not before: torch takes a second to import, and bad input should be reported at once
 
-    prompts, request, lines = read_options(options)
-    models = load(options)
+    prompts, loras, request, lines = read_options(options)
+    models = load(options, loras)
     request = with_defaults(request, models)
     note_unquoted(options.prompts)
     for line in lines:
@@ -164,10 +170,11 @@ def make_images(options: argparse.Namespace) -> int:
     drawn, texts = [], []  # for the grid
     complete = True
     seeds = range(request.seed, request.seed + options.n)
-    for prompt, seed in itertools.product(prompts, seeds):
+    for (prompt, used), seed in itertools.product(zip(prompts, loras), seeds):
         started = time.perf_counter()
+        models = models if models.loras == used else models.with_loras(used)
         one = replace(request, prompt=prompt, seed=seed)
-        text = parameters(options, one)
+        text = parameters(options, one, used)
         image, recording, trace = draw(options, one, models)
         path = save(images.write_image, names, replaced(options, options.out), image, text)
         seconds = time.perf_counter() - started
@@ -262,8 +269,8 @@ def attempt(what: str, write: Callable[[], None]) -> bool:
     return True
 
 
-def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[str]]:
-    """All prompts, the request for all of them, with the first seed, and sentences for the user.
+def read_options(options: argparse.Namespace) -> tuple[list[str], list[tuple[Lora, ...]], Request, list[str]]:
+    """All prompts, the LoRAs of each, the request for all of them, with the first seed, and sentences for the user.
 
     Raises ValueError as `Request.check` does.
     """
@@ -272,7 +279,9 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[
 
     lines = use_saved(options) if options.source else []
     padding = PADDING if options.padding is None else options.padding
-    prompts, notes = all_prompts(options)
+    prompts, loras, notes = all_prompts(options)
+    if options.source:
+        lines += hash_notes(itertools.chain(*loras), options.lora_hashes, options.source)
     erased = options.mask_from_alpha and not options.invert_mask  # otherwise what is transparent stays: on white
     request = Request(
         prompts,
@@ -292,7 +301,7 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], Request, list[
     )
     request.check()
     replace(request, seed=request.seed + options.n - 1).check()
-    return prompts, request.read_images(), lines + notes
+    return prompts, loras, request.read_images(), lines + notes
 
 
 def read_mask(options: argparse.Namespace) -> Path | Image.Image | None:
@@ -323,17 +332,25 @@ def with_defaults(request: Request, models: Models) -> Request:
     )
 
 
-def load(options: argparse.Namespace) -> Models:
-    """Loads the models for the options, and prints how long that took."""
+def load(options: argparse.Namespace, loras: list[tuple[Lora, ...]]) -> Models:
+    """Loads the models for the options, with the LoRAs of the first prompt, and prints how long that took. Those of the
+    other prompts are only checked."""
     import torch
 
     from sd import model_loader
+    from sd.adapters.lora_files import check_loras
 
     started = time.perf_counter()
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     models = model_loader.load_models(
-        options.checkpoint, options.device, dtype, vae=options.vae, prediction_type=options.prediction_type
+        options.checkpoint,
+        options.device,
+        dtype,
+        vae=options.vae,
+        prediction_type=options.prediction_type,
+        loras=loras[0],
     )
+    check_loras({lora for used in loras[1:] for lora in used if lora not in loras[0]}, models.config)
     print(f"loaded in {time.perf_counter() - started:.1f} s on {models.device}", file=sys.stderr)
     return models
 

@@ -6,14 +6,19 @@ anything: weights are read from the disk when they are first used, and there is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sd.adapters.lora import Change
+from sd.adapters.lora_files import Changes, Given, Lora, as_lora, read_loras
+from sd.adapters.lora_modules import replace_modules, sharing_weights
 from sd.checkpoints import hub
-from sd.checkpoints.checkpoint import Checkpoint
+from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.probe import settle_prediction
 from sd.checkpoints.whole_model import name_in_errors, read_model
 from sd.config import ModelConfig
@@ -21,7 +26,7 @@ from sd.files import DATA
 from sd.model_converter import from_compvis
 from sd.models import Models, empty_networks
 from sd.runtime import speed
-from sd.runtime.devices import Device, best_device, best_dtype
+from sd.runtime.devices import Device, best_device, best_dtype, device_and_dtype
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 
@@ -38,6 +43,7 @@ def load_models(
     tuned: bool = True,
     compiled: bool = False,
     prediction_type: str | None = None,
+    loras: Iterable[Given] = (),
 ) -> Models:
     """The networks of a checkpoint, in evaluation mode and without gradients.
 
@@ -49,9 +55,12 @@ def load_models(
     `tuned`, `compiled`: faster, see `sd.runtime.speed`. Compiled, the first image takes minutes, and rounding differs.
     `prediction_type`: "v_prediction" if the U-Net predicts v and the file does not say so (`sd.checkpoints` reads what
     it says: its configuration, marks, metadata, or a yaml beside it).
+    `loras`: LoRA files that change the weights (`sd.adapters`). Each is a path, (path, strength), or (path, strength in
+        the U-Net, strength in the text encoder). `models.with_loras` gives the same models with others.
 
-    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x or 2.x checkpoint, TypeError
-    for a path of another type, ValueError for an invalid device, dtype or prediction type, and what `hub.fetch` raises.
+    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x or 2.x checkpoint or for a
+    LoRA that does not fit, TypeError for a path of another type, ValueError for an invalid device, dtype,
+    prediction type or strength, and what `hub.fetch` raises.
     The files must not change while the models are in use.
     """
     device = best_device(device)
@@ -65,23 +74,24 @@ def load_models(
         )
     half = dtype.itemsize == 2
     path, vae = (hub.fetch(given, half) if hub.is_name(given) else given for given in (path, vae))
-    checkpoint, config = read_model(path, vae, prediction_type)
-    with name_in_errors(path, vae):
-        if config.sampling.sampler not in SAMPLERS:
-            raise ValueError(f"config.sampling.sampler should be one of {', '.join(SAMPLERS)}.")
-        networks = empty_networks(config)
-        weights = from_compvis(checkpoint.state, config, ema, networks, checkpoint.unreadable)
+    used = _as_loras(loras)
+    checkpoint, config, networks, weights = _read(path, vae, prediction_type, ema)
+    changes = read_loras(used, config, networks)
+    source = _Source(path, vae, prediction_type, ema, tuned, compiled, _stamp(path, vae), frozenset(changes))
+    blank = empty_networks(config) if changes else {}
     if tuned and device.type == "cpu":
         speed.keep_freed_memory()
     for name, network in networks.items():
-        network.load_state_dict(weights.pop(name), assign=True)  # the file's own memory
+        network.load_state_dict(weights[name], assign=True)  # the file's own memory
         network.eval().requires_grad_(False)
-        # torch.compile packs weights itself, and packing chooses its own memory order.
-        pack = name == "diffusion" and tuned and not compiled and speed.can_pack(device, dtype)
-        speed.place_weights(network, _placer(checkpoint, device, dtype, reorder=tuned and not pack), pack)
+        place, pack = source.placing(name, checkpoint, device, dtype)
+        speed.place_weights(network, place, pack)
+        if of_network := _of(name, changes, changes):
+            replace_modules(network, weights[name], of_network, blank[name], place, pack)
+        del weights[name]
     checkpoint.release()  # tensors that were joined or converted are not read again
     tokenizer = _tokenizer(config, checkpoint.added_words)
-    models = Models(**networks, tokenizer=tokenizer, config=config, device=device)
+    models = Models(**networks, tokenizer=tokenizer, config=config, device=device, loras=used, change=source.change)
     if checkpoint.prediction_guessed:
         models.config = settle_prediction(models)
     if compiled:
@@ -101,6 +111,89 @@ def _tokenizer(config: ModelConfig, added_words: dict[str, int]) -> Tokenizer:
 def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device = None) -> Models:
     """The video's name for `load_models`."""
     return load_models(ckpt_path, device)
+
+
+def _read(
+    path: str | Path,
+    vae: str | Path | None,
+    prediction_type: str | None,
+    ema: bool,
+    networks: dict[str, nn.Module] | None = None,
+) -> tuple[Checkpoint, ModelConfig, dict[str, nn.Module], dict[str, dict[str, Tensor]]]:
+    """The checkpoint, its configuration, empty `networks` (made here, or given), and the state dict of each."""
+    checkpoint, config = read_model(path, vae, prediction_type)
+    with name_in_errors(path, vae):
+        if config.sampling.sampler not in SAMPLERS:
+            raise ValueError(f"config.sampling.sampler should be one of {', '.join(SAMPLERS)}.")
+        networks = networks or empty_networks(config)
+        weights = from_compvis(checkpoint.state, config, ema, networks, checkpoint.unreadable)
+    return checkpoint, config, networks, weights
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights of models come from, and how they were placed: what `Models.with_loras` needs."""
+
+    path: str | Path
+    vae: str | Path | None
+    prediction_type: str | None
+    ema: bool
+    tuned: bool
+    compiled: bool
+    stamp: tuple  # of the files when they were read
+    changed: frozenset[tuple[str, str]]  # the modules with LoRAs
+
+    def change(self, models: Models, loras: Iterable[Given]) -> Models:
+        """What `Models.with_loras` returns."""
+        used = _as_loras(loras)
+        blank = empty_networks(models.config)
+        changes = read_loras(used, models.config, blank)
+        modules = self.changed | changes.keys()
+        networks = {}
+        if modules:
+            if _stamp(self.path, self.vae) != self.stamp:
+                raise CheckpointError(f"{self.path} has changed since it was loaded: load it again.")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it has warned when it was loaded
+                checkpoint, _, _, weights = _read(self.path, self.vae, self.prediction_type, self.ema, blank)
+        for name in sorted({name for name, _ in modules}):
+            network = getattr(models, name)
+            device, dtype = device_and_dtype(network)
+            networks[name] = sharing_weights(network)
+            place, pack = self.placing(name, checkpoint, device, dtype)
+            replace_modules(networks[name], weights[name], _of(name, modules, changes), blank[name], place, pack)
+            if self.compiled and name == "diffusion":
+                speed.compile_networks([networks[name]], device, dtype)
+        if modules:
+            checkpoint.release()
+        change = replace(self, changed=frozenset(changes)).change
+        return replace(models, **networks, loras=used, change=change)
+
+    def placing(
+        self, name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Callable[[Tensor], Tensor], bool]:
+        """How the weights of a network are placed: the arguments `place` and `pack` of `speed.place_weights`."""
+        # torch.compile packs weights itself, and packing chooses its own memory order.
+        pack = name == "diffusion" and self.tuned and not self.compiled and speed.can_pack(device, dtype)
+        return _placer(checkpoint, device, dtype, reorder=self.tuned and not pack), pack
+
+
+def _as_loras(loras: Iterable[Given]) -> tuple[Lora, ...]:
+    if isinstance(loras, (str, Path)):
+        raise TypeError(f"loras should be a list, as in loras=[{str(loras)!r:.80}], not one path.")
+    return tuple(as_lora(given) for given in loras)
+
+
+def _of(name: str, modules: Iterable[tuple[str, str]], changes: Changes) -> dict[str, list[Change]]:
+    """Those of the modules that are in one network, and the changes of each."""
+    return {module: changes.get((network, module), []) for network, module in modules if network == name}
+
+
+def _stamp(*paths: str | Path | None) -> tuple:
+    """The times and sizes of files, and of those in folders: equal as long as nobody changes them."""
+    given = [Path(path) for path in paths if path is not None]
+    files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 def _placer(

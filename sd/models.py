@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -27,6 +28,19 @@ class Models:
     tokenizer: Tokenizer
     config: ModelConfig
     device: torch.device  # where the networks compute
+    loras: tuple = ()  # those in the weights, each (path, strength in the U-Net, in the text encoder)
+    change: Callable | None = field(default=None, repr=False)  # makes `with_loras`; from `load_models`
+
+    def with_loras(self, loras: Iterable) -> Models:
+        """Models with these LoRAs, and without those before; `loras` are as in `load_models`. An empty list gives the
+        checkpoint's own weights, to the bit.
+
+        These models stay as they are: both share what no LoRA changes. Changed layers are read again from the
+        checkpoint's file. Raises ValueError if the models are not from `load_models`, and what it raises for LoRAs.
+        """
+        if self.change is None:
+            raise ValueError("models should be what load_models returns: a LoRA changes the weights in their file.")
+        return self.change(self, loras)
 
 
 def empty_networks(config: ModelConfig) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from scripts.support.command_line import demo_command
+from scripts.support.loras import flag_value
 from scripts.support.saved_settings import settings
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ def details(options: argparse.Namespace, request: Request, models: Models) -> di
     import torch
 
     device, dtype = _place(models)
-    pairs = {"Prompt": request.prompt, "Negative prompt": request.uncond_prompt, **settings(options, request)}
+    pairs = {
+        "Prompt": request.prompt,
+        "Negative prompt": request.uncond_prompt,
+    }
+    pairs |= {"LoRA": ", ".join(lora.label for lora in models.loras)}
+    pairs |= settings(options, request, models.loras)
     mask = "where the image is transparent" if options.mask_from_alpha else options.mask
     inverted = "yes" if options.invert_mask else None
     pairs |= {"Image": options.image, "Mask": mask, "Inverted mask": inverted, "Feather": options.feather}
@@ -67,6 +73,8 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--device": device,
         "--dtype": dtype,
     }
+    for lora in models.loras:
+        arguments += ["--lora", flag_value(lora)]
     for flag, value in flags.items():
         if value is True:
             arguments.append(flag)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.support.command_line import say
+from scripts.support.loras import given_loras
 from scripts.support.output_files import check_different_files, check_free
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def check_flags(options: argparse.Namespace) -> None:
         if path is not None and not path.exists() and not _may_be_on_hub(path):
             remedy = "; `sh scripts/download.sh` fetches the real weights" if flag == "--checkpoint" else ""
             raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{remedy}.")
+    loras = {f"--lora {path}": path for path, _, _ in given_loras(options)}
     check_different_files(
-        {**files, "--checkpoint": options.checkpoint, "--vae": options.vae},
+        {**files, "--checkpoint": options.checkpoint, "--vae": options.vae, **loras},
         {"--out": Path(options.out) if options.out else None, "--film": options.film, "--report": options.report},
     )
     for flag, path in (("--out", Path(options.out or "")), ("--film", options.film or Path())):

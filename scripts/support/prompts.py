@@ -1,36 +1,45 @@
-"""The prompts of demo.py, from the command line and from a file, and notes on notation that has no effect."""
+"""The prompts of demo.py, from the command line and from a file, with their LoRAs; and notes on other notation."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.support.flags import with_flags
+from scripts.support.loras import Lora, find, given_loras
 
 MAX_BYTES = 10_000_000
 
 
-def all_prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """All prompts to draw, with --negative adapted in `options`, and a sentence for each notation without effect.
+def all_prompts(options: argparse.Namespace) -> tuple[list[str], list[tuple[Lora, ...]], list[str]]:
+    """All prompts to draw, the LoRAs of each, and a sentence for each notation without effect. --negative is adapted in
+    `options`.
 
     Raises ValueError for a prompt that cannot be drawn. For one of --prompts-file, the error names its line.
     """
     from sd.prompts.alternatives import expand, without_alternatives
-    from sd.prompts.other_tools import adapt
+    from sd.prompts.other_tools import adapt, take_loras
     from sd.request import Request
 
+    given = given_loras(options)
     prompts: list[str] = []
+    loras: list[tuple[Lora, ...]] = []
     notes: dict[str, str] = {}  # the first of each kind
 
-    def add(text: str) -> list[str]:
+    def add(text: str) -> Sequence[str]:
         adapted, found = adapt(text)
         if group := without_alternatives(text):
             meant = f"{group[1:-1]}, without its braces; \\{{ is a brace, and {{red|blue}} are alternatives"
             found["braces"] = f"{group} is read as {meant}."
-        expanded = expand(adapted)
-        prompts.extend(expanded)
+        words, tags = zip(*map(take_loras, expand(adapted)))
+        for each in tags:
+            used, missing = find(each, given)
+            loras.append(used)
+            found |= missing
+        prompts.extend(words)
         notes.update(found | notes)
-        return expanded
+        return words
 
     for text in options.prompts:
         add(text)
@@ -42,10 +51,13 @@ def all_prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
             except ValueError as error:
                 raise ValueError(f"{options.prompts_file}, line {number}: {with_flags(str(error))}") from None
     options.negative, found = adapt(options.negative or "")
+    options.negative, tags = take_loras(options.negative)
+    if tags:
+        found["lora"] = f"{tags[0].text} in --negative is left out: a LoRA belongs in the prompt."
     if "{" in options.negative and "|" in options.negative and not options.source:
         found["braces"] = "{ } in --negative are read as text: alternatives belong in the prompt."
     notes.update(found | notes)
-    return prompts, list(notes.values())
+    return prompts, loras, list(notes.values())
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

@@ -11,10 +11,12 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from scripts.support.loras import Lora, hashes, with_tags
 
 if TYPE_CHECKING:
     from sd.request import Request
@@ -43,16 +45,17 @@ MAX_NAMES = 8  # of unused settings that a sentence lists
 EXIF, USER_COMMENT = 0x8769, 0x9286
 
 
-def parameters(options: argparse.Namespace, request: Request) -> str:
-    """The prompt and settings as one text, in the format that other Stable Diffusion tools read and write."""
-    lines = [_protect(request.prompt)]
+def parameters(options: argparse.Namespace, request: Request, loras: Sequence[Lora] = ()) -> str:
+    """The prompt, the LoRAs and the settings as one text, in the format that other Stable Diffusion tools read and
+    write."""
+    lines = [_protect(with_tags(request.prompt, loras))]
     if request.uncond_prompt:
         lines.append(f"{NEGATIVE} {_protect(request.uncond_prompt)}")
-    lines.append(", ".join(f"{key}: {quote(value)}" for key, value in settings(options, request).items()))
+    lines.append(", ".join(f"{key}: {quote(value)}" for key, value in settings(options, request, loras).items()))
     return "\n".join(lines)
 
 
-def settings(options: argparse.Namespace, request: Request) -> dict[str, object]:
+def settings(options: argparse.Namespace, request: Request, loras: Sequence[Lora] = ()) -> dict[str, object]:
     """The settings of an image, under the names that other Stable Diffusion tools use."""
     base, karras, _ = request.sampler_name.partition("_karras")
     pairs = {
@@ -69,6 +72,8 @@ def settings(options: argparse.Namespace, request: Request) -> dict[str, object]
         pairs["Deep cache"] = request.deep_cache
     if options.image:
         pairs["Denoising strength"] = f"{request.strength:g}"
+    if loras:
+        pairs["Lora hashes"] = hashes(loras)
     return pairs
 
 
@@ -196,6 +201,7 @@ def use_saved(options: argparse.Namespace) -> list[str]:
         take("deep_cache", "Deep cache", int, "a whole number")
     if options.image:
         take("strength", "Denoising strength", float, "a number")
+    options.lora_hashes = pairs.pop("Lora hashes", "")
     _take_size(options, pairs)
     _take_sampler(options, pairs)
     notes = _model_notes(options, pairs)

@@ -1,7 +1,8 @@
-r"""Notation of other tools that has no effect here: it is made plain text, or left out, and a sentence says so.
+r"""Notation of other tools. What has no effect here is made plain text, or left out, and a sentence says so.
 
+<lora:name:0.8>                  a LoRA: `take_loras` takes it out of the prompt
+<hypernet:name:1>                another file of additional weights: left out
 [red:blue:0.5]  [red|blue]       prompt editing and alternation in the AUTOMATIC1111 web UI: read as text
-<lora:name:1>  <hypernet:name:1>  files of additional weights: left out
 AND  __name__  (word)++  --ar 1:1  read as text
 :)  ;-(                          read as text, although the bracket has no partner
 """
@@ -9,8 +10,10 @@ AND  __name__  (word)++  --ar 1:1  read as text
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-FILES = re.compile(r"(<(?:lora|lyco|lycoris|hypernet):[^<>]*>)\s*", re.IGNORECASE)
+LORA = re.compile(r"<(?:lora|lyco|lycoris):([^<>]*)>\s*", re.IGNORECASE)
+HYPERNET = re.compile(r"(<hypernet:[^<>]*>)\s*", re.IGNORECASE)
 SQUARE = re.compile(r"(?s)\\.|\[(?P<inside>(?:\\.|[^\\\[\]])*)\]")  # an escaped character, or innermost brackets
 EDITING = re.compile(r":\s*[+-]?[.\d]+\s*\Z")
 BRACKET = re.compile(r"(?s)\\.|(?P<eyes>[:;=]['^o-]?)?(?P<bracket>[()\[\]])")
@@ -30,7 +33,7 @@ def adapt(prompt: str) -> tuple[str, dict[str, str]]:
     notes: dict[str, str] = {}
 
     def left_out(match: re.Match) -> str:
-        notes.setdefault("file", f"{match[1]} is left out: LoRA and hypernetwork files are not supported.")
+        notes.setdefault("file", f"{match[1]} is left out: hypernetwork files are not supported.")
         return ""
 
     def square(match: re.Match) -> str:
@@ -48,13 +51,56 @@ def adapt(prompt: str) -> tuple[str, dict[str, str]]:
             return match[0]
         return rf"\[{inside}\]"
 
-    prompt = FILES.sub(left_out, prompt)
+    prompt = HYPERNET.sub(left_out, prompt)
     while (changed := SQUARE.sub(square, prompt)) != prompt:  # from the innermost brackets outwards
         prompt = changed
     for pattern, sentence in AS_TEXT.items():
         if match := re.search(pattern, prompt):
             notes[pattern] = sentence.format(match[0])
     return _escape_faces(prompt), notes
+
+
+class LoraTag(NamedTuple):
+    """A <lora:...> in a prompt: the name of a file without its suffix, and its strengths in the two networks."""
+
+    text: str
+    name: str
+    unet: float
+    te: float  # in the text encoder
+
+
+def take_loras(prompt: str) -> tuple[str, list[LoraTag]]:
+    """The prompt without its <lora:...>, and what these say.
+
+    One number is the strength in both networks. Of two, the first is for the text encoder, as in the AUTOMATIC1111 web
+    UI; <lora:name:unet=0.8:te=0.6> says which is which. Raises ValueError for anything else behind the name.
+    """
+    tags = [_lora_tag(match) for match in LORA.finditer(prompt)]
+    return LORA.sub("", prompt).strip() if tags else prompt, tags
+
+
+def lora_tag(name: str, unet: float, te: float) -> str:
+    """The inverse of `take_loras` for one LoRA."""
+    unet, te = (str(number).removesuffix(".0") for number in (unet, te))
+    name = re.sub(r"[<>:]", "_", name)
+    return f"<lora:{name}:{unet}>" if unet == te else f"<lora:{name}:unet={unet}:te={te}>"
+
+
+def _lora_tag(match: re.Match) -> LoraTag:
+    text = match[0].strip()
+    name, *values = (part.strip() for part in match[1].split(":"))
+    numbers: dict[str, float] = {}
+    for position, value in enumerate(values):
+        key, _, number = value.rpartition("=")
+        key = key.strip().lower() or ("te", "unet", "")[min(position, 2)]
+        try:
+            numbers[key] = float(number)
+        except ValueError:
+            name = ""
+    if not name or numbers.keys() - {"te", "unet"}:
+        raise ValueError(f"prompt should have LoRAs like <lora:name:0.8> or <lora:name:unet=0.8:te=0.6>, not {text}.")
+    te = numbers.get("te", 1.0)
+    return LoraTag(text, name, numbers.get("unet", te), te)
 
 
 def without_notation(prompt: str) -> str:

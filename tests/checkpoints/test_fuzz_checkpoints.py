@@ -1,6 +1,7 @@
 """Thousands of damaged and hostile checkpoints: each loads, or is refused in one clear sentence.
 
-`--slow` reads 20,000 of them and loads 1,000 damaged models. `FUZZ_FIRST=20000` continues with new ones.
+`--slow` reads 20,000 of them, and loads 1,000 damaged models and 5,000 damaged LoRAs. `FUZZ_FIRST=20000` continues with
+new ones.
 """
 
 import os
@@ -26,6 +27,12 @@ def test_hostile_files_load_or_are_refused(tmp_path, files, models):
     slim = {"program"} if FIRST == 0 else {"program", "tensors"}  # kinds that hardly ever load
     kinds = {make.__name__ for make in mutations.KINDS} - slim
     assert {f"{kind} {end}" for kind in (*kinds, "model") for end in ("loaded", "refused")} <= set(report["outcomes"])
+
+
+@pytest.mark.parametrize("loras", [60, pytest.param(5000, marks=pytest.mark.slow)])
+def test_hostile_loras_load_or_are_refused(tmp_path, loras):
+    report = fuzz(tmp_path, FIRST, loras=loras)
+    assert min(report["outcomes"][f"lora {end}"] for end in ("loaded", "refused")) > loras / 10
 
 
 def ours(path: Path) -> dict[str, torch.Tensor] | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sd.prompts.other_tools import adapt, without_notation
+from sd.prompts.other_tools import LoraTag, adapt, lora_tag, take_loras, without_notation
 from sd.prompts.weights import parse
 
 
@@ -27,12 +27,43 @@ def test_weights_in_what_is_text_are_still_weights():
     assert next(iter(notes.values())).startswith("[a (red:1.2) tent:0.5] is read as text: ")
 
 
-@pytest.mark.parametrize("file", ["<lora:style:0.8>", "<LORA:a b>", "<hypernet:x:1>", "<lyco:x:1:2>"])
-def test_files_of_weights_are_left_out(file):
-    for prompt in (f"{file} a red house", f"a red {file} house", f"a red house{file}"):
+def test_hypernetworks_are_left_out():
+    for prompt in ("<hypernet:x:1> a red house", "a red <hypernet:x:1> house", "a red house<hypernet:x:1>"):
         adapted, notes = adapt(prompt)
         assert adapted == "a red house"
-        assert list(notes.values()) == [f"{file} is left out: LoRA and hypernetwork files are not supported."]
+        assert list(notes.values()) == ["<hypernet:x:1> is left out: hypernetwork files are not supported."]
+
+
+@pytest.mark.parametrize(
+    "tag, name, unet, te",
+    [
+        ("<lora:style:0.8>", "style", 0.8, 0.8),
+        ("<LORA:a b>", "a b", 1, 1),
+        ("<lyco:x:1:2>", "x", 2, 1),  # the text encoder's is first, as in the web UI
+        ("<lora:x:-.5>", "x", -0.5, -0.5),
+        ("<lora:x:unet=0.3:te=0.6>", "x", 0.3, 0.6),
+        ("<lora:x:0.6:unet=0.3>", "x", 0.3, 0.6),
+        ("<lora: x : TE = 0.6 >", "x", 0.6, 0.6),
+    ],
+)
+def test_loras_are_taken_out(tag, name, unet, te):
+    for prompt in (f"{tag} a red house", f"a red {tag} house", f"a red house{tag}", f"a red house {tag}"):
+        assert adapt(prompt) == (prompt, {})
+        assert take_loras(prompt) == ("a red house", [LoraTag(tag, name, unet, te)])
+    assert take_loras(lora_tag(name, unet, te))[1][0][1:] == (name, unet, te)
+
+
+def test_several_loras_and_none():
+    words, tags = take_loras("<lora:a:1> a house, <lora:b:0.5>, <lora:a:1>")
+    assert (words, [tag.name for tag in tags]) == ("a house, ,", ["a", "b", "a"])
+    assert take_loras(" a <house> ") == (" a <house> ", [])
+    assert lora_tag("a:b<c>", 1.0, 0.5) == "<lora:a_b_c_:unet=1:te=0.5>"
+
+
+@pytest.mark.parametrize("tag", ["<lora:x:much>", "<lora:x:1:2:3>", "<lora::1>", "<lora:x:1:lbw=0.5>", "<lora:>"])
+def test_loras_with_other_values(tag):
+    with pytest.raises(ValueError, match="prompt should have LoRAs like <lora:name:0.8> or .*, not " + tag):
+        take_loras(f"a {tag}")
 
 
 @pytest.mark.parametrize(

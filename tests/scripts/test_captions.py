@@ -33,7 +33,7 @@ def made_with(arguments: list[str], prompt: str = "x"):
         height=512,
         width=768,
     )
-    return options, request, SimpleNamespace(diffusion=torch.nn.Linear(1, 1, dtype=torch.bfloat16))
+    return options, request, SimpleNamespace(diffusion=torch.nn.Linear(1, 1, dtype=torch.bfloat16), loras=())
 
 
 def again(prompt: str, arguments: list[str]):

@@ -3,7 +3,8 @@
     python -m tests.support.fuzzer FOLDER FIRST files=1000 models=30 pictures=200
 
 `files` are those of `mutations.case` for the checkpoint reader, `models` those of `model_mutations.model_case` for
-`load_models`, `pictures` those of `picture_mutations.case`, read as images and as masks. It runs in a separate process,
+`load_models`, `loras` those of `lora_mutations.lora_case` for `with_loras`, `pictures` those of
+`picture_mutations.case`, read as images and as masks. It runs in a separate process,
 so that a crash, a hang or a gigabyte of memory does not end the tests that look for them.
 """
 
@@ -17,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,10 +28,12 @@ from sd.checkpoints.files import read_state_dict
 from sd.files import DATA
 from sd.images import read_image, read_mask
 from sd.model_loader import load_models
-from tests.support import model_mutations, mutations, picture_mutations
+from sd.models import Models
+from tests.support import lora_mutations, model_mutations, mutations, picture_mutations
 from tests.support.auditing import watching
 
 ADDRESS_SPACE = 8 << 30  # bytes: a bug found here should not take all memory of the machine
+BASE = "base.safetensors"  # the model for LoRAs
 HANG = 60  # seconds for one case, after which the process ends with a traceback
 EXPECTED = [("open", str(DATA / "merges.txt")), ("ctypes.dlopen", None)]  # by the tokenizer; by Python itself
 
@@ -49,6 +53,28 @@ def load(path: Path) -> None:
     assert not any(p.is_meta for p in models.diffusion.parameters()), "a weight that was never loaded"
 
 
+def wear(path: Path) -> None:
+    """Put a LoRA into the weights of a model; what plain ones change is computed a second time."""
+    models = base_models(path.parent)
+    worn = models.with_loras([(path, 0.5)])
+    for network, module in worn.change.__self__.changed:
+        for name, weight in getattr(worn, network).get_submodule(module).named_parameters():
+            before = getattr(models, network).get_submodule(module).get_parameter(name)
+            assert weight.shape == before.shape
+            assert weight.isfinite().all(), "a weight that is not finite"
+    for layer, change in lora_mutations.plain_changes(path):
+        before, after = (getattr(each, layer.network).get_submodule(layer.module).weight for each in (models, worn))
+        rows = slice(layer.first_row, layer.first_row + layer.shape[0])
+        expected = before[rows] + 0.5 * change.reshape(layer.shape)
+        assert torch.allclose(after[rows], expected, rtol=1e-4, atol=1e-4), "a weight with other numbers"
+
+
+@cache
+def base_models(folder: Path) -> Models:
+    (folder / BASE).write_bytes(lora_mutations.base())
+    return load_models(folder / BASE, "cpu", torch.float32)
+
+
 def look(path: Path) -> None:
     image, mask = read_image(path), read_mask(path, 24, 16)
     assert image.mode == "RGB"
@@ -59,6 +85,7 @@ def look(path: Path) -> None:
 KINDS = {
     "files": (mutations.case, read),
     "models": (model_mutations.model_case, load),
+    "loras": (lora_mutations.lora_case, wear),
     "pictures": (picture_mutations.case, look),
 }
 
@@ -85,7 +112,8 @@ def attempt(action: Callable[[Path], None], path: Path) -> tuple[str, float]:
             outcome = f"{type(error).__name__}: {error!s:.300}"
     seconds = time.process_time() - start
     faulthandler.cancel_dump_traceback_later()
-    events = [event for event in events if event not in (*EXPECTED, ("open", str(path)))]
+    expected = (*EXPECTED, ("open", str(path)), ("open", str(path.with_name(BASE))))
+    events = [event for event in events if event not in expected]
     return (f"it did {events!s:.300}" if events else outcome), seconds
 
 
@@ -94,7 +122,8 @@ def warm_up(path: Path) -> None:
     Image.init()
     assert b"ok".decode("cp437") == b"ok".decode("utf-8-sig")  # names in archives; texts
     honest = [*mutations.seeds().values(), *picture_mutations.seeds().values(), model_mutations.model_case(0)[1]]
-    for content, action in [(content, action) for content in honest for action in (read, load, look)]:
+    loras = [(lora_mutations.lora_case(number)[1], wear) for number in range(60)]
+    for content, action in [*((content, action) for content in honest for action in (read, load, look)), *loras]:
         path.write_bytes(content)
         with contextlib.suppress(ValueError):
             action(path)

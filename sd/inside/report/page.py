@@ -72,6 +72,7 @@ def report(
         **_step_parts(recording, steps[len(steps) // 2]),
         **_schedule_parts(recording),
         **_unet_parts(trace),
+        "loras": _loras_html(recording),
         **_cost_parts(recording),
     }
     page = Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(parts)
@@ -287,6 +288,15 @@ def _unet_parts(trace: Tracer) -> dict[str, str]:
     runs = f"{calls} times" if calls > 1 else "once"
     runs += f"{', each time' * (calls > 1)} on a batch of two: with and without the prompt" if batch > 1 else ""
     return {"unet": unet_svg(shapes, set(trace.attention)), "shapes": "".join(rows), "runs": runs}
+
+
+def _loras_html(recording: Recording) -> str:
+    """The LoRAs that were at work, in a paragraph, or nothing."""
+    if not recording.models.loras:
+        return ""
+    names = ", ".join(f"<bdi>{escape(lora.label)}</bdi>" for lora in recording.models.loras)
+    note = "Their changes are part of the weights, so a step takes no longer. The numbers are their strengths."
+    return f'<p class="text">LoRAs at work: {names}. {note}</p>\n'
 
 
 def _cost_parts(recording: Recording) -> dict[str, str]:
