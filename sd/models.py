@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +33,20 @@ class Models:
 
 def empty_networks(config: ModelConfig) -> dict[str, nn.Module]:
     """The four networks on the meta device: shapes without memory, for `load_state_dict(..., assign=True)`."""
-    with torch.device("meta"), _NoInitialisation():
+    with without_memory():
         return {
             "clip": CLIP(config.text),
             "encoder": Encoder(config.vae),
             "decoder": Decoder(config.vae),
             "diffusion": Diffusion(config.unet),
         }
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Networks that are built in the block are on the meta device."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
 
 
 class _NoInitialisation(TorchFunctionMode):

@@ -1,0 +1,1 @@
+"""What people add to a model: small files that change its weights, its words, its U-Net's maps or its decoder."""
