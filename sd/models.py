@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +31,7 @@ class Models:
 
 def empty_networks(config: ModelConfig) -> dict[str, nn.Module]:
     """The four networks on the meta device: shapes without memory, for `load_state_dict(..., assign=True)`."""
-    with without_memory():
+    with torch.device("meta"), NoInitialisation():
         return {
             "clip": CLIP(config.text),
             "encoder": Encoder(config.vae),
@@ -42,14 +40,7 @@ def empty_networks(config: ModelConfig) -> dict[str, nn.Module]:
         }
 
 
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Networks that are built in the block are on the meta device."""
-    with torch.device("meta"), _NoInitialisation():
-        yield
-
-
-class _NoInitialisation(TorchFunctionMode):
+class NoInitialisation(TorchFunctionMode):
     """Skips the initialisation of parameters: even on the meta device, `normal_` loads a compiler for a second."""
 
     SKIPPED = (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_)

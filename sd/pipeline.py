@@ -11,13 +11,11 @@ Noise is drawn and latents are kept in float32, whatever the dtype of the networ
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd.guidance import ImageLoss, by_loss, classifier_free
@@ -34,9 +32,6 @@ from sd.runtime.out_of_memory import explain_out_of_memory
 from sd.sampler import Sampler
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from sd.adapters.controlnet import Control
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def generate(
     padding_mask_crop: int | None = None,
     cfg_rescale: float = Request.cfg_rescale,
     deep_cache: int = Request.deep_cache,
-    control: Sequence[Control] | None = None,
+    control: Sequence | None = None,
 ) -> np.ndarray:
     """An image for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
@@ -147,9 +142,8 @@ def draw(
         context = encode_prompt(models, request.prompts, uncond_prompt)
     with on_device(models.encoder, device, idle_device):
         sampler, latents, inpainting = prepare(models, request)
-    with ExitStack() as stack:
-        for network in (models.diffusion, *(one.net for one in control)):
-            stack.enter_context(on_device(network, device, idle_device))
+    nets = nn.ModuleList(one.net for one in control)
+    with on_device(models.diffusion, device, idle_device), on_device(nets, device, idle_device):
         scale, rescale, deep_cache = request.cfg_scale, request.cfg_rescale, request.deep_cache
         steps = denoise(
             models, latents, context, sampler, scale, inpainting, rescale, deep_cache=deep_cache, control=control
@@ -251,7 +245,7 @@ def denoise(
     cfg_interval: tuple[float, float] = (0, 1),
     guidance: ImageLoss | None = None,
     deep_cache: int = 1,
-    control: Sequence[Control] = (),
+    control: Sequence = (),
 ) -> Iterator[Step]:
     """Takes the noise out of latents (B, 4, h, w), step by step, and yields a `Step` after each.
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -24,13 +23,9 @@ from sd.runtime.devices import Device, best_device
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer, clean
 
-if TYPE_CHECKING:
-    from sd.adapters.controlnet import Control
-
 MAX_PIXELS = 8192  # of a side: one feature map of SD 1.5's decoder then takes 34 GB in 16 bits
 MAX_FEATHER = 1000
 MAX_SCALE = 1000
-MAX_CONTROLS, MAX_CONTROL_STRENGTH = 10, 10
 MAX_QUOTED = 200  # characters of a value that an error quotes
 PNG_URL = "data:image/png;base64,"  # how an image travels in JSON
 
@@ -58,7 +53,7 @@ class Request:
     padding_mask_crop: int | None = None
     cfg_rescale: float = 0
     deep_cache: int = 1
-    control: Sequence[Control] | None = None
+    control: Sequence | None = None  # of `sd.adapters.controlnet.Control`
 
     @property
     def prompts(self) -> list[str]:
@@ -98,7 +93,9 @@ class Request:
             _check_number("seed", self.seed, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1", whole=True)
         check_size(self.height, self.width, SD15.vae.downscale)
         if self.control is not None:
-            _check_control(self.control)
+            from sd.adapters.controlnet import check_controls  # only here: most images are drawn without one
+
+            check_controls(self.control)
 
     def read_images(self) -> Request:
         """The same request with its images read: PIL images instead of paths. Warns about a mask that repaints next
@@ -111,18 +108,18 @@ class Request:
         return replace(self, input_image=image, mask_image=mask, control=control)
 
     def to_dict(self) -> dict:
-        """The request as a dict for JSON. Images are read and become PNG data URLs, so that no file is needed. Only a
-        ControlNet travels as its path. Raises ValueError for one that was not loaded from a file."""
+        """The request as a dict for JSON. Images are read and become PNG data URLs, so that no file is needed. A
+        ControlNet travels as its path."""
         read = self.read_images()
         values = {name: _plain(value) for name, value in vars(read).items()}
         if self.control is not None:
-            values["control"] = [_control_to_dict(one) for one in read.control]
+            values["control"] = [one.to_dict() | {"image": _png_url(one.image)} for one in read.control]
         return values | {name: _png_url(getattr(read, name)) for name in ("input_image", "mask_image")}
 
     @classmethod
     def from_dict(cls, values: dict) -> Request:
-        """The inverse of `to_dict`: an unchecked request. It opens no files: images must be PNG data URLs. ControlNets
-        are paths, which `draw` opens: a server should compare those of strangers with a list.
+        """The inverse of `to_dict`: an unchecked request. It opens no files: images must be PNG data URLs. (`draw` will
+        open the paths of ControlNets.)
 
         Raises ValueError for no dict, an unknown setting, a missing prompt, or an image that is not a PNG data URL.
         """
@@ -134,7 +131,9 @@ class Request:
         _require("prompt" in values, "prompt", None, "given")
         images = {name: _from_png_url(name, values.get(name)) for name in ("input_image", "mask_image")}
         if values.get("control") is not None:
-            images["control"] = _controls_from_dicts(values["control"])
+            from sd.adapters.controlnet import controls_from_dicts
+
+            images["control"] = controls_from_dicts(values["control"], _from_png_url)
         return cls(**(values | images))
 
 
@@ -173,46 +172,6 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None
     fits = len(given) == len(shape) and all(isinstance(n, str) or n == size for n, size in zip(shape, given))
     if not fits or 0 in given:
         raise ValueError(f"{name} should be a tensor ({', '.join(map(str, shape))}), not {given or _shown(tensor)}.")
-
-
-def _check_control(controls: object) -> None:
-    """Raises ValueError for anything but a list of controls with allowed settings."""
-    from sd.adapters.controlnet import Control, ControlNet  # only here: most images are drawn without one
-
-    listed = isinstance(controls, (list, tuple)) and all(isinstance(one, Control) for one in controls)
-    _require(listed, "control", controls, "a list of Control(net, image)")
-    _require(len(controls) <= MAX_CONTROLS, "control", len(controls), f"a list of at most {MAX_CONTROLS}")
-    for one in controls:
-        net = isinstance(one.net, (ControlNet, str, os.PathLike))
-        _require(net, "control.net", one.net, "what load_controlnet returns, or a path")
-        _require(_is_image(one.image), "control.image", one.image, "a path, an open file, a PIL image or an array")
-        if isinstance(one.image, np.ndarray):
-            check_array(one.image, "control.image")
-        most = MAX_CONTROL_STRENGTH
-        _check_number("control.strength", one.strength, 0, most, f"a number from 0 to {most}; 1 is usual")
-        _check_number("control.start", one.start, 0, 1, "a number from 0 to 1")
-        _check_number("control.end", one.end, 0, 1, "a number from 0 to 1")
-        _require(one.start < one.end, "control.start", one.start, f"less than control.end, which is {one.end}")
-        _require(isinstance(one.guess_mode, (bool, np.bool_)), "control.guess_mode", one.guess_mode, "True or False")
-
-
-def _control_to_dict(control: Control) -> dict:
-    """A control, whose image was read, for JSON."""
-    _require(control.path is not None, "control.net", control.net, "one that was loaded from a file")
-    values = {name: _plain(value) for name, value in vars(control).items()}
-    return values | {"net": control.path, "image": _png_url(control.image)}
-
-
-def _controls_from_dicts(values: object) -> list[Control]:
-    from sd.adapters.controlnet import Control
-
-    names = [field.name for field in fields(Control)]
-    allowed = f"a list of dicts of {', '.join(names)}, with net and image"
-    listed = isinstance(values, list) and all(
-        isinstance(one, dict) and {"net", "image"} <= one.keys() <= set(names) for one in values
-    )
-    _require(listed, "control", values, allowed)
-    return [Control(**(one | {"image": _from_png_url("control.image", one["image"])})) for one in values]
 
 
 def check_steps(name: str, steps: int) -> None:

@@ -13,14 +13,17 @@ zeros: so training begins with y = F(x), a U-Net without a ControlNet.
 
 from __future__ import annotations
 
+import numbers
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from sd.checkpoints import hub
@@ -35,9 +38,9 @@ from sd.checkpoints.variants import other_file
 from sd.checkpoints.whole_model import name_in_errors
 from sd.config import SD2, SD15, ModelConfig, UNetConfig
 from sd.diffusion import ContractingPath
-from sd.images import ImageSource, image_to_tensor, read_image
+from sd.images import ImageSource, check_array, image_to_tensor, read_image
 from sd.model_converter import UNET_RULES, check_fit, from_float8, fuse_qkv, split_qkv
-from sd.models import Models, without_memory
+from sd.models import Models, NoInitialisation
 from sd.runtime import speed
 from sd.runtime.devices import Device, best_device, best_dtype, device_and_dtype
 from sd.runtime.not_finite import check_finite
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 
 HINT_WIDTHS = (3, 16, 16, 32, 32, 96, 96, 256)  # of the convolutions that make features of the image
 HALVING = (2, 4, 6)  # which of these convolutions halve height and width
+MAX_CONTROLS, MAX_STRENGTH = 10, 10
 HINT_SCALE = 8  # pixels of the image along one side of a latent
 
 PREFIX = "control_model."  # of all keys in the published files, beside which a whole model may stand
@@ -107,7 +111,6 @@ class Control:
     guess_mode       works without a prompt: the unconditional half of guidance gets no residuals, and residual i of
                      0..12 is multiplied by 10^(-1 + i/12) as well (the paper's section 3.4, in the form of diffusers)
 
-    `Request.check` checks the values.
     """
 
     net: ControlNet | str | os.PathLike
@@ -142,6 +145,12 @@ class Control:
             )
         return replace(self, net=net)
 
+    def to_dict(self) -> dict:
+        """The settings for JSON, without the image. Raises ValueError for a ControlNet that no file gave."""
+        _require(self.path is not None, "net", self.net, "loaded from a file, to be stored by its path")
+        shares = {name: float(getattr(self, name)) for name in ("strength", "start", "end")}
+        return {"net": self.path, **shares, "guess_mode": bool(self.guess_mode)}
+
     def works(self, step: int, steps: int) -> bool:
         """Whether it is at work in step `step`, counted from 0: the whole step must lie between start and end."""
         return self.start <= step / steps and (step + 1) / steps <= self.end
@@ -153,6 +162,42 @@ class Control:
         fading = self.guess_mode and not self.net.global_pool
         factors = [self.strength * (10 ** (i / last - 1) if fading else 1) for i in range(last + 1)]
         return [factor * residual for factor, residual in zip(factors, residuals)]
+
+
+def check_controls(controls: object) -> None:
+    """Raises ValueError for anything but a list of at most 10 controls with allowed settings."""
+    listed = isinstance(controls, (list, tuple)) and all(isinstance(one, Control) for one in controls)
+    if not listed or len(controls) > MAX_CONTROLS:
+        allowed = f"a list of at most {MAX_CONTROLS} Control(net, image)"
+        raise ValueError(f"control should be {allowed}, not {' '.join(repr(controls).split()):.200}.")
+    for one in controls:
+        net, image = isinstance(one.net, (ControlNet, str, os.PathLike)), one.image
+        _require(net, "net", one.net, "what load_controlnet returns, or a path")
+        known = isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)) or hasattr(image, "read")
+        _require(known, "image", image, "a path, an open file, a PIL image or an array")
+        if isinstance(image, np.ndarray):
+            check_array(image, "control.image")
+        for name, most in (("strength", MAX_STRENGTH), ("start", 1), ("end", 1)):
+            value = getattr(one, name)
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            _require(number and 0 <= value <= most, name, value, f"a number from 0 to {most}")
+        _require(one.start < one.end, "start", one.start, f"less than the end, {one.end}")
+        _require(isinstance(one.guess_mode, (bool, np.bool_)), "guess_mode", one.guess_mode, "True or False")
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"control.{name} should be {allowed}, not {' '.join(repr(value).split()):.200}.")
+
+
+def controls_from_dicts(values: object, image_from: Callable[[str, object], Image.Image | None]) -> list[Control]:
+    """Unchecked controls from JSON: dicts as `Control.to_dict` returns, with the image as text. `image_from` turns its
+    name and text into an image. Raises ValueError for anything else."""
+    names = {field.name for field in fields(Control)}
+    for one in values if isinstance(values, list) else [values]:
+        if not isinstance(one, dict) or not {"net", "image"} <= one.keys() <= names or not isinstance(one["net"], str):
+            raise ValueError(f"control should be a list of dicts of {', '.join(sorted(names))}, not {values!r:.80}.")
+    return [Control(**(one | {"image": image_from("control.image", one["image"])})) for one in values]
 
 
 class Steering:
@@ -234,7 +279,7 @@ def load_controlnet(
     with name_in_errors(path, argument="control: "):
         checkpoint = _read(path)
         config, pools = _configuration(checkpoint, path, models)
-        with without_memory():
+        with torch.device("meta"), NoInitialisation():
             network = ControlNet(config, pools if global_pool is None else global_pool)
         weights = _weights(checkpoint, network, models)
     network.source = source
