@@ -1,6 +1,8 @@
 """ControlNets with random weights, and files of them in every layout that people share."""
 
+import copy
 import re
+from functools import cache
 
 import torch
 
@@ -9,6 +11,7 @@ from sd.adapters.controlnet import PREFIX, RULES, ControlNet
 from sd.checkpoints.key_rules import inverse, rename
 from sd.config import UNetConfig
 from sd.model_converter import CONVOLUTIONS_1X1, UNET_RULES, fuse_qkv, split_qkv
+from sd.models import NoInitialisation
 
 # CompVis' names of a ControlNet's parts -> those of diffusers, written out: the rules of `sd` are tested against these.
 PARTS = {
@@ -32,14 +35,22 @@ PARTS = {
 
 def random_controlnet(config: UNetConfig, seed: int = 0, global_pool: bool = False) -> ControlNet:
     """A ControlNet with random weights that keep activations at unit scale."""
+    make = _small if max(config.channels) <= 64 else _make
+    return copy.deepcopy(make(config, seed, global_pool))
+
+
+def _make(config: UNetConfig, seed: int, global_pool: bool) -> ControlNet:
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
+    with torch.device("meta"), NoInitialisation():
         network = ControlNet(config, global_pool)
     state = {
         name: random_weight(name, tensor.shape, generator) for name, tensor in split_qkv(network.state_dict()).items()
     }
     network.load_state_dict(fuse_qkv(state), assign=True)
     return network.eval().requires_grad_(False)
+
+
+_small = cache(_make)
 
 
 def cldm_state(network: ControlNet, prefix: str = PREFIX, kernels: bool = True) -> dict[str, torch.Tensor]:
