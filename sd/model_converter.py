@@ -252,7 +252,8 @@ def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check(state: dict[str, Tensor], shapes: dict[str, torch.Size], unreadable: dict[str, str]) -> None:
     """Raises CheckpointError unless `state` has exactly these keys and shapes, in floating point."""
     held = {*state, *unreadable}
-    if absent := [part for part, prefix in PARTS.items() if not any(key.startswith(prefix) for key in held)]:
+    needed = [part for part, prefix in PARTS.items() if any(key.startswith(prefix) for key in shapes)]
+    if absent := [part for part in needed if not any(key.startswith(PARTS[part]) for key in held)]:
         vae = "give one with --vae, or with vae= in Python"
         advice = vae if absent == ["VAE"] else "give the file of a whole model"
         raise CheckpointError(f"This checkpoint has no {' and no '.join(absent)}: {advice}.")

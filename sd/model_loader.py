@@ -7,13 +7,16 @@ anything: weights are read from the disk when they are first used, and there is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sd.adapters.tiny_autoencoder import is_tiny_autoencoder, load_tiny_autoencoder
 from sd.checkpoints import hub
-from sd.checkpoints.checkpoint import Checkpoint
+from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
+from sd.checkpoints.key_rules import VAE_PREFIX
 from sd.checkpoints.whole_model import name_in_errors, read_model
 from sd.config import ModelConfig
 from sd.files import DATA
@@ -44,7 +47,7 @@ def load_models(
         default is the tiny model in `data/`.
     `device`, `dtype`: by default CUDA, MPS or the CPU, and the dtype that is fastest there without a visible loss.
     `ema`: take the averaged U-Net weights that training checkpoints carry.
-    `vae`: a second file, folder or name, whose VAE replaces the checkpoint's own.
+    `vae`: a second file, folder or name, whose VAE, or tiny autoencoder (`sd.adapters`), replaces the checkpoint's own.
     `tuned`, `compiled`: faster, see `sd.runtime.speed`. Compiled, the first image takes minutes, and rounding differs.
     `prediction_type`: "v_prediction" if the U-Net predicts v and the file does not say so (`sd.checkpoints` reads what
     it says: its configuration, marks, metadata, or a yaml beside it).
@@ -64,11 +67,18 @@ def load_models(
         )
     half = dtype.itemsize == 2
     path, vae = (hub.fetch(given, half) if hub.is_name(given) else given for given in (path, vae))
-    checkpoint, config = read_model(path, vae, prediction_type)
+    tiny = load_tiny_autoencoder(vae, device, dtype) if vae is not None and is_tiny_autoencoder(vae) else {}
+    if tiny.keys() == {"decoder"}:
+        raise CheckpointError(f"vae: {vae} is a tiny decoder alone: put its encoder beside it.")
+    checkpoint, config = read_model(path, None if tiny else vae, prediction_type)
     with name_in_errors(path, vae):
         if config.sampling.sampler not in SAMPLERS:
             raise ValueError(f"config.sampling.sampler should be one of {', '.join(SAMPLERS)}.")
         networks = empty_networks(config)
+        if tiny:  # the VAE's own weights, if there are any, are not read
+            networks |= dict.fromkeys(tiny, nn.Module())
+            rest = {key: tensor for key, tensor in checkpoint.state.items() if not key.startswith(VAE_PREFIX)}
+            checkpoint = replace(checkpoint, state=rest)
         weights = from_compvis(checkpoint.state, config, ema, networks, checkpoint.unreadable)
     if tuned and device.type == "cpu":
         speed.keep_freed_memory()
@@ -78,6 +88,7 @@ def load_models(
         # torch.compile packs weights itself, and packing chooses its own memory order.
         pack = name == "diffusion" and tuned and not compiled and speed.can_pack(device, dtype)
         speed.place_weights(network, _placer(checkpoint, device, dtype, reorder=tuned and not pack), pack)
+    networks |= tiny
     checkpoint.release()  # tensors that were joined or converted are not read again
     if compiled:
         speed.compile_networks([networks["diffusion"], networks["decoder"]], device, dtype)

@@ -286,12 +286,7 @@ def load_controlnet(
     network.load_state_dict(weights, assign=True)
     network.eval().requires_grad_(False)
     pack = speed.can_pack(device, dtype) if packs is None else packs and speed.can_pack(device, dtype)
-
-    def place(weight: Tensor) -> Tensor:
-        order = torch.preserve_format if pack else speed.memory_format(weight, device, dtype)
-        return weight.to(device, dtype, memory_format=order)
-
-    speed.place_weights(network, place, pack)
+    speed.place_network(network, device, dtype, pack)
     checkpoint.release()
     return network
 
