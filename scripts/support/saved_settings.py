@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.support.control import saved_controls, take_controls
+
 if TYPE_CHECKING:
     from sd.request import Request
 
@@ -69,7 +71,7 @@ def settings(options: argparse.Namespace, request: Request) -> dict[str, object]
         pairs["Deep cache"] = request.deep_cache
     if options.image:
         pairs["Denoising strength"] = f"{request.strength:g}"
-    return pairs
+    return pairs | saved_controls(options, request)
 
 
 def quote(value: object) -> str:
@@ -198,7 +200,7 @@ def use_saved(options: argparse.Namespace) -> list[str]:
         take("strength", "Denoising strength", float, "a number")
     _take_size(options, pairs)
     _take_sampler(options, pairs)
-    notes = _model_notes(options, pairs)
+    notes = _model_notes(options, pairs) + take_controls(options, pairs)
     if pairs:
         names = ", ".join([*pairs][:MAX_NAMES]) + (", ..." if len(pairs) > MAX_NAMES else "")
         notes.append(f"these settings in {path} are not used: {names}.")

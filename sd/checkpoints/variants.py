@@ -47,7 +47,7 @@ OTHER_FILES = [
     (r"\.double_blocks\.", "is a FLUX checkpoint"),
     (
         r"(^|\.)control_model\.|^zero_convs\.|^controlnet_(cond_embedding|down_blocks|mid_block)\.",
-        "is a ControlNet, which steers a model: give it with --control, or in Python with `control=`",
+        "is a ControlNet, which steers a model: give it as `control=`",
     ),
     (
         r"^(decoder\.|encoder\.)?(layers\.)?\d+\.conv\.\d\.(weight|bias)$",

@@ -145,7 +145,7 @@ def test_films_of_sd15_are_decoded_by_it(networks):
     """Its decoder is fast enough for every frame, also where the image is the full decoder's."""
     models = replace(random_models(MICRO), config=replace(MICRO, vae=SD15.vae))
     recording = record(Request("a cat", **OPTIONS), models)
-    rough, fine = frames(recording), frames(recording, networks["decoder"])
+    rough, fine = frames(recording), frames(replace(recording, preview=networks["decoder"]))
     assert np.array_equal(rough[-1], fine[-1])
     decoded = pipeline.decode_latents(replace(models, **networks), recording.moments[0].denoised)[0]
     assert np.array_equal(fine[0], decoded)
