@@ -32,6 +32,10 @@ from sd.checkpoints.shards import read_shards
 from sd.config import SD_TURBO, ModelConfig, TextConfig, UNetConfig
 
 NETWORKS = ("unet", "vae", "text_encoder")
+ADAPTERS = {  # the classes of networks that are used with a model
+    "ControlNetModel": "is the folder of a ControlNet: give it as `control=`",
+    "AutoencoderTiny": "is the folder of a tiny autoencoder: give it as `vae=`",
+}
 TURBO_SCHEDULER = "EulerDiscreteScheduler"  # with trailing timesteps and OpenCLIP's text encoder: SD-Turbo
 UNET_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D")  # with attention, and without
 
@@ -137,9 +141,11 @@ def read_folder(path: Path) -> Checkpoint:
     to Stable Diffusion 1.x; and whatever `read_checkpoint` raises.
     """
     if is_vae_folder(path):
-        if class_name(path) not in ("AutoencoderKL", None):
+        if (kind := class_name(path)) in ADAPTERS:
+            raise CheckpointError(f"{path} {ADAPTERS[kind]}, beside a model.")
+        if kind not in ("AutoencoderKL", None):
             raise CheckpointError(
-                f"{path} is the folder of one network, {class_name(path)}; give the folder of a whole model, or of an "
+                f"{path} is the folder of one network, {kind}; give the folder of a whole model, or of an "
                 "AutoencoderKL as vae=."
             )
         file = _read_network(path, "vae")

@@ -10,6 +10,7 @@ from sd.adapters.controlnet import ControlNet, load_controlnet
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import write_checkpoint
 from sd.config import SD2, SD15
+from sd.model_loader import load_models
 from tests.support.control import cldm_state, diffusers_config, diffusers_name, random_controlnet
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, SD2_MICRO, random_models, random_state
 
@@ -236,3 +237,10 @@ def test_the_sizes_of_the_real_ones(config):
         sum(tensor.numel() for tensor in state.values())
         == {768: 361_279_120, 1024: 364_228_240}[config.unet.context_width]
     )
+
+
+def test_given_as_a_checkpoint_its_folder_and_file_are_named(tmp_path, net):
+    folder = write_folder(tmp_path / "net", net)
+    for path in (folder, folder / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(CheckpointError, match="is (the folder of )?a ControlNet.*: give it as `control=`"):
+            load_models(path)

@@ -222,5 +222,5 @@ def test_given_as_a_checkpoint_it_is_named(tmp_path, networks, layout):
 
 
 def test_given_as_a_checkpoint_its_folder_is_named(tmp_path, networks):
-    with pytest.raises(CheckpointError, match="AutoencoderTiny; give the folder of a whole model"):
+    with pytest.raises(CheckpointError, match="is the folder of a tiny autoencoder: give it as `vae=`, beside"):
         load_models(write_diffusers(tmp_path / "a", networks))
