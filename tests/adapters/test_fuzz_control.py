@@ -22,7 +22,7 @@ from tests.support.synthetic import MICRO, random_models
 FIRST = int(os.environ.get("FUZZ_FIRST", 0))
 
 
-@pytest.mark.parametrize("controls, tiny", [(150, 40), pytest.param(5000, 5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("controls, tiny", [(60, 20), pytest.param(5000, 5000, marks=pytest.mark.slow)])
 def test_hostile_files_load_or_are_refused(tmp_path, controls, tiny):
     arguments = [str(tmp_path), str(FIRST), f"controls={controls}", f"tiny={tiny}"]
     command = [sys.executable, "-m", "tests.support.adapter_fuzzer", *arguments]
@@ -32,20 +32,18 @@ def test_hostile_files_load_or_are_refused(tmp_path, controls, tiny):
     print(report)
     assert report["wrong"] == {}
     assert sum(report["outcomes"].values()) == controls + tiny
-    assert {f"{kind} {end}" for kind in ("controls", "tiny") for end in ("loaded", "refused")} == set(
-        report["outcomes"]
-    )
+    assert set(report["outcomes"]) == {"controls loaded", "controls refused", "tiny loaded", "tiny refused"}
     assert report["slowest"][0] < 2
     assert report["memory"] < 1 << 30
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(5000, marks=pytest.mark.slow)])
 def test_hostile_configurations_load_or_are_refused(tmp_path, count):
     net, models, rng = random_controlnet(MICRO.unet), random_models(MICRO), random.Random(FIRST)
     state = {diffusers_name(key): tensor for key, tensor in cldm_state(net, "").items()}
     write_checkpoint(tmp_path / "diffusion_pytorch_model.safetensors", state)
     config = diffusers_config(MICRO.unet, sample_size=64, global_pool_conditions=False)
-    loaded = 0
+    messages = []
     for _ in range(count):
         changed = dict(config)
         for _ in range(rng.choice([1, 1, 3])):
@@ -54,8 +52,9 @@ def test_hostile_configurations_load_or_are_refused(tmp_path, count):
         (tmp_path / "config.json").write_text(json.dumps(changed), encoding="utf-8", errors="surrogatepass")
         try:
             load_controlnet(tmp_path, models)
-            loaded += 1
         except CheckpointError as error:
-            assert str(error).startswith("control: ")
-            assert "\n" not in str(error) or "does not fit the network" in str(error)
-    assert 0 < loaded < count
+            messages.append(str(error))
+    assert 0 < len(messages) < count
+    for message in messages:
+        assert message.startswith("control: ")
+        assert "\n" not in message or "does not fit the network" in message

@@ -54,9 +54,8 @@ def case(kind: str, number: int) -> tuple[str, bytes]:
         elif change == "keys":
             tensor = state.pop(key)
             if rng.random() < 0.7:
-                state[rng.choice([key + ".x", "x." + key, key.upper(), "module." + key, key + ".scale_weight"])] = (
-                    tensor
-                )
+                names = [key + ".x", "x." + key, key.upper(), "module." + key, key + ".scale_weight"]
+                state[rng.choice(names)] = tensor
     if change == "marks":
         state[rng.choice(MARKS)] = torch.ones(rng.choice([(), (1,), (2, 2)]))
     buffer = io.BytesIO()
