@@ -5,6 +5,7 @@
     python scripts/demo.py "a watercolour" --image photo.jpg --strength 0.6 --out watercolour.png
     python scripts/demo.py "a portrait <lora:style:0.8>" --lora detail.safetensors:0.5
     python scripts/demo.py "a red hat" --image photo.jpg --mask mask.png --feather 8
+    python scripts/demo.py "a glass cat" --checkpoint sd15.ckpt --control canny.pth --control-image edges.png
     python scripts/demo.py "a {red|blue} house" "a white tent" --n 3 --grid
     python scripts/demo.py "a yellow balloon" --film balloon.webp --report balloon.html
     python scripts/demo.py --from picture.png --seed -1 --n 4
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from PIL import Image
+    from torch import nn
 
     from scripts.support.loras import Lora
     from sd.inside.recording import Recording
@@ -43,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.support.captions import DTYPES, command, details, grid
 from scripts.support.checks import check_flags, note_crop, note_size, note_unknown_words, note_unquoted
 from scripts.support.command_line import Once, Parser, demo_name, import_torch, run, say
+from scripts.support.control import add_control_flags, controls, ready
 from scripts.support.flags import with_flags
 from scripts.support.image_size import choose_size
 from scripts.support.loras import hash_notes
@@ -97,10 +100,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="Stable Diffusion 1.x or 2.x: a file, a folder or owner/name on the hub",
     )
-    add("--vae", type=Path, metavar="PATH", help="a VAE to use instead of the checkpoint's own")
+    add("--vae", type=Path, metavar="PATH", help="a VAE, or a TAESD, instead of the checkpoint's own")
     help = "a LoRA, its strength (1), and that for the text encoder (the same); repeatable. In a prompt, "
     help += "<lora:name:0.8> takes it from data/loras"
     add("--lora", action="append", metavar="FILE[:S[:S]]", help=help)
+    add_control_flags(add)
+    help = "a tiny autoencoder (TAESD) that decodes every step for --film and --report"
+    add("--preview", type=Path, metavar="PATH", help=help)
     add("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, if the file does not say (epsilon)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
@@ -158,7 +164,8 @@ def make_images(options: argparse.Namespace) -> int:
 
     prompts, loras, request, lines = read_options(options)
     models = load(options, loras)
-    request = with_defaults(request, models)
+    request = ready(options, with_defaults(request, models), models)
+    preview = load_preview(options, models)
     note_unquoted(options.prompts)
     for line in lines:
         say(line)
@@ -175,7 +182,7 @@ def make_images(options: argparse.Namespace) -> int:
         models = models if models.loras == used else models.with_loras(used)
         one = replace(request, prompt=prompt, seed=seed)
         text = parameters(options, one, used)
-        image, recording, trace = draw(options, one, models)
+        image, recording, trace = draw(options, one, models, preview)
         path = save(images.write_image, names, replaced(options, options.out), image, text)
         seconds = time.perf_counter() - started
         print(f"{path}  seed {seed}  {seconds:.1f} s" + (f"  {prompt}" if len(prompts) > 1 else ""))
@@ -201,7 +208,7 @@ def replaced(options: argparse.Namespace, path: str | Path | None) -> Path | Non
 
 
 def draw(
-    options: argparse.Namespace, request: Request, models: Models
+    options: argparse.Namespace, request: Request, models: Models, preview: nn.Module | None = None
 ) -> tuple[np.ndarray, Recording | None, Tracer | None]:
     """The image, and for --film and --report what was recorded while it was drawn."""
     from sd import pipeline
@@ -212,7 +219,7 @@ def draw(
     from sd.inside.tracer import Tracer
 
     with Tracer(models, attention=bool(options.report)) as trace:
-        recording = record(request, models)
+        recording = record(request, models, preview)
     return recording.image, recording, trace
 
 
@@ -298,6 +305,7 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], list[tuple[Lor
         feather=options.feather or 0,
         padding_mask_crop=padding if options.only_masked else None,
         deep_cache=1 if options.deep_cache is None else options.deep_cache,
+        control=controls(options),
     )
     request.check()
     replace(request, seed=request.seed + options.n - 1).check()
@@ -319,7 +327,8 @@ def with_defaults(request: Request, models: Models) -> Request:
     from sd.samplers import SAMPLERS
 
     defaults, name = models.config.sampling, request.sampler_name
-    image = request.input_image.size if request.input_image and request.padding_mask_crop is None else None
+    image = request.input_image or (request.control[0].image if request.control else None)
+    image = image.size if image and request.padding_mask_crop is None else None
     width, height = choose_size(image, request.width, request.height, models.config.image_size)
     default_steps = SAMPLERS[name].default_steps if name else defaults.steps
     return replace(
@@ -353,6 +362,15 @@ def load(options: argparse.Namespace, loras: list[tuple[Lora, ...]]) -> Models:
     check_loras({lora for used in loras[1:] for lora in used if lora not in loras[0]}, models.config)
     print(f"loaded in {time.perf_counter() - started:.1f} s on {models.device}", file=sys.stderr)
     return models
+
+
+def load_preview(options: argparse.Namespace, models: Models) -> nn.Module | None:
+    """The decoder of --preview."""
+    if options.preview is None:
+        return None
+    from sd.adapters.tiny_autoencoder import load_tiny_autoencoder
+
+    return load_tiny_autoencoder(options.preview, models.device)["decoder"]
 
 
 if __name__ == "__main__":

@@ -81,60 +81,74 @@ class Stage(nn.Sequential):
         return x
 
 
-class Diffusion(nn.Module):
-    """The U-Net. For SD 1.5: 12 stages down, a middle, 12 stages up, over four resolutions."""
+class ContractingPath(nn.Module):
+    """The way down, the middle and the time embedding of a U-Net. A ControlNet has a copy of them (2302.05543)."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         first, time_width = config.channels[0], 4 * config.channels[0]
         self.time_embedding = nn.Sequential(nn.Linear(first, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
-
-        def residual(in_channels: int, out_channels: int) -> ResidualBlock:
-            return ResidualBlock(in_channels, out_channels, config.groups, 1e-5, time_width)
-
-        def transformer(channels: int) -> SpatialTransformer:
-            return SpatialTransformer(channels, config.heads_of(channels), config.groups, config.context_width)
-
-        levels = list(enumerate(zip(config.channels, config.attention)))
         self.down = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, first, 3, padding=1))])
-        skips = [first]  # the widths of the kept maps
-        for level, (width, attends) in levels:
+        self.skip_widths = [first]  # the channels of the kept maps
+        for level, (width, attends) in enumerate(zip(config.channels, config.attention)):
             for _ in range(config.blocks_per_level):
-                self.down.append(Stage(residual(skips[-1], width), *([transformer(width)] if attends else [])))
-                skips.append(width)
-            if level < len(levels) - 1:
+                self.down.append(Stage(*_block(config, self.skip_widths[-1], width, attends)))
+                self.skip_widths.append(width)
+            if level < len(config.channels) - 1:
                 self.down.append(Stage(Downsample(width, symmetric=True)))
-                skips.append(width)
+                self.skip_widths.append(width)
+        self.middle = Stage(*_block(config, width, width, attends=True), *_block(config, width, width, attends=False))
 
-        self.middle = Stage(residual(width, width), transformer(width), residual(width, width))
+    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Timesteps (B,) -> the time embedding (B, 1280) that every residual block reads."""
+        return self.time_embedding(timestep_embedding(timesteps, self.config.channels[0]).to(dtype))
 
+
+def _block(config: UNetConfig, in_channels: int, out_channels: int, attends: bool) -> list[nn.Module]:
+    """A residual block, and a transformer if this level reads the prompt."""
+    layers: list[nn.Module] = [ResidualBlock(in_channels, out_channels, config.groups, 1e-5, 4 * config.channels[0])]
+    if attends:
+        heads = config.heads_of(out_channels)
+        layers.append(SpatialTransformer(out_channels, heads, config.groups, config.context_width))
+    return layers
+
+
+class Diffusion(ContractingPath):
+    """The U-Net. For SD 1.5: 12 stages down, a middle, 12 stages up, over four resolutions."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
         self.up = nn.ModuleList()
-        below = width
-        for level, (width, attends) in reversed(levels):
+        below, skips = config.channels[-1], list(self.skip_widths)
+        for level, (width, attends) in reversed(list(enumerate(zip(config.channels, config.attention)))):
             for _ in range(config.blocks_per_level + 1):
-                self.up.append(Stage(residual(below + skips.pop(), width), *([transformer(width)] if attends else [])))
+                self.up.append(Stage(*_block(config, below + skips.pop(), width, attends)))
                 below = width
             if level > 0:
                 self.up[-1].append(Upsample(width))
 
-        self.norm_out = nn.GroupNorm(config.groups, first, eps=1e-5)
-        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(config.groups, config.channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
-        """latents (B, 4, h, w), context (B, 77, context_width), timesteps (B,) -> predicted noise (B, 4, h, w)."""
+    def forward(
+        self, latents: Tensor, context: Tensor, timesteps: Tensor, residuals: list[Tensor] | None = None
+    ) -> Tensor:
+        """latents (B, 4, h, w), context (B, 77, context_width), timesteps (B,) -> predicted noise (B, 4, h, w).
+
+        `residuals` come from a ControlNet: one map for each kept map, to be added to it, and one for the middle.
+        """
         time = self.embed_time(timesteps, latents.dtype)  # (B, 1280)
         x, skips = latents, []
         for stage in self.down:
             x = stage(x, time, context)  # (B, 320, h, w) down to (B, 1280, h/8, w/8)
             skips.append(x)
         x = self.middle(x, time, context)  # (B, 1280, h/8, w/8)
+        if residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, residuals)]
+            x = x + residuals[-1]
         for stage in self.up:
             x = torch.cat([x, skips.pop()], dim=1)  # with the map of the same size from the way down
             # Upsample to the size of the next kept map: doubling would miss an odd size by one pixel.
             x = stage(x, time, context, size=skips[-1].shape[-2:] if skips else None)  # up to (B, 320, h, w)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 4, h, w)
-
-    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """Timesteps (B,) -> the time embedding (B, 1280) that every residual block reads."""
-        return self.time_embedding(timestep_embedding(timesteps, self.config.channels[0]).to(dtype))

@@ -10,6 +10,7 @@ matrices there and one here. Some 1x1 convolutions there are linear layers here.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -163,11 +164,11 @@ def from_compvis(
     warn_of_unknown(state, weights)
     ours = {}
     for key, tensor in weights.items():
-        tensor = _from_float8(key, tensor, state)
+        tensor = from_float8(key, tensor, state)
         tensor = tensor.reshape(shapes[key])  # some files store 1x1 kernels as matrices, others matrices as kernels
         ours[to_our_name(key)] = tensor.flatten(1) if CONVOLUTIONS_1X1.search(key) else tensor
     states = {name: {} for name in ("clip", "encoder", "decoder", "diffusion")}
-    for key, tensor in _fuse(ours).items():
+    for key, tensor in fuse_qkv(ours).items():
         network, name = key.removeprefix("open").split(".", 1)
         states[network][name] = tensor
     return states
@@ -199,7 +200,7 @@ def _openclip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     text = {key: tensor for key, tensor in state.items() if key.startswith(CLIP_PREFIX) and key != POSITION_IDS}
     ours = {to_our_name(with_text_model(key)): tensor for key, tensor in text.items()}
     try:
-        renamed = {to_their_name(f"open{name}"): tensor for name, tensor in _fuse(ours).items()}
+        renamed = {to_their_name(f"open{name}"): tensor for name, tensor in fuse_qkv(ours).items()}
     except KeyError as missing:  # queries without keys or values
         raise CheckpointError(f"The text encoder has no {to_their_name(missing.args[0])}.") from None
     return {key: tensor for key, tensor in state.items() if key not in text} | renamed
@@ -211,7 +212,7 @@ def compvis_shapes(config: ModelConfig, networks: dict[str, nn.Module] | None = 
     return {key: tensor.shape for key, tensor in to_compvis(SimpleNamespace(**networks)).items()}
 
 
-def _from_float8(key: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
+def from_float8(key: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
     """Float8 numbers as float16, which has all of them, times the scale that ComfyUI stores with some. Other tensors
     are returned as they are."""
     if tensor.dtype.itemsize > 1:
@@ -224,7 +225,7 @@ def _from_float8(key: str, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
     return (tensor.float() * scale.float().reshape(())).half()
 
 
-def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """qkv.q, qkv.k and qkv.v (each (width, ...)) -> one qkv (3 width, ...)."""
     fused = {}
     for name, tensor in state.items():
@@ -237,7 +238,7 @@ def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `_fuse`."""
+    """The inverse of `fuse_qkv`."""
     split = {}
     for name, tensor in state.items():
         if ".qkv." in name and not name.startswith("openclip."):
@@ -251,16 +252,27 @@ def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check(state: dict[str, Tensor], shapes: dict[str, torch.Size], unreadable: dict[str, str]) -> None:
     """Raises CheckpointError unless `state` has exactly these keys and shapes, in floating point."""
     held = {*state, *unreadable}
-    if absent := [part for part, prefix in PARTS.items() if not any(key.startswith(prefix) for key in held)]:
+    needed = [part for part, prefix in PARTS.items() if any(key.startswith(prefix) for key in shapes)]
+    if absent := [part for part in needed if not any(key.startswith(PARTS[part]) for key in held)]:
         vae = "give one with --vae, or with vae= in Python"
         advice = vae if absent == ["VAE"] else "give the file of a whole model"
         raise CheckpointError(f"This checkpoint has no {' and no '.join(absent)}: {advice}.")
+    check_fit(state, shapes, unreadable, lambda key: NETWORKS[rename(key, PREFIXES).split(".")[0]])
+
+
+def check_fit(
+    state: dict[str, Tensor],
+    shapes: dict[str, torch.Size],
+    unreadable: dict[str, str],
+    network_of: Callable[[str], str],
+) -> None:
+    """Raises CheckpointError unless `state` has exactly these keys and shapes, in floating point. It sums up what is
+    wrong in each network; `network_of` gives the name of a key's network."""
     problems: dict[tuple[str, str], list[str]] = {}  # of each network and kind of problem
     for key in [*shapes, *(key for key in state if key not in shapes)]:
-        network = NETWORKS[rename(key, PREFIXES).split(".")[0]]
         kind, text = _problem(key, state.get(key), shapes.get(key), unreadable)
         if text:
-            problems.setdefault((network, kind), []).append(text)
+            problems.setdefault((network_of(key), kind), []).append(text)
     if problems:
         count = sum(map(len, problems.values()))
         lines = [f"\n  {network}: {kind}{_listed(texts)}" for (network, kind), texts in problems.items()]

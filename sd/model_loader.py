@@ -7,7 +7,7 @@ anything: weights are read from the disk when they are first used, and there is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from sd.adapters.lora import Change
 from sd.adapters.lora_files import Changes, Given, Lora, as_lora, read_loras
 from sd.adapters.lora_modules import replace_modules, sharing_weights
+from sd.adapters.tiny_autoencoder import is_tiny_autoencoder, load_tiny_autoencoder
 from sd.checkpoints import hub
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
+from sd.checkpoints.key_rules import VAE_PREFIX
 from sd.checkpoints.probe import settle_prediction
 from sd.checkpoints.whole_model import name_in_errors, read_model
 from sd.config import ModelConfig
@@ -51,7 +53,7 @@ def load_models(
         default is the tiny model in `data/`.
     `device`, `dtype`: by default CUDA, MPS or the CPU, and the dtype that is fastest there without a visible loss.
     `ema`: take the averaged U-Net weights that training checkpoints carry.
-    `vae`: a second file, folder or name, whose VAE replaces the checkpoint's own.
+    `vae`: a second file, folder or name, whose VAE, or tiny autoencoder (`sd.adapters`), replaces the checkpoint's own.
     `tuned`, `compiled`: faster, see `sd.runtime.speed`. Compiled, the first image takes minutes, and rounding differs.
     `prediction_type`: "v_prediction" if the U-Net predicts v and the file does not say so (`sd.checkpoints` reads what
     it says: its configuration, marks, metadata, or a yaml beside it).
@@ -74,10 +76,15 @@ def load_models(
         )
     half = dtype.itemsize == 2
     path, vae = (hub.fetch(given, half) if hub.is_name(given) else given for given in (path, vae))
+    tiny = load_tiny_autoencoder(vae, device, dtype) if vae is not None and is_tiny_autoencoder(vae) else {}
+    if tiny.keys() == {"decoder"}:
+        raise CheckpointError(f"vae: {vae} is a tiny decoder alone: put its encoder beside it.")
     used = _as_loras(loras)
-    checkpoint, config, networks, weights = _read(path, vae, prediction_type, ema)
+    checkpoint, config, networks, weights = _read(path, vae, prediction_type, ema, tiny)
     changes = read_loras(used, config, networks)
-    source = _Source(path, vae, prediction_type, ema, tuned, compiled, _stamp(path, vae), frozenset(changes))
+    source = _Source(
+        path, vae, prediction_type, ema, tuple(tiny), tuned, compiled, _stamp(path, vae), frozenset(changes)
+    )
     blank = empty_networks(config) if changes else {}
     if tuned and device.type == "cpu":
         speed.keep_freed_memory()
@@ -89,6 +96,7 @@ def load_models(
         if of_network := _of(name, changes, changes):
             replace_modules(network, weights[name], of_network, blank[name], place, pack)
         del weights[name]
+    networks |= tiny
     checkpoint.release()  # tensors that were joined or converted are not read again
     tokenizer = _tokenizer(config, checkpoint.added_words)
     models = Models(**networks, tokenizer=tokenizer, config=config, device=device, loras=used, change=source.change)
@@ -118,14 +126,22 @@ def _read(
     vae: str | Path | None,
     prediction_type: str | None,
     ema: bool,
+    tiny: Collection[str] = (),
     networks: dict[str, nn.Module] | None = None,
 ) -> tuple[Checkpoint, ModelConfig, dict[str, nn.Module], dict[str, dict[str, Tensor]]]:
-    """The checkpoint, its configuration, empty `networks` (made here, or given), and the state dict of each."""
-    checkpoint, config = read_model(path, vae, prediction_type)
+    """The checkpoint, its configuration, empty `networks` (made here, or given), and the state dict of each.
+
+    `tiny` are the networks that the tiny autoencoder `vae` replaces. Their weights in the checkpoint are not read.
+    """
+    checkpoint, config = read_model(path, None if tiny else vae, prediction_type)
     with name_in_errors(path, vae):
         if config.sampling.sampler not in SAMPLERS:
             raise ValueError(f"config.sampling.sampler should be one of {', '.join(SAMPLERS)}.")
         networks = networks or empty_networks(config)
+        if tiny:
+            networks |= dict.fromkeys(tiny, nn.Module())
+            rest = {key: tensor for key, tensor in checkpoint.state.items() if not key.startswith(VAE_PREFIX)}
+            checkpoint = replace(checkpoint, state=rest)
         weights = from_compvis(checkpoint.state, config, ema, networks, checkpoint.unreadable)
     return checkpoint, config, networks, weights
 
@@ -138,6 +154,7 @@ class _Source:
     vae: str | Path | None
     prediction_type: str | None
     ema: bool
+    tiny: tuple[str, ...]  # the networks that a tiny autoencoder replaces
     tuned: bool
     compiled: bool
     stamp: tuple  # of the files when they were read
@@ -155,7 +172,7 @@ class _Source:
                 raise CheckpointError(f"{self.path} has changed since it was loaded: load it again.")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it has warned when it was loaded
-                checkpoint, _, _, weights = _read(self.path, self.vae, self.prediction_type, self.ema, blank)
+                checkpoint, _, _, weights = _read(self.path, self.vae, self.prediction_type, self.ema, self.tiny, blank)
         for name in sorted({name for name, _ in modules}):
             network = getattr(models, name)
             device, dtype = device_and_dtype(network)

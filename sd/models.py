@@ -45,7 +45,7 @@ class Models:
 
 def empty_networks(config: ModelConfig) -> dict[str, nn.Module]:
     """The four networks on the meta device: shapes without memory, for `load_state_dict(..., assign=True)`."""
-    with torch.device("meta"), _NoInitialisation():
+    with torch.device("meta"), NoInitialisation():
         return {
             "clip": CLIP(config.text),
             "encoder": Encoder(config.vae),
@@ -54,7 +54,7 @@ def empty_networks(config: ModelConfig) -> dict[str, nn.Module]:
         }
 
 
-class _NoInitialisation(TorchFunctionMode):
+class NoInitialisation(TorchFunctionMode):
     """Skips the initialisation of parameters: even on the meta device, `normal_` loads a compiler for a second."""
 
     SKIPPED = (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_)

@@ -10,12 +10,12 @@ Noise is drawn and latents are kept in float32, whatever the dtype of the networ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd.guidance import ImageLoss, by_loss, classifier_free
@@ -68,6 +68,7 @@ def generate(
     padding_mask_crop: int | None = None,
     cfg_rescale: float = Request.cfg_rescale,
     deep_cache: int = Request.deep_cache,
+    control: Sequence | None = None,
 ) -> np.ndarray:
     """An image for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
@@ -83,6 +84,7 @@ def generate(
     device, idle_device     where to compute, and where to keep the networks that are not in use
     height, width           multiples of 8 (default: the size the model was trained on)
     deep_cache              2 or 3: much faster, and a slightly different image (`sd.runtime.deep_cache`)
+    control                 ControlNets and their images: [Control(net, image, strength)] (`sd.adapters.controlnet`)
 
     A seed gives the same bytes with the same machine, number of threads and version of torch, unless memory runs short
     (`decode_latents`). Elsewhere they differ by a level or two.
@@ -107,6 +109,7 @@ def generate(
         padding_mask_crop=padding_mask_crop,
         cfg_rescale=cfg_rescale,
         deep_cache=deep_cache,
+        control=control,
     )
     images = draw(request, models, device, idle_device, tokenizer)
     return images[0] if isinstance(prompt, str) else images
@@ -132,15 +135,19 @@ def draw(
     if idle_device is not None and is_compiled(models.diffusion):
         raise ValueError("idle_device should be None for compiled models: their weights cannot move.")
     models = replace(models, tokenizer=tokenizer or models.tokenizer, device=device)
+    control = [one.loaded(models) for one in request.control or ()]
 
     with on_device(models.clip, device, idle_device):
         uncond_prompt = (request.uncond_prompt or "") if request.do_cfg else None
         context = encode_prompt(models, request.prompts, uncond_prompt)
     with on_device(models.encoder, device, idle_device):
         sampler, latents, inpainting = prepare(models, request)
-    with on_device(models.diffusion, device, idle_device):
+    nets = nn.ModuleList(one.net for one in control)
+    with on_device(models.diffusion, device, idle_device), on_device(nets, device, idle_device):
         scale, rescale, deep_cache = request.cfg_scale, request.cfg_rescale, request.deep_cache
-        steps = denoise(models, latents, context, sampler, scale, inpainting, rescale, deep_cache=deep_cache)
+        steps = denoise(
+            models, latents, context, sampler, scale, inpainting, rescale, deep_cache=deep_cache, control=control
+        )
         for step in tqdm(steps, total=len(sampler.timesteps)):
             latents = step.latents
     with on_device(models.decoder, device, idle_device):
@@ -238,6 +245,7 @@ def denoise(
     cfg_interval: tuple[float, float] = (0, 1),
     guidance: ImageLoss | None = None,
     deep_cache: int = 1,
+    control: Sequence = (),
 ) -> Iterator[Step]:
     """Takes the noise out of latents (B, 4, h, w), step by step, and yields a `Step` after each.
 
@@ -245,7 +253,7 @@ def denoise(
     `guidance.classifier_free` for `cfg_scale` and `cfg_rescale`. `cfg_interval` is the part of the run that is guided;
     outside it, and with a context of B rows, only the prompt's prediction is used. `guidance` is a loss on images
     (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages only every n
-    steps (`sd.runtime.deep_cache`).
+    steps (`sd.runtime.deep_cache`). `control` are what `Control.loaded` returns.
 
     Raises ValueError for latents or a context of another shape, a `deep_cache` that is not a whole number from 1 to
     1000, and an inpainting U-Net without `inpainting`; NotFiniteError, with the step, for NaN or infinity.
@@ -262,6 +270,11 @@ def denoise(
         from sd.runtime.deep_cache import DeepCache
 
         unet = DeepCache(unet, deep_cache)
+    steering = None
+    if control:
+        from sd.adapters.controlnet import Steering
+
+        steering = Steering(control, latents, inpainting and inpainting.region)
     device, dtype = device_and_dtype(models.diffusion)
     cfg_scale = float(models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale)
     latents, context = latents.to(device), context.to(device, dtype)
@@ -272,7 +285,11 @@ def denoise(
         rows = context if guided else context[-len(latents) :]  # (2B, 77, D), or the conditional half (B, 77, D)
         inputs = latents if inpainting is None else inpainting.with_mask_channels(latents)  # (B, 4 or 9, h, w)
         inputs = inputs.to(dtype).repeat(len(rows) // len(inputs), 1, 1, 1)  # (2B, 4 or 9, h, w)
-        noise = unet(inputs, rows, timesteps[index].expand(len(rows)))  # (2B, 4, h, w)
+        arguments = [inputs, rows, timesteps[index].expand(len(rows))]
+        if steering is not None:
+            noisy = inputs[:, : latents.shape[1]]  # (2B, 4, h, w), without the channels of inpainting
+            arguments.append(steering.residuals(noisy, *arguments[1:], index, len(timesteps), guided))
+        noise = unet(*arguments)  # (2B, 4, h, w)
         when = f" at step {index + 1} of {len(timesteps)}"
         noise = check_finite(noise, models.diffusion, "U-Net", inputs, when).float()
         noise_uncond, noise_cond = noise.chunk(2) if guided else (None, noise)

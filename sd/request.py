@@ -53,6 +53,7 @@ class Request:
     padding_mask_crop: int | None = None
     cfg_rescale: float = 0
     deep_cache: int = 1
+    control: Sequence | None = None  # of `sd.adapters.controlnet.Control`
 
     @property
     def prompts(self) -> list[str]:
@@ -91,25 +92,34 @@ class Request:
         if self.seed is not None:
             _check_number("seed", self.seed, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1", whole=True)
         check_size(self.height, self.width, SD15.vae.downscale)
+        if self.control is not None:
+            from sd.adapters.controlnet import check_controls  # only here: most images are drawn without one
+
+            check_controls(self.control)
 
     def read_images(self) -> Request:
         """The same request with its images read: PIL images instead of paths. Warns about a mask that repaints next
-        to nothing, or nearly everything. Raises what `read_image` raises."""
+        to nothing, or nearly everything. Raises what `read_image` and `Control.read` raise."""
         image = None if self.input_image is None else read_image(self.input_image, name="input_image")
         mask = None if self.mask_image is None else read_mask_image(self.mask_image, image)
         if mask is not None:
             warn_about_mask(mask)
-        return replace(self, input_image=image, mask_image=mask)
+        control = self.control and [one.read() for one in self.control]
+        return replace(self, input_image=image, mask_image=mask, control=control)
 
     def to_dict(self) -> dict:
-        """The request as a dict for JSON. Images are read and become PNG data URLs, so that no file is needed."""
+        """The request as a dict for JSON. Images are read and become PNG data URLs, so that no file is needed. A
+        ControlNet travels as its path."""
         read = self.read_images()
         values = {name: _plain(value) for name, value in vars(read).items()}
+        if self.control is not None:
+            values["control"] = [one.to_dict() | {"image": _png_url(one.image)} for one in read.control]
         return values | {name: _png_url(getattr(read, name)) for name in ("input_image", "mask_image")}
 
     @classmethod
     def from_dict(cls, values: dict) -> Request:
-        """The inverse of `to_dict`: an unchecked request. It opens no files: images must be PNG data URLs.
+        """The inverse of `to_dict`: an unchecked request. It opens no files: images must be PNG data URLs. (`draw` will
+        open the paths of ControlNets.)
 
         Raises ValueError for no dict, an unknown setting, a missing prompt, or an image that is not a PNG data URL.
         """
@@ -120,6 +130,10 @@ class Request:
         _require(not unknown, "request", unknown, allowed)
         _require("prompt" in values, "prompt", None, "given")
         images = {name: _from_png_url(name, values.get(name)) for name in ("input_image", "mask_image")}
+        if values.get("control") is not None:
+            from sd.adapters.controlnet import controls_from_dicts
+
+            images["control"] = controls_from_dicts(values["control"], _from_png_url)
         return cls(**(values | images))
 
 

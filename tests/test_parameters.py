@@ -22,9 +22,11 @@ from PIL import Image
 from scripts import demo
 from scripts.benchmarks.synthetic_checkpoint import random_state
 from sd import generate, model_loader
+from sd.adapters.controlnet import Control
 from sd.checkpoints.files import write_checkpoint
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
+from tests.support.control import random_controlnet
 from tests.support.synthetic import MICRO, random_models
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -33,6 +35,7 @@ MASK.paste(200, (4, 6, 18, 20))
 pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts", "ignore:feather is wider")
 
 TOKENIZER = Tokenizer()
+NET = random_controlnet(MICRO.unet)
 
 plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="()[]\\:&"), max_size=20)
 prompts = plain | st.sampled_from(["a (red:1.3) house", "[a] BREAK (b)", r"\(c\)", "cat, " * 90, ""])
@@ -53,6 +56,17 @@ VALID = {
     "feather": st.floats(0, 20) | st.sampled_from([1000, np.float32(2), Fraction(1, 2)]),
     "cfg_rescale": unit | st.sampled_from([np.float64(0.7), Fraction(1, 2)]),
     "deep_cache": st.integers(1, 1000) | st.sampled_from([np.int64(2), np.uint8(3)]),
+    "control": st.none()
+    | st.lists(
+        st.builds(
+            lambda *values: Control(NET, PICTURE, *values),
+            st.floats(0, 10) | st.sampled_from([1, np.float32(0.5), Fraction(1, 3)]),
+            st.floats(0, 0.5),
+            st.floats(0.5, 1, exclude_min=True) | st.just(np.float16(1)),
+            st.booleans(),
+        ),
+        max_size=2,
+    ),
 }
 no_number = st.sampled_from(["7", "", None, float("nan"), float("inf"), -float("inf"), True, 1j, [1], 10**400, b"1"])
 no_count = no_number.filter(lambda value: value is not None) | st.sampled_from([0, -1, 2.0, 1.5, 2**70, np.float32(8)])
@@ -85,6 +99,14 @@ INVALID = {
     "padding_mask_crop": no_count.filter(lambda value: value != 0) | st.integers(min_value=8193),
     "cfg_rescale": no_number | st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1, exclude_min=True),
     "deep_cache": no_number | no_count | st.integers(min_value=1001) | st.integers(max_value=0),
+    "control": nothing
+    | st.sampled_from(["net.pth", [None], [3], [Control(NET, PICTURE)] * 11, Control(NET, PICTURE)])
+    | st.builds(lambda value: [Control(value, PICTURE)], nothing)
+    | st.builds(lambda value: [Control(NET, value)], nothing)
+    | st.builds(lambda value: [Control(NET, PICTURE, value)], no_number | st.floats(min_value=10, exclude_min=True))
+    | st.builds(lambda value: [Control(NET, PICTURE, 1, value)], no_number | st.floats(min_value=1))
+    | st.builds(lambda value: [Control(NET, PICTURE, 1, 0, value)], no_number | st.floats(max_value=0))
+    | st.builds(lambda value: [Control(NET, PICTURE, guess_mode=value)], st.sampled_from([0, 1, "yes", None])),
 }
 
 
@@ -126,7 +148,7 @@ def check_invalid(name, value):
     extra = {"input_image": PICTURE, "mask_image": MASK} if name == "padding_mask_crop" else {}
     with (
         mock.patch.object(model_loader, "load_models", side_effect=AssertionError("loaded before checking")),
-        pytest.raises(ValueError, match=f"^{asked} should ") as error,
+        pytest.raises(ValueError, match=rf"^{asked}(\.\w+)? should ") as error,
     ):
         generate(**({"prompt": "a cat"} | extra | {name: value}))
     message = str(error.value)

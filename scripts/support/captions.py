@@ -36,6 +36,7 @@ def details(options: argparse.Namespace, request: Request, models: Models) -> di
     mask = "where the image is transparent" if options.mask_from_alpha else options.mask
     inverted = "yes" if options.invert_mask else None
     pairs |= {"Image": options.image, "Mask": mask, "Inverted mask": inverted, "Feather": options.feather}
+    pairs |= {"Control images": ", ".join(map(str, options.control_image or []))}
     pairs |= {"Only masked, padding": request.padding_mask_crop}
     pairs |= {"Device": device, "Precision": DTYPES[dtype], "Machine": platform.machine()}
     pairs |= {"Threads": torch.get_num_threads()}
@@ -69,19 +70,31 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--height": request.height,
         "--checkpoint": options.checkpoint,
         "--vae": options.vae,
+        "--control": options.control,
+        "--control-image": options.control_image,
+        "--control-strength": options.control_strength,
+        "--control-start": options.control_start,
+        "--control-end": options.control_end,
+        "--guess-mode": options.guess_mode,
+        "--control-from": options.control_from,
         "--prediction-type": options.prediction_type,
         "--device": device,
         "--dtype": dtype,
     }
     for lora in models.loras:
         arguments += ["--lora", flag_value(lora)]
-    for flag, value in flags.items():
+    for flag, value in [(flag, value) for flag, values in flags.items() for value in _each(values)]:
         if value is True:
             arguments.append(flag)
         elif value is not None and value is not False:  # 0 is a value
             text = str(value)
             arguments += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return shlex.join(arguments)
+
+
+def _each(value: object) -> list:
+    """The values of a flag that can be given several times, or the one value of another."""
+    return value if isinstance(value, list) else [value]
 
 
 def grid(prompts: list[str], seeds: range, images: list[np.ndarray]) -> Image.Image:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.support.command_line import say
+from scripts.support.control import check_control
 from scripts.support.loras import given_loras
 from scripts.support.output_files import check_different_files, check_free
 
@@ -27,21 +28,28 @@ def check_flags(options: argparse.Namespace) -> None:
     if not 1 <= options.n <= MAX_IMAGES:
         raise ValueError(f"--n should be from 1 to {MAX_IMAGES}, not {options.n}.")
     _check_pairs(options)
+    check_control(options)
     files = {"--image": options.image, "--mask": options.mask, "--from": options.source}
     files["--prompts-file"] = options.prompts_file
     for flag, path in files.items():
         pipe = flag == "--prompts-file" and path is not None and path.is_fifo()  # as in <(sort prompts.txt)
         if path is not None and not path.is_file() and not pipe:
             raise ValueError(f"{flag} should be a file: there is none at {path}.")
-    for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
+    for flag, path in [
+        ("--checkpoint", options.checkpoint),
+        ("--vae", options.vae),
+        ("--preview", options.preview),
+        *(("--control", path) for path in options.control or []),
+    ]:
         if path is not None and not path.exists() and not _may_be_on_hub(path):
             remedy = "; `sh scripts/download.sh` fetches the real weights" if flag == "--checkpoint" else ""
             raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{remedy}.")
     loras = {f"--lora {path}": path for path, _, _ in given_loras(options)}
-    check_different_files(
-        {**files, "--checkpoint": options.checkpoint, "--vae": options.vae, **loras},
-        {"--out": Path(options.out) if options.out else None, "--film": options.film, "--report": options.report},
-    )
+    read = {**files, "--checkpoint": options.checkpoint, "--vae": options.vae, "--preview": options.preview, **loras}
+    written = {"--out": Path(options.out) if options.out else None, "--film": options.film, "--report": options.report}
+    check_different_files(read, written)
+    for control, image in zip(options.control or [], options.control_image or []):
+        check_different_files({"--control": control, "--control-image": image}, written)
     for flag, path in (("--out", Path(options.out or "")), ("--film", options.film or Path())):
         if path.suffix.lower() in FEATURES and not features.check(FEATURES[path.suffix.lower()]):
             raise ValueError(f"{flag} should have another suffix, not {path.suffix}: this Pillow cannot write it.")
@@ -78,6 +86,8 @@ def _check_pairs(options: argparse.Namespace) -> None:
             raise ValueError(f"--mask or --mask-from-alpha should be given with {flag}.")
     if has_padding and not options.only_masked:
         raise ValueError("--only-masked should be given with --padding, which is the space around the mask.")
+    if options.preview and not (options.film or options.report):
+        raise ValueError("--film or --report should be given with --preview, which draws their images of every step.")
     if options.report and options.deep_cache not in (None, 1):
         raise ValueError("--report should be used without --deep-cache: it shows every stage at every step.")
 

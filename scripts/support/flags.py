@@ -21,6 +21,12 @@ FLAGS = {
     "height": "--height",
     "device": "--device",
     "prediction_type": "--prediction-type",
+    "control": "--control",
+    "control.net": "--control",
+    "control.image": "--control-image",
+    "control.strength": "--control-strength",
+    "control.start": "--control-start",
+    "control.end": "--control-end",
 }
 
 # Other code in errors -> how the command line says it.
@@ -31,6 +37,7 @@ PHRASES = {
     "dtype=torch.bfloat16": "--dtype bf16",
     "torch.bfloat16": "bf16",
     "`vae=`": "--vae",
+    "`control=`": "--control",
     "invert the mask": "add --invert-mask",
 }
 

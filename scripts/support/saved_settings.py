@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.support.control import saved_controls, take_controls
 from scripts.support.loras import Lora, hashes, with_tags
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def settings(options: argparse.Namespace, request: Request, loras: Sequence[Lora
         pairs["Denoising strength"] = f"{request.strength:g}"
     if loras:
         pairs["Lora hashes"] = hashes(loras)
-    return pairs
+    return pairs | saved_controls(options, request)
 
 
 def quote(value: object) -> str:
@@ -204,7 +205,7 @@ def use_saved(options: argparse.Namespace) -> list[str]:
     options.lora_hashes = pairs.pop("Lora hashes", "")
     _take_size(options, pairs)
     _take_sampler(options, pairs)
-    notes = _model_notes(options, pairs)
+    notes = _model_notes(options, pairs) + take_controls(options, pairs)
     if pairs:
         names = ", ".join([*pairs][:MAX_NAMES]) + (", ..." if len(pairs) > MAX_NAMES else "")
         notes.append(f"these settings in {path} are not used: {names}.")

@@ -1,1 +1,1 @@
-"""What people add to a model. Each kind has one file, which reads like its paper; README.md says what loads."""
+"""What people add to a model: small files that change its weights, its words, its U-Net's maps or its decoder."""

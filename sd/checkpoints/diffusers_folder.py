@@ -32,6 +32,10 @@ from sd.checkpoints.shards import read_shards
 from sd.config import PREDICTION_TYPES, SD_TURBO, ModelConfig, TextConfig, UNetConfig
 
 NETWORKS = ("unet", "vae", "text_encoder")
+ADAPTERS = {  # the classes of networks that are used with a model
+    "ControlNetModel": "is the folder of a ControlNet: give it as `control=`",
+    "AutoencoderTiny": "is the folder of a tiny autoencoder: give it as `vae=`",
+}
 TURBO_SCHEDULER = "EulerDiscreteScheduler"  # with trailing timesteps and OpenCLIP's text encoder: SD-Turbo
 UNET_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D")  # with attention, and without
 
@@ -155,13 +159,15 @@ def read_folder(path: Path) -> Checkpoint:
     to Stable Diffusion 1.x; and whatever `read_checkpoint` raises.
     """
     if is_vae_folder(path):
-        if class_name(path) not in ("AutoencoderKL", None):
+        if (kind := class_name(path)) in ADAPTERS:
+            raise CheckpointError(f"{path} {ADAPTERS[kind]}, beside a model.")
+        if kind not in ("AutoencoderKL", None):
             raise CheckpointError(
-                f"{path} is the folder of one network, {class_name(path)}; give the folder of a whole model, or of an "
+                f"{path} is the folder of one network, {kind}; give the folder of a whole model, or of an "
                 "AutoencoderKL as vae=."
             )
         file = _read_network(path, "vae")
-        config = {"vae": _fields(path, "vae")}
+        config = {"vae": fields_of(path, "vae")}
         return Checkpoint(_compvis_names("vae", file.state, ModelConfig()), config, file.mappings)
     pipeline = class_name(path, "model_index.json") or ""
     for part, model in OTHER_PIPELINES.items():
@@ -247,7 +253,7 @@ def _read_network(folder: Path, name: str) -> Checkpoint:
 def _added_words(path: Path, config: TextConfig) -> dict[str, int]:
     """The words that textual inversion has added. Warns of words without a vector, and of vectors without a word."""
     if config.vocab_size < TextConfig.vocab_size:
-        raise _foreign(path / "text_encoder", "vocab_size", f"{TextConfig.vocab_size} or more", config.vocab_size)
+        raise foreign(path / "text_encoder", "vocab_size", f"{TextConfig.vocab_size} or more", config.vocab_size)
     words = read_added_words(path / "tokenizer", TextConfig.vocab_size)
     known = {word: token for word, token in words.items() if token < config.vocab_size}
     for word in sorted(words.keys() - known.keys())[:1]:
@@ -258,7 +264,7 @@ def _added_words(path: Path, config: TextConfig) -> dict[str, int]:
 
 
 def _read_config(path: Path, networks: list[str]) -> ModelConfig:
-    parts = {name: _fields(path / name, name) for name in (*networks, "scheduler")}
+    parts = {name: fields_of(path / name, name) for name in (*networks, "scheduler")}
     side = parts["unet"].pop("side", None)
     values = {"text": parts["text_encoder"], "schedule": parts["scheduler"], "unet": parts["unet"]}
     values["vae"] = parts.get("vae", {})
@@ -269,7 +275,7 @@ def _read_config(path: Path, networks: list[str]) -> ModelConfig:
     return replace(config, image_size=side * config.vae.downscale) if type(side) is int and side > 0 else config
 
 
-def _fields(folder: Path, name: str) -> dict[str, object]:
+def fields_of(folder: Path, name: str) -> dict[str, object]:
     """What a JSON file says, under the field names of config.py."""
     path = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
     if name == "scheduler" and not path.is_file():
@@ -277,10 +283,10 @@ def _fields(folder: Path, name: str) -> dict[str, object]:
     values = read_json(path)
     for field, value in FIXED[name].items():
         if values.get(field, value) != value:
-            raise _foreign(path, field, repr(value), values[field])
+            raise foreign(path, field, repr(value), values[field])
     for field, choices in CHOICES.get(name, {}).items():
         if values.get(field, choices[0]) not in choices:
-            raise _foreign(path, field, " or ".join(map(repr, choices)), values[field])
+            raise foreign(path, field, " or ".join(map(repr, choices)), values[field])
     fields = {ours: values[theirs] for ours, theirs in FIELDS[name].items() if theirs in values}
     # Other spacings are left to the sampler, and with zero-terminal SNR all samplers start at the last timestep anyway.
     trailing = values.get("timestep_spacing") == "trailing" and not fields.get("rescale_betas_zero_snr")
@@ -294,7 +300,7 @@ def _fields(folder: Path, name: str) -> dict[str, object]:
     if name == "unet" and "attention" in fields:
         kinds = fields["attention"]
         if not isinstance(kinds, list) or any(kind not in UNET_LEVELS for kind in kinds):
-            raise _foreign(path, FIELDS["unet"]["attention"], f"a list of {UNET_LEVELS}", kinds)
+            raise foreign(path, FIELDS["unet"]["attention"], f"a list of {UNET_LEVELS}", kinds)
         fields["attention"] = [kind == UNET_LEVELS[0] for kind in kinds]
     return fields
 
@@ -308,8 +314,8 @@ def _head_width(path: Path, fields: dict[str, object]) -> int:
             return int(widths.pop())
     except (TypeError, ZeroDivisionError):
         pass
-    raise _foreign(path, "attention_head_dim", "one number, or one for each level in proportion to its width", heads)
+    raise foreign(path, "attention_head_dim", "one number, or one for each level in proportion to its width", heads)
 
 
-def _foreign(path: Path, name: str, expected: str, value: object) -> CheckpointError:
+def foreign(path: Path, name: str, expected: str, value: object) -> CheckpointError:
     return CheckpointError(f"{path}: {name} should be {expected}, as in Stable Diffusion, not {value!r:.80}.")

@@ -47,8 +47,12 @@ OTHER_FILES = [
     (r"\.double_blocks\.", "is a FLUX checkpoint"),
     (r"(^|\.)(y_embedder|adaln_single|caption_projection)\.", "is a PixArt checkpoint"),
     (
-        r"(^|\.)control_model\.|^zero_convs\.|^controlnet_cond_embedding\.",
-        "is a ControlNet, an addition to a model rather than a model",
+        r"(^|\.)control_model\.|^zero_convs\.|^controlnet_(cond_embedding|down_blocks|mid_block)\.",
+        "is a ControlNet, which steers a model: give it as `control=`",
+    ),
+    (
+        r"^(decoder\.|encoder\.)?(layers\.)?\d+\.conv\.\d\.(weight|bias)$",
+        "is TAESD, a tiny autoencoder: give it as `vae=`",
     ),
     (r"^(input_blocks|output_blocks)\.\d", "is a U-Net alone, without a text encoder and a VAE"),
     (
@@ -164,15 +168,19 @@ def identify(keys: Iterable[str]) -> None:
     text = any(key.startswith((CLIP_PREFIX, OPENCLIP_PREFIX, SGM_PREFIX)) for key in keys)
     if unet and text:
         return
-    for pattern, description in OTHER_FILES:
-        if any(re.search(pattern, key) for key in keys):
-            raise _other_file(description)
+    if description := other_file(keys):
+        raise _other_file(description)
     if not unet and not text:
         if any(key.removeprefix(VAE_PREFIX).startswith(VAE_PARTS) for key in keys):
             raise CheckpointError("This file is a VAE alone: give it as `vae=`, beside a full checkpoint.")
         raise CheckpointError(
             f"This file has no Stable Diffusion weights: none of its {len(keys)} keys starts with {UNET_PREFIX!r}."
         )
+
+
+def other_file(keys: Collection[str]) -> str | None:
+    """What a file with these keys is instead of a model, if it is known here: "is a LoRA, ..."."""
+    return next((what for pattern, what in OTHER_FILES if any(re.search(pattern, key) for key in keys)), None)
 
 
 def standard_layout(

@@ -62,7 +62,7 @@ def fit(decoder: Decoder, latents: Tensor | None = None) -> Preview:
     in uniform blocks, which are closer to images than white noise is, and the fit is almost as good.
     """
     if latents is None:
-        shape = FIT_IMAGES, decoder.post_quant_conv.in_channels, FIT_SIZE // FIT_BLOCK, FIT_SIZE // FIT_BLOCK
+        shape = FIT_IMAGES, next(decoder.parameters()).shape[1], FIT_SIZE // FIT_BLOCK, FIT_SIZE // FIT_BLOCK
         blocks = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         latents = F.interpolate(blocks, scale_factor=FIT_BLOCK)  # (B, 4, h, w)
     images = decoder(latents.to(*device_and_dtype(decoder))).float().cpu()  # (B, 3, H, W)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd import pipeline
-from sd.inpainting import InpaintingInputs
+from sd.adapters.controlnet import Control, Steering
+from sd.inpainting import InpaintingInputs, Region
 from sd.model_loader import load_models
 from sd.models import Models
 from sd.request import Request, check_models
@@ -52,6 +53,14 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """What one ControlNet added to the U-Net at one recorded step, for the prompt's half of the batch."""
+
+    moment: Moment
+    maps: list[Tensor]  # 13 of float32 (1, C, h, w), on the CPU
+
+
+@dataclass(frozen=True)
 class Recording:
     """How one image was made."""
 
@@ -64,11 +73,15 @@ class Recording:
     sampler: Sampler  # `timesteps` has those of all steps; `skipped` is how many steps `strength` left out
     inpainting: InpaintingInputs | None  # for inpainting: the part of the input image to keep
     costs: dict[str, Cost]  # for "encode_prompt", "prepare", "denoise" and "decode_latents"
+    control: Sequence[Control] = ()  # the ControlNets at work
+    residuals: Sequence[Residuals] = ()  # those of each of them
+    preview: nn.Module | None = None  # a decoder that is fast enough to decode every moment
 
 
 @explain_out_of_memory()
-def record(request: Request, models: Models | None = None) -> Recording:
-    """Makes the image that `pipeline.draw` makes of the same request, which has one prompt, and records how.
+def record(request: Request, models: Models | None = None, preview: nn.Module | None = None) -> Recording:
+    """Makes the image that `pipeline.draw` makes of the same request, which has one prompt, and records how. `preview`
+    is a decoder for films and reports that is faster than the models' own, such as a `TinyDecoder`.
 
     Raises ValueError for several prompts, and ValueError and OutOfMemory as `generate` does.
     """
@@ -80,6 +93,7 @@ def record(request: Request, models: Models | None = None) -> Recording:
     uncond_prompt, cfg_scale = request.uncond_prompt or "", request.cfg_scale
     uncond_prompt = uncond_prompt if isinstance(uncond_prompt, str) else uncond_prompt[0]
     cfg_scale = models.config.sampling.cfg_scale if cfg_scale is None else cfg_scale
+    control = [one.loaded(models) for one in request.control or ()]
     costs: dict[str, Cost] = {}
     with _measured(costs, "encode_prompt", models):
         context = pipeline.encode_prompt(models, request.prompts, uncond_prompt if request.do_cfg else None)
@@ -88,13 +102,45 @@ def record(request: Request, models: Models | None = None) -> Recording:
     with _measured(costs, "denoise", models):
         rescale, deep_cache = request.cfg_rescale, request.deep_cache
         steps = pipeline.denoise(
-            models, latents, context, sampler, cfg_scale, inpainting, rescale, deep_cache=deep_cache
+            models, latents, context, sampler, cfg_scale, inpainting, rescale, deep_cache=deep_cache, control=control
         )
         moments, latents = _watch(steps, latents, len(sampler.timesteps))
     with _measured(costs, "decode_latents", models):
         images = pipeline.decode_latents(models, latents)  # (1, H, W, 3)
     image = (images if inpainting is None else inpainting.restore_pixels(images))[0]
-    return Recording(request.prompts[0], uncond_prompt, cfg_scale, models, image, moments, sampler, inpainting, costs)
+    region = inpainting and inpainting.region
+    residuals = [_residuals(one, moments, context, len(sampler.timesteps), region) for one in control]
+    return Recording(
+        request.prompts[0],
+        uncond_prompt,
+        cfg_scale,
+        models,
+        image,
+        moments,
+        sampler,
+        inpainting,
+        costs,
+        control,
+        [each for each in residuals if each is not None],
+        preview,
+    )
+
+
+@torch.no_grad()
+def _residuals(
+    control: Control, moments: list[Moment], context: Tensor, steps: int, region: Region | None
+) -> Residuals | None:
+    """The residuals in the middle one of the recorded steps in which a ControlNet works, or None if it never does.
+
+    They are computed once more: to keep those of all steps would take gigabytes.
+    """
+    working = [moment for moment in moments if control.works(moment.index, steps)]
+    if not working:
+        return None
+    moment = working[len(working) // 2]
+    steering, times = Steering([control], moment.latents, region), torch.tensor([moment.timestep])
+    maps = steering.residuals(moment.latents, context[-1:], times, moment.index, steps, guided=False)
+    return Residuals(moment, [each.float().cpu() for each in maps])
 
 
 def _watch(steps: Iterator[pipeline.Step], latents: Tensor, total: int) -> tuple[list[Moment], Tensor]:

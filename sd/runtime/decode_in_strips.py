@@ -49,7 +49,11 @@ def needed(decoder: Decoder, latents: Tensor) -> bool:
     Two: the maps are large and in float32 on a CPU, where strips save the most memory and cost almost no time. The
     second case has two exceptions: decoders with forward hooks (those of a `Tracer`, for example), which strips would
     bypass, and compiled decoders, which are faster whole.
+
+    A tiny decoder (`sd.adapters.tiny_autoencoder`) decodes whole: it has no such levels, and small maps.
     """
+    if not isinstance(decoder, Decoder):
+        return False
     weight = decoder.conv_in.weight
     pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(decoder.levels) - 1)
     largest = decoder.levels[0].blocks[0].norm1.num_channels * pixels * weight.element_size()  # bytes

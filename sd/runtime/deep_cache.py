@@ -17,24 +17,32 @@ from sd.diffusion import Diffusion
 class DeepCache:
     """A U-Net that runs all its stages in one of `interval` calls, and only the first and last stage in the others.
 
-    It bypasses what `torch.compile` has compiled.
+    It bypasses what `torch.compile` has compiled. The residuals of a ControlNet reach the deep stages when these run,
+    and the first stage at every call.
     """
 
     def __init__(self, unet: Diffusion, interval: int):
         self.unet, self.interval = unet, interval
         self.calls = 0
         self.deep: Tensor | None = None  # (B, 320, h, w): what the last stage starts from
+        self.controlled = False  # whether residuals went into it
 
-    def __call__(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
+    def __call__(
+        self, latents: Tensor, context: Tensor, timesteps: Tensor, residuals: list[Tensor] | None = None
+    ) -> Tensor:
         """As `Diffusion.forward`."""
-        fits = self.deep is not None and len(self.deep) == len(latents)  # guidance can begin and end during a run
+        # Guidance and control can begin and end during a run.
+        fits = self.deep is not None and len(self.deep) == len(latents) and self.controlled == (residuals is not None)
         reuse = fits and self.calls % self.interval != 0
         run = self._first_and_last_stage if reuse else self._all_stages
-        noise = run(latents, context, timesteps)
+        noise = run(latents, context, timesteps, residuals)
         self.calls += 1
+        self.controlled = residuals is not None
         return noise
 
-    def _all_stages(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
+    def _all_stages(
+        self, latents: Tensor, context: Tensor, timesteps: Tensor, residuals: list[Tensor] | None
+    ) -> Tensor:
         """The whole U-Net; keeps the input of its last stage."""
 
         def keep(_stage, args: tuple) -> None:
@@ -42,14 +50,17 @@ class DeepCache:
 
         handle = self.unet.up[-1].register_forward_pre_hook(keep)
         try:
-            return self.unet.forward(latents, context, timesteps)  # a compiled `__call__` ignores new hooks
+            return self.unet.forward(latents, context, timesteps, residuals)  # a compiled `__call__` ignores new hooks
         finally:
             handle.remove()
 
-    def _first_and_last_stage(self, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
+    def _first_and_last_stage(
+        self, latents: Tensor, context: Tensor, timesteps: Tensor, residuals: list[Tensor] | None
+    ) -> Tensor:
         """The kept map takes the place of all stages between the first and the last."""
         unet = self.unet
         time = unet.embed_time(timesteps, latents.dtype)  # (B, 1280)
         first = unet.down[0](latents, time, context)  # (B, 320, h, w)
+        first = first if residuals is None else first + residuals[0]
         x = unet.up[-1](torch.cat([self.deep, first], dim=1), time, context)  # (B, 320, h, w)
         return unet.conv_out(F.silu(unet.norm_out(x)))  # (B, 4, h, w)

@@ -79,6 +79,16 @@ def place_weights(module: nn.Module, place: Callable[[Tensor], Tensor], pack: bo
             setattr(module, name, PackedConvolution(child) if isinstance(child, nn.Conv2d) else PackedGEGLU(child))
 
 
+def place_network(network: nn.Module, device: torch.device, dtype: torch.dtype, pack: bool = False) -> None:
+    """Moves a network's weights, and packs them or puts them in the memory order that is fastest there."""
+
+    def place(weight: Tensor) -> Tensor:
+        order = torch.preserve_format if pack else memory_format(weight, device, dtype)
+        return weight.to(device, dtype, memory_format=order)
+
+    place_weights(network, place, pack)
+
+
 class PackedConvolution(nn.Module):
     """An nn.Conv2d with packed weights."""
 

@@ -22,6 +22,7 @@ from sd.files import write_whole
 from sd.inside.film import shows_previews
 from sd.inside.preview import preview_for
 from sd.inside.recording import Moment, Recording
+from sd.inside.report.control import control_section
 from sd.inside.report.figures import schedule_svg, unet_svg
 from sd.inside.report.pictures import encode, encode_exactly, encode_maps
 from sd.inside.report.tokens import MAX_TOKENS, Token, tokens_of
@@ -30,7 +31,7 @@ from sd.models import empty_networks
 
 HERE = Path(__file__).resolve().parent
 # Bytes for the images. Base64 makes four bytes of three, and the page should stay below 5 MB.
-BUDGETS = {"image": 1_500_000, "expected": 700_000, "small": 1_000_000, "maps": 250_000}
+BUDGETS = {"image": 1_500_000, "expected": 700_000, "small": 1_000_000, "maps": 250_000, "control": 400_000}
 GROUPS = {"start": "The start of the prompt", "end": "The end of the prompt, with the padding after it,"}
 LONG_PROMPT = 90  # characters: longer headings are in a smaller font
 
@@ -71,6 +72,7 @@ def report(
         **_slider_parts(steps),
         **_step_parts(recording, steps[len(steps) // 2]),
         **_schedule_parts(recording),
+        "control": control_section(recording, BUDGETS["control"]),
         **_unet_parts(trace),
         "loras": _loras_html(recording),
         **_cost_parts(recording),
@@ -178,7 +180,9 @@ def _steps(recording: Recording, frames: list[np.ndarray]) -> tuple[list[dict], 
     note = "In the small images, each pixel is one position of the latents; a linear map gives its colour."
     if recording.inpainting is not None and recording.inpainting.region is not None:
         note += " They show only the part of the image that was repainted, and the space around it."
-    if shows_previews(recording.models):
+    if recording.preview is not None:
+        note += " A smaller decoder made the expected images, to save time."
+    elif shows_previews(recording.models):
         note += " The expected images are made by the same map, because decoding all of them would take too long."
     for name, how in (("small", small_done), ("expected", done)):
         note += f" To keep this page small, the {name} images are not exact: {how}." * (how != "exact")
@@ -303,7 +307,8 @@ def _cost_parts(recording: Recording) -> dict[str, str]:
     costs, models = recording.costs, recording.models
     longest = max(cost.seconds for cost in costs.values())
     most = max(cost.peak or 1 for cost in costs.values())
-    networks = empty_networks(models.config)  # only to count weights: those in use may be packed
+    # Weights are counted in networks as loaded, but for the U-Net, whose weights may be packed.
+    networks = vars(models) | {"diffusion": empty_networks(models.config)["diffusion"]}
     rows = []
     for key, cost in costs.items():
         title, network, caption = COSTS[key]
