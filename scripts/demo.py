@@ -87,6 +87,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cfg-scale", type=float, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5; tiny model: 5)")
     add("--sampler", metavar="NAME", help="sampling algorithm (dpm++2m)")
     add("--deep-cache", type=int, metavar="N", help="2 or 3: faster, and a slightly different image (1)")
+    add("--clip-skip", type=int, metavar="N", help="2: without the text encoder's last layer; as web UIs count (1)")
+    help = "other weights on the U-Net's way up; 1.5 1.6 0.9 0.2 for SD 1.5, 1.4 1.6 0.9 0.2 for SD 2.1"
+    add("--freeu", type=float, nargs=4, metavar=("B1", "B2", "S1", "S2"), help=help)
+    help = "draw, enlarge by this factor, and draw on: for images larger than the model's size"
+    add("--hires", type=float, metavar="SCALE", help=help)
+    add("--hires-strength", type=float, metavar="S", help="how much the second pass may change, up to 1 (0.6)")
+    add("--hires-latents", action="store_true", help="enlarge the latents instead of the image")
     add("--seed", type=int, metavar="N", help="makes an image repeatable; image i of --n has seed + i - 1 (-1: random)")
     add("--n", type=int, default=1, metavar="N", help="number of images for each prompt (1)")
     add("--grid", action="store_true", help="also write one sheet of all images, with labels")
@@ -306,6 +313,11 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], list[tuple[Lor
         padding_mask_crop=padding if options.only_masked else None,
         deep_cache=1 if options.deep_cache is None else options.deep_cache,
         control=controls(options),
+        clip_skip=1 if options.clip_skip is None else options.clip_skip,
+        freeu=options.freeu,
+        hires_scale=1 if options.hires is None else options.hires,
+        hires_strength=Request.hires_strength if options.hires_strength is None else options.hires_strength,
+        hires_latents=options.hires_latents,
     )
     request.check()
     replace(request, seed=request.seed + options.n - 1).check()

@@ -55,13 +55,21 @@ class CLIP(nn.Module):
         """Token ids (B, N), N at most 77 -> embeddings (B, N, width): what a token is, plus where it stands."""
         return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
 
-    def encode(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (B, N, width) -> context (B, N, width). Token i has seen tokens 0 to i."""
+    def encode(self, embeddings: Tensor, clip_skip: int = 1) -> Tensor:
+        """Embeddings (B, N, width) -> context (B, N, width). Token i has seen tokens 0 to i.
+
+        With `clip_skip` n, the last n - 1 layers do not run. SD 2.x was trained with 2 and lacks its last layer, so
+        there the last n - 2. Raises ValueError if that leaves none.
+        """
+        trained = 2 if self.config.is_openclip else 1
+        count = len(self.layers) - max(clip_skip - trained, 0)  # layers that run
+        if count < 1:
+            raise ValueError(f"clip_skip should be at most {len(self.layers) - 1 + trained}, not {clip_skip}.")
         x = embeddings
-        for layer in self.layers:
+        for layer in self.layers[:count]:
             x = layer(x)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
         """Token ids (B, N), N at most 77 -> context (B, N, width)."""
-        return self.encode(self.embed(tokens))
+        return self.encode(self.embed(tokens), clip_skip)

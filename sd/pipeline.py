@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -69,6 +71,11 @@ def generate(
     cfg_rescale: float = Request.cfg_rescale,
     deep_cache: int = Request.deep_cache,
     control: Sequence | None = None,
+    clip_skip: int = Request.clip_skip,
+    freeu: Sequence[float] | None = None,
+    hires_scale: float = Request.hires_scale,
+    hires_strength: float = Request.hires_strength,
+    hires_latents: bool = Request.hires_latents,
 ) -> np.ndarray:
     """An image for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
@@ -85,6 +92,10 @@ def generate(
     height, width           multiples of 8 (default: the size the model was trained on)
     deep_cache              2 or 3: much faster, and a slightly different image (`sd.runtime.deep_cache`)
     control                 ControlNets and their images: [Control(net, image, strength)] (`sd.adapters.controlnet`)
+    clip_skip               2 leaves out the text encoder's last layer, 3 the last two (`CLIP.encode`)
+    freeu                   b1, b2, s1, s2: other weights on the U-Net's way up (`sd.adapters.freeu`)
+    hires_scale, hires_strength, hires_latents   draw, enlarge the image or its latents, and change that much of it
+                            (`enlarge`): for images larger than those that the model was trained on
 
     A seed gives the same bytes with the same machine, number of threads and version of torch, unless memory runs short
     (`decode_latents`). Elsewhere they differ by a level or two.
@@ -110,6 +121,11 @@ def generate(
         cfg_rescale=cfg_rescale,
         deep_cache=deep_cache,
         control=control,
+        clip_skip=clip_skip,
+        freeu=freeu,
+        hires_scale=hires_scale,
+        hires_strength=hires_strength,
+        hires_latents=hires_latents,
     )
     images = draw(request, models, device, idle_device, tokenizer)
     return images[0] if isinstance(prompt, str) else images
@@ -136,20 +152,29 @@ def draw(
         raise ValueError("idle_device should be None for compiled models: their weights cannot move.")
     models = replace(models, tokenizer=tokenizer or models.tokenizer, device=device)
     control = [one.loaded(models) for one in request.control or ()]
+    if models.config.unet.inpaints and request.hires_scale > 1:
+        raise ValueError("hires_scale should be 1 for an inpainting model.")
 
     with on_device(models.clip, device, idle_device):
         uncond_prompt = (request.uncond_prompt or "") if request.do_cfg else None
-        context = encode_prompt(models, request.prompts, uncond_prompt)
+        context = encode_prompt(models, request.prompts, uncond_prompt, clip_skip=request.clip_skip)
     with on_device(models.encoder, device, idle_device):
         sampler, latents, inpainting = prepare(models, request)
     nets = nn.ModuleList(one.net for one in control)
-    with on_device(models.diffusion, device, idle_device), on_device(nets, device, idle_device):
-        scale, rescale, deep_cache = request.cfg_scale, request.cfg_rescale, request.deep_cache
-        steps = denoise(
-            models, latents, context, sampler, scale, inpainting, rescale, deep_cache=deep_cache, control=control
-        )
-        for step in tqdm(steps, total=len(sampler.timesteps)):
-            latents = step.latents
+
+    def run(latents: Tensor) -> Tensor:
+        with on_device(models.diffusion, device, idle_device), on_device(nets, device, idle_device):
+            steps = steps_of(request, models, latents, context, sampler, inpainting, control)
+            for step in tqdm(steps, total=len(sampler.timesteps)):
+                latents = step.latents
+        return latents
+
+    latents = run(latents)
+    if request.hires_scale > 1:
+        with on_device(models.encoder, device, idle_device), on_device(models.decoder, device, idle_device):
+            sampler.set_strength(request.hires_strength)
+            latents = enlarge(models, latents, request.hires_scale, sampler, request.hires_latents)
+        latents = run(latents)
     with on_device(models.decoder, device, idle_device):
         images = decode_latents(models, latents)
     return images if inpainting is None else inpainting.restore_pixels(images)
@@ -176,17 +201,22 @@ def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, Inpainti
 
 @torch.no_grad()
 def encode_prompt(
-    models: Models, prompt: str | list[str], uncond_prompt: str | list[str] | None = "", plain: bool = False
+    models: Models,
+    prompt: str | list[str],
+    uncond_prompt: str | list[str] | None = "",
+    plain: bool = False,
+    clip_skip: int = 1,
 ) -> Tensor:
     """B prompts -> context (2B, 77 k, D), the unconditional half first; (B, 77 k, D) if `uncond_prompt` is None.
 
     `uncond_prompt` is one text for all prompts, or a list with one for each. Weights, as in "(word:1.3)", and BREAK are
     applied. A long prompt takes several chunks of 77 tokens. k is the least common multiple of the prompts' numbers of
     chunks; a shorter context is repeated, which changes no image (`sd.prompts.weights`). With `plain`, brackets and
-    BREAK are ordinary text, a prompt of more than 75 tokens is truncated with a warning, and k is 1.
+    BREAK are ordinary text, a prompt of more than 75 tokens is truncated with a warning, and k is 1. With `clip_skip` 2
+    the text encoder's last layer does not run (`CLIP.encode`).
 
     Raises ValueError for anything but texts, for unequal numbers of prompts and negative prompts, and as
-    `prompts.weights.layout` does; NotFiniteError if the text encoder's output has NaN or infinity.
+    `prompts.weights.layout` and `CLIP.encode` do; NotFiniteError if the text encoder's output has NaN or infinity.
     """
     check_prompts(prompt, uncond_prompt)
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -194,15 +224,16 @@ def encode_prompt(
     unconds = [unconds] * len(prompts) if isinstance(unconds, str) else unconds
     texts = [*unconds, *prompts]
     if plain:
-        return _encode_tokens(models, models.tokenizer(texts))  # (2B, 77, D)
+        return _encode_tokens(models, models.tokenizer(texts), clip_skip)  # (2B, 77, D)
     tokens, weights, counts = layout(texts, models.tokenizer)  # (N, 77) both
-    return join_chunks(weigh(_encode_tokens(models, tokens), weights), counts)  # (2B, 77 k, D), from (N, 77, D)
+    chunks = weigh(_encode_tokens(models, tokens, clip_skip), weights)  # (N, 77, D)
+    return join_chunks(chunks, counts)  # (2B, 77 k, D)
 
 
-def _encode_tokens(models: Models, tokens: Tensor) -> Tensor:
+def _encode_tokens(models: Models, tokens: Tensor, clip_skip: int) -> Tensor:
     """Token ids (N, 77) -> context (N, 77, D)."""
     device, _ = device_and_dtype(models.clip)
-    return check_finite(models.clip(tokens.to(device)), models.clip, "text encoder")
+    return check_finite(models.clip(tokens.to(device), clip_skip), models.clip, "text encoder")
 
 
 @torch.no_grad()
@@ -233,6 +264,52 @@ def get_latents(
     return sampler.add_noise(latents, sampler.timesteps[0])
 
 
+def steps_of(
+    request: Request,
+    models: Models,
+    latents: Tensor,
+    context: Tensor,
+    sampler: Sampler,
+    inpainting: InpaintingInputs | None,
+    control: Sequence,
+) -> Iterator[Step]:
+    """`denoise` with the settings of a request. `control` are its own, loaded."""
+    return denoise(
+        models,
+        latents,
+        context,
+        sampler,
+        request.cfg_scale,
+        inpainting,
+        request.cfg_rescale,
+        deep_cache=request.deep_cache,
+        control=control,
+        freeu=request.freeu,
+    )
+
+
+@torch.no_grad()
+def enlarge(models: Models, latents: Tensor, scale: float, sampler: Sampler, as_latents: bool = False) -> Tensor:
+    """Latents (B, 4, h, w) of finished images -> where a second pass starts: (B, 4, scale h, scale w), with noise.
+
+    Drawn at once, large images repeat things: the model has learned small ones. So a small one is drawn, enlarged, and
+    noised to the level of the `sampler`'s first timestep, as in SDEdit (2108.01073). `as_latents` enlarges the latents
+    themselves, which are blurred by it: they need a strength of 0.5 or more. Otherwise images are decoded, enlarged and
+    encoded.
+    """
+    height, width = (round(scale * side) for side in latents.shape[2:])
+    if as_latents:
+        latents = F.interpolate(latents, (height, width), mode="bilinear")
+    else:
+        factor = models.config.vae.downscale
+        images = [Image.fromarray(image) for image in decode_latents(models, latents)]
+        resized = [image_to_tensor(image, factor * height, factor * width) for image in images]  # (1, 3, H, W) each
+        noise = draw_noise((len(images), latents.shape[1], height, width), sampler.generator)
+        parts = zip(resized, noise.split(1))
+        latents = torch.cat([run_in_range(models.encoder, "VAE encoder", image, one) for image, one in parts])
+    return sampler.add_noise(latents, sampler.timesteps[0])
+
+
 @torch.no_grad()
 def denoise(
     models: Models,
@@ -246,6 +323,7 @@ def denoise(
     guidance: ImageLoss | None = None,
     deep_cache: int = 1,
     control: Sequence = (),
+    freeu: Sequence[float] | None = None,
 ) -> Iterator[Step]:
     """Takes the noise out of latents (B, 4, h, w), step by step, and yields a `Step` after each.
 
@@ -253,7 +331,8 @@ def denoise(
     `guidance.classifier_free` for `cfg_scale` and `cfg_rescale`. `cfg_interval` is the part of the run that is guided;
     outside it, and with a context of B rows, only the prompt's prediction is used. `guidance` is a loss on images
     (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages only every n
-    steps (`sd.runtime.deep_cache`). `control` are what `Control.loaded` returns.
+    steps (`sd.runtime.deep_cache`). `control` are what `Control.loaded` returns, `freeu` the four
+    factors of `sd.adapters.freeu`.
 
     Raises ValueError for latents or a context of another shape, a `deep_cache` that is not a whole number from 1 to
     1000, and an inpainting U-Net without `inpainting`; NotFiniteError, with the step, for NaN or infinity.
@@ -265,11 +344,17 @@ def denoise(
         raise ValueError(f"context should have {len(latents)} or {2 * len(latents)} rows, not {len(context)}.")
     if inpainting is None and models.config.unet.inpaints:
         raise ValueError("inpainting should be what `get_inpainting_inputs` returns: this U-Net is for inpainting.")
+    if freeu is not None and is_compiled(models.diffusion):
+        raise ValueError("freeu should be None for compiled models: it could not change what their stages read.")
     unet = models.diffusion
     if deep_cache > 1:
         from sd.runtime.deep_cache import DeepCache
 
         unet = DeepCache(unet, deep_cache)
+    if freeu is not None:
+        from sd.adapters.freeu import FreeU
+
+        unet = FreeU(models.diffusion, freeu, unet)
     steering = None
     if control:
         from sd.adapters.controlnet import Steering

@@ -26,6 +26,9 @@ from sd.tokenizer import Tokenizer, clean
 MAX_PIXELS = 8192  # of a side: one feature map of SD 1.5's decoder then takes 34 GB in 16 bits
 MAX_FEATHER = 1000
 MAX_SCALE = 1000
+MAX_CLIP_SKIP = 24
+MAX_FACTOR = 10  # of FreeU
+MAX_HIRES = 8
 MAX_QUOTED = 200  # characters of a value that an error quotes
 PNG_URL = "data:image/png;base64,"  # how an image travels in JSON
 
@@ -54,6 +57,11 @@ class Request:
     cfg_rescale: float = 0
     deep_cache: int = 1
     control: Sequence | None = None  # of `sd.adapters.controlnet.Control`
+    clip_skip: int = 1
+    freeu: Sequence[float] | None = None
+    hires_scale: float = 1
+    hires_strength: float = 0.6
+    hires_latents: bool = False
 
     @property
     def prompts(self) -> list[str]:
@@ -96,6 +104,17 @@ class Request:
             from sd.adapters.controlnet import check_controls  # only here: most images are drawn without one
 
             check_controls(self.control)
+        allowed = f"a whole number from 1 to {MAX_CLIP_SKIP}"
+        _check_number("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP, allowed, whole=True)
+        if self.freeu is not None:
+            four = isinstance(self.freeu, (list, tuple)) and len(self.freeu) == 4
+            fine = four and all(_is_number(factor, 0, MAX_FACTOR) for factor in self.freeu)
+            _require(fine, "freeu", self.freeu, f"four numbers from 0 to {MAX_FACTOR}, such as (1.5, 1.6, 0.9, 0.2)")
+        _check_number("hires_scale", self.hires_scale, 1, MAX_HIRES, f"a number from 1 to {MAX_HIRES}")
+        _check_number("hires_strength", self.hires_strength, 0, 1, "a number above 0 and at most 1", above=True)
+        _require(isinstance(self.hires_latents, (bool, np.bool_)), "hires_latents", self.hires_latents, "True or False")
+        masked = self.mask_image is not None and self.hires_scale > 1
+        _require(not masked, "hires_scale", self.hires_scale, "1 with mask_image")
 
     def read_images(self) -> Request:
         """The same request with its images read: PIL images instead of paths. Warns about a mask that repaints next

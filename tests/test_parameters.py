@@ -56,6 +56,11 @@ VALID = {
     "feather": st.floats(0, 20) | st.sampled_from([1000, np.float32(2), Fraction(1, 2)]),
     "cfg_rescale": unit | st.sampled_from([np.float64(0.7), Fraction(1, 2)]),
     "deep_cache": st.integers(1, 1000) | st.sampled_from([np.int64(2), np.uint8(3)]),
+    "clip_skip": st.sampled_from([1, 2, np.uint8(2)]),
+    "freeu": st.none() | st.tuples(*[st.floats(0, 2)] * 4) | st.just([1, np.float32(1.5), Fraction(1, 2), 0]),
+    "hires_scale": st.sampled_from([1, 1, 1.5, 2, np.float32(1.25)]),
+    "hires_strength": st.floats(0, 1, exclude_min=True) | st.just(1),
+    "hires_latents": st.booleans() | st.just(np.True_),
     "control": st.none()
     | st.lists(
         st.builds(
@@ -99,6 +104,11 @@ INVALID = {
     "padding_mask_crop": no_count.filter(lambda value: value != 0) | st.integers(min_value=8193),
     "cfg_rescale": no_number | st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1, exclude_min=True),
     "deep_cache": no_number | no_count | st.integers(min_value=1001) | st.integers(max_value=0),
+    "clip_skip": no_number | no_count | st.integers(min_value=25),
+    "freeu": nothing | st.just("1111") | st.lists(st.floats(0, 2), max_size=3) | st.just([1, 1, 1, 11]),
+    "hires_scale": no_number | st.floats(min_value=8, exclude_min=True) | st.floats(max_value=1, exclude_max=True),
+    "hires_strength": no_number | st.floats(max_value=0) | st.floats(min_value=1, exclude_min=True),
+    "hires_latents": st.sampled_from([0, 1, "yes", None, 2.0]),
     "control": nothing
     | st.sampled_from(["net.pth", [None], [3], [Control(NET, PICTURE)] * 11, Control(NET, PICTURE)])
     | st.builds(lambda value: [Control(value, PICTURE)], nothing)
@@ -135,11 +145,17 @@ def check_valid(data):
         arguments["mask_image"] = data.draw(st.sampled_from([None, MASK]))
         if arguments["mask_image"] and data.draw(st.booleans()):
             arguments["padding_mask_crop"] = data.draw(st.sampled_from([0, 5, 8192, np.uint8(3)]))
+    if arguments.get("mask_image"):
+        arguments.pop("hires_scale", None)
     image = generate(texts, models=models(), **arguments)
-    size = (int(arguments["height"]), int(arguments["width"]), 3)
+    size = *(enlarged(arguments[side], arguments.get("hires_scale", 1)) for side in ("height", "width")), 3
     size = PICTURE.shape if "padding_mask_crop" in arguments else size
     assert image.shape == (size if isinstance(texts, str) else (len(texts), *size))
     assert image.dtype == np.uint8
+
+
+def enlarged(pixels, scale):
+    return 8 * round(float(scale) * (int(pixels) // 8))
 
 
 def check_invalid(name, value):
@@ -199,6 +215,8 @@ FLAGS = {
     "--steps": ["1", "3", " 2", "٢", "0", "-1", "1001", "2.5", "9" * 30, "9" * 5000, "x"],
     "--cfg-scale": ["7.5", "-3", "0", "1e3", "1e4", "nan", "-inf", "1e999", "big"],
     "--deep-cache": ["1", "2", "1000", "0", "1001", "1.5", "x"],
+    "--clip-skip": ["1", "2", "0", "99", "1.5", "x"],
+    "--hires": ["1", "1.5", "2", "0.5", "9", "nan", "x"],
     "--sampler": [*SAMPLERS, "DDPM", "", "magic"],
     "--seed": ["0", "1_000", str(2**63 - 1), str(2**63), "-1", "1.0", "9" * 5000, "x"],
     "--n": ["1", "2", "0", "-3", "1.5", "x"],
@@ -246,8 +264,11 @@ def check_flags(checkpoint, monkeypatch, data):
         code, new, said, loaded = run_demo([data.draw(st.sampled_from(TEXTS)), *words, "--checkpoint", checkpoint])
         if code == 0:
             assert new
+            scale = arguments.get("--hires", 1)
             for path in new:
-                assert Image.open(path).size == (int(arguments["--width"]), int(arguments["--height"]))
+                assert Image.open(path).size == tuple(
+                    enlarged(arguments[side], scale) for side in ("--width", "--height")
+                )
         else:
             assert (code, len(said)) == (2, 1), said
             assert not new, said

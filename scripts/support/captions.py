@@ -70,6 +70,10 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--height": request.height,
         "--checkpoint": options.checkpoint,
         "--vae": options.vae,
+        "--clip-skip": request.clip_skip if request.clip_skip > 1 else None,
+        "--hires": request.hires_scale if request.hires_scale > 1 else None,
+        "--hires-strength": options.hires_strength,
+        "--hires-latents": options.hires_latents,
         "--control": options.control,
         "--control-image": options.control_image,
         "--control-strength": options.control_strength,
@@ -81,6 +85,8 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--device": device,
         "--dtype": dtype,
     }
+    if request.freeu is not None:
+        arguments += ["--freeu", *(f"{factor:g}" for factor in request.freeu)]
     for lora in models.loras:
         arguments += ["--lora", flag_value(lora)]
     for flag, value in [(flag, value) for flag, values in flags.items() for value in _each(values)]:

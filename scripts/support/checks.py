@@ -88,6 +88,10 @@ def _check_pairs(options: argparse.Namespace) -> None:
         raise ValueError("--only-masked should be given with --padding, which is the space around the mask.")
     if options.preview and not (options.film or options.report):
         raise ValueError("--film or --report should be given with --preview, which draws their images of every step.")
+    if (options.hires_strength is not None or options.hires_latents) and options.hires is None:
+        raise ValueError("--hires should be given with --hires-strength and --hires-latents: it is the second pass.")
+    if options.hires is not None and (options.film or options.report):
+        raise ValueError("--film and --report should be used without --hires: they show one pass.")
     if options.report and options.deep_cache not in (None, 1):
         raise ValueError("--report should be used without --deep-cache: it shows every stage at every step.")
 

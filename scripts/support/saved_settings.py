@@ -36,6 +36,7 @@ SAMPLER_NAMES = {
 }
 PLAIN_SCHEDULES = ("Automatic", "Uniform", "Normal")  # noise levels that are not Karras's
 
+HIRES_LATENT = "Latent"  # how the web UI's names of latent upscalers begin
 NEGATIVE = "Negative prompt:"
 # How the web UI splits the last line: a name, and a value in quotes or up to the next comma.
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -73,6 +74,14 @@ def settings(options: argparse.Namespace, request: Request, loras: Sequence[Lora
         pairs["Deep cache"] = request.deep_cache
     if options.image:
         pairs["Denoising strength"] = f"{request.strength:g}"
+    if request.clip_skip > 1:
+        pairs["Clip skip"] = request.clip_skip
+    if request.freeu is not None:
+        pairs["FreeU"] = " ".join(f"{factor:g}" for factor in request.freeu)
+    if request.hires_scale > 1:
+        pairs["Hires upscale"] = f"{request.hires_scale:g}"
+        pairs["Hires upscaler"] = HIRES_LATENT if request.hires_latents else "Lanczos"
+        pairs["Hires strength"] = f"{request.hires_strength:g}"
     if loras:
         pairs["Lora hashes"] = hashes(loras)
     return pairs | saved_controls(options, request)
@@ -200,6 +209,16 @@ def use_saved(options: argparse.Namespace) -> list[str]:
     take("seed", "Seed", int, "a whole number")
     if not options.report:  # it shows every stage at every step
         take("deep_cache", "Deep cache", int, "a whole number")
+    take("clip_skip", "Clip skip", int, "a whole number")
+    take("freeu", "FreeU", lambda text: [float(factor) for factor in text.split()], "four numbers")
+    of_text = options.image is None or "Hires strength" in pairs  # the web UI has no second pass for --image
+    if of_text and not (options.film or options.report):  # films and reports show one pass
+        take("hires", "Hires upscale", float, "a number")
+    if options.hires is not None:
+        if "Hires strength" not in pairs and not options.image and "Denoising strength" in pairs:
+            pairs["Hires strength"] = pairs.pop("Denoising strength")  # the web UI's name for it
+        take("hires_strength", "Hires strength", float, "a number")
+        options.hires_latents = options.hires_latents or pairs.pop("Hires upscaler", "").startswith(HIRES_LATENT)
     if options.image:
         take("strength", "Denoising strength", float, "a number")
     options.lora_hashes = pairs.pop("Lora hashes", "")

@@ -83,12 +83,14 @@ def record(request: Request, models: Models | None = None, preview: nn.Module | 
     """Makes the image that `pipeline.draw` makes of the same request, which has one prompt, and records how. `preview`
     is a decoder for films and reports that is faster than the models' own, such as a `TinyDecoder`.
 
-    Raises ValueError for several prompts, and ValueError and OutOfMemory as `generate` does.
+    Raises ValueError for several prompts or a second pass (`hires_scale`), and what `generate` raises.
     """
     request.check()
     check_models(models, None, None, None)
     if len(request.prompts) > 1:
         raise ValueError(f"prompt should be one text to be recorded, not {len(request.prompts)}.")
+    if request.hires_scale > 1:
+        raise ValueError("hires_scale should be 1 to be recorded: a film and a report show one pass.")
     request, models = request.read_images(), models or load_models()
     uncond_prompt, cfg_scale = request.uncond_prompt or "", request.cfg_scale
     uncond_prompt = uncond_prompt if isinstance(uncond_prompt, str) else uncond_prompt[0]
@@ -96,14 +98,12 @@ def record(request: Request, models: Models | None = None, preview: nn.Module | 
     control = [one.loaded(models) for one in request.control or ()]
     costs: dict[str, Cost] = {}
     with _measured(costs, "encode_prompt", models):
-        context = pipeline.encode_prompt(models, request.prompts, uncond_prompt if request.do_cfg else None)
+        unconds = uncond_prompt if request.do_cfg else None
+        context = pipeline.encode_prompt(models, request.prompts, unconds, clip_skip=request.clip_skip)
     with _measured(costs, "prepare", models):
         sampler, latents, inpainting = pipeline.prepare(models, request)
     with _measured(costs, "denoise", models):
-        rescale, deep_cache = request.cfg_rescale, request.deep_cache
-        steps = pipeline.denoise(
-            models, latents, context, sampler, cfg_scale, inpainting, rescale, deep_cache=deep_cache, control=control
-        )
+        steps = pipeline.steps_of(request, models, latents, context, sampler, inpainting, control)
         moments, latents = _watch(steps, latents, len(sampler.timesteps))
     with _measured(costs, "decode_latents", models):
         images = pipeline.decode_latents(models, latents)  # (1, H, W, 3)

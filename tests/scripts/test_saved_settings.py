@@ -206,20 +206,35 @@ def test_a_picture_of_the_web_ui(draw):
     lines = draw("--from", "a.jpg")
     assert lines == [
         "a.jpg was made with the model 'other, model', not 'micro'; --checkpoint chooses another.",
-        "these settings in a.jpg are not used: Model hash, Denoising strength, Clip skip, Hires upscale.",
+        "these settings in a.jpg are not used: Model hash.",
     ]
     assert written("picture.png") == [
         "a (red:1.2) house,",
         "{{tiled}} [roof]",
         "Negative prompt: blurry, {b|c}",
-        "Steps: 3, Sampler: Euler Karras, CFG scale: 6.5, Seed: 99, Size: 48x40, Model: micro",
+        "Steps: 3, Sampler: Euler Karras, CFG scale: 6.5, Seed: 99, Size: 48x40, Model: micro, Clip skip: 2, "
+        "Hires upscale: 2, Hires upscaler: Lanczos, Hires strength: 0.7",
+    ]
+    assert Image.open("picture.png").size == (96, 80)
+
+
+def test_a_second_pass_and_freeu_are_read_back(draw):
+    flags = ["--hires", 1.5, "--hires-strength", 0.5, "--hires-latents", "--freeu", 1.5, 1.6, 0.9, 0.2]
+    draw("a cat", *flags, "--steps", 2, "--width", 32, "--height", 32, "--seed", 3, "--out", "a.png")
+    assert draw("--from", "a.png", "--out", "b.png") == []
+    assert written("a.png")[-1].endswith(
+        "FreeU: 1.5 1.6 0.9 0.2, Hires upscale: 1.5, Hires upscaler: Latent, Hires strength: 0.5"
+    )
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert draw("--from", "a.png", "--film", "a.webp", "--out", "c.png") == [
+        "these settings in a.png are not used: Hires upscale, Hires upscaler, Hires strength."
     ]
 
 
 def test_the_strength_counts_with_an_image(draw):
     write_image("a.jpg", np.zeros((40, 48, 3), np.uint8), WITH_UNUSED)
     assert "Denoising" not in draw("--from", "a.jpg", "--image", "a.jpg")[1]
-    assert written("picture.png")[-1].endswith("Denoising strength: 0.7")
+    assert written("picture.png")[-1].endswith("Denoising strength: 0.7, Clip skip: 2")
 
 
 def test_a_report_has_no_deep_cache(draw):
