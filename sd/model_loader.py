@@ -82,6 +82,7 @@ def load_models(
     used = _as_loras(loras)
     checkpoint, config, networks, weights = _read(path, vae, prediction_type, ema, tiny)
     changes = read_loras(used, config, networks)
+    path, vae = (given and Path(given).absolute() for given in (path, vae))  # the current folder may change
     source = _Source(
         path, vae, prediction_type, ema, tuple(tiny), tuned, compiled, _stamp(path, vae), frozenset(changes)
     )
@@ -150,8 +151,8 @@ def _read(
 class _Source:
     """Where the weights of models come from, and how they were placed: what `Models.with_loras` needs."""
 
-    path: str | Path
-    vae: str | Path | None
+    path: Path
+    vae: Path | None
     prediction_type: str | None
     ema: bool
     tiny: tuple[str, ...]  # the networks that a tiny autoencoder replaces
@@ -169,7 +170,7 @@ class _Source:
         networks = {}
         if modules:
             if _stamp(self.path, self.vae) != self.stamp:
-                raise CheckpointError(f"{self.path} has changed since it was loaded: load it again.")
+                raise CheckpointError(f"{self.path} has changed since it was loaded, or is gone: load a model again.")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it has warned when it was loaded
                 checkpoint, _, _, weights = _read(self.path, self.vae, self.prediction_type, self.ema, self.tiny, blank)
@@ -207,10 +208,13 @@ def _of(name: str, modules: Iterable[tuple[str, str]], changes: Changes) -> dict
 
 
 def _stamp(*paths: str | Path | None) -> tuple:
-    """The times and sizes of files, and of those in folders: equal as long as nobody changes them."""
+    """The times and sizes of files, and of those in folders: equal while nobody changes them. Empty if one is gone."""
     given = [Path(path) for path in paths if path is not None]
     files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    try:
+        return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    except OSError:
+        return ()
 
 
 def _placer(

@@ -355,9 +355,20 @@ def test_a_checkpoint_that_has_changed(tmp_path, file):
     write_checkpoint(path, random_state(NANO), NANO.to_dict())
     models = load_models(path, "cpu", torch.float32)
     write_checkpoint(path, random_state(NANO, seed=3), NANO.to_dict())
-    with pytest.raises(CheckpointError, match=r"base.ckpt has changed since it was loaded: load it again\."):
+    with pytest.raises(CheckpointError, match=r"base.ckpt has changed since it was loaded, or is gone: load a"):
         models.with_loras([file(everywhere())])
     assert models.with_loras([]).diffusion is models.diffusion
+    path.unlink()
+    with pytest.raises(CheckpointError, match="base.ckpt has changed since it was loaded, or is gone"):
+        models.with_loras([file(everywhere())])
+
+
+def test_a_checkpoint_in_the_folder_before(tmp_path, file, monkeypatch):
+    write_checkpoint(tmp_path / "base.ckpt", random_state(NANO), NANO.to_dict())
+    monkeypatch.chdir(tmp_path)
+    models, path = load_models("base.ckpt", "cpu", torch.float32), file(everywhere())
+    monkeypatch.chdir("/")
+    assert len(changed(models.with_loras([path]), models)) == 5
 
 
 def test_networks_without_a_file():

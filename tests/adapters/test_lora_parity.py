@@ -11,10 +11,11 @@ from sd import load_models
 from sd.adapters.lora import delta
 from sd.adapters.lora_names import split_key
 from sd.checkpoints.files import write_checkpoint
+from sd.config import SD15
 from sd.model_converter import to_compvis
 from tests.parity import reference
 from tests.support.marks import slow
-from tests.support.synthetic import FULL_TEXT, FULL_UNET, MICRO, SD2_MICRO, random_state
+from tests.support.synthetic import MICRO, SD2_MICRO, random_state
 from tests.support.synthetic_lora import file_state, layers, lora
 
 # Two levels, of which one has attention, with one block each.
@@ -23,7 +24,8 @@ NANO = replace(
     text=replace(MICRO.text, layers=1),
     unet=replace(MICRO.unet, channels=(16, 32), attention=(True, False), blocks_per_level=1),
 )
-CONFIGS = {"nano": NANO, "micro": MICRO, "sd2": SD2_MICRO, "full text": FULL_TEXT, "full unet": FULL_UNET}
+FULL = replace(SD15, vae=MICRO.vae)
+CONFIGS = {"nano": NANO, "micro": MICRO, "sd2": SD2_MICRO, "full": FULL}
 WEIGHTS = 1e-5  # relative to the largest number of a tensor
 OUTPUT = 1e-4  # relative to the spread of the output
 
@@ -98,8 +100,12 @@ def layers_of(pipe, conv=True):
     return layers(pipe.unet, pipe.text_encoder, conv)
 
 
-@pytest.mark.parametrize("style, conv", [("kohya", True), ("peft", True), ("2023", False)])
-@pytest.mark.parametrize("name", ["nano", slow("micro"), slow("sd2"), slow("full text"), slow("full unet")])
+STYLES = [("kohya", True), ("peft", True), ("2023", False)]
+CASES = [("nano", *style) for style in STYLES]
+CASES += [slow(name, *style) for name in ("micro", "sd2") for style in STYLES] + [slow("full", "kohya", True)]
+
+
+@pytest.mark.parametrize("name, style, conv", CASES)
 def test_diffusers_fuses_the_same_weights(tmp_path, base, name, style, conv):
     config, state, path = base(name)
     pipe = pipeline(config, state)

@@ -117,13 +117,13 @@ def attempt(action: Callable[[Path], None], path: Path) -> tuple[str, float]:
     return (f"it did {events!s:.300}" if events else outcome), seconds
 
 
-def warm_up(path: Path) -> None:
+def warm_up(path: Path, loras: int) -> None:
     """Import everything that the cases will need."""
     Image.init()
     assert b"ok".decode("cp437") == b"ok".decode("utf-8-sig")  # names in archives; texts
     honest = [*mutations.seeds().values(), *picture_mutations.seeds().values(), model_mutations.model_case(0)[1]]
-    loras = [(lora_mutations.lora_case(number)[1], wear) for number in range(60)]
-    for content, action in [*((content, action) for content in honest for action in (read, load, look)), *loras]:
+    cases = [(content, action) for content in honest for action in (read, load, look)]
+    for content, action in cases + [(lora_mutations.lora_case(number)[1], wear) for number in range(loras)]:
         path.write_bytes(content)
         with contextlib.suppress(ValueError):
             action(path)
@@ -142,7 +142,7 @@ def main(folder: Path, first: int, counts: dict[str, int]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     warnings.simplefilter("ignore")  # from Pillow, and from zipfile, which makes hostile archives here
     path = folder / "case.ckpt"
-    warm_up(path)
+    warm_up(path, loras=20 if "loras" in counts else 0)
     before, outcomes, wrong, slowest = peak_memory(), collections.Counter(), {}, (0.0, "")
     for name, content, action in cases(first, counts):
         path.write_bytes(content)

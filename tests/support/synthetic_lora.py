@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+FACTORS = ("lora_down.weight", "hada_w1_b", "lokr_w1", "lokr_w1_b", "diff")
 NOISE = Callable[..., Tensor]
 
 
@@ -33,6 +34,9 @@ def lora(layers: dict[str, Tensor], kind: str = "lora", alpha: float | None = 2,
         return torch.randn(shape, generator=generator) * 0.3
 
     parts = {name: KINDS[kind](weight, rank, noise) for name, weight in layers.items()}
+    for name, each in parts.items():  # the change has the size of usual weights
+        factor = next(each[part] for part in FACTORS if part in each)
+        factor *= layers[name][0].numel() ** -0.5
     if alpha is not None:
         for each in parts.values():
             each["alpha"] = torch.tensor(float(alpha))
