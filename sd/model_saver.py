@@ -19,6 +19,7 @@ from sd.checkpoints.diffusers_folder import FIELDS, UNET_LEVELS, UNET_RULES, VAE
 from sd.checkpoints.files import write_checkpoint
 from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, inverse, rename
 from sd.config import ModelConfig, UNetConfig
+from sd.decoder import Decoder
 from sd.model_converter import split_qkv, to_compvis, to_their_name
 from sd.models import Models
 from sd.tokenizer import END, START, Tokenizer
@@ -35,8 +36,13 @@ def save_folder(models: Models, path: str | Path) -> None:
     """Writes a model, in the dtype that it has, as a folder that diffusers and `load_models` open.
 
     The folder must be new or empty, and appears only once it is complete. It has no place for the default sampler,
-    steps and guidance of a model. Raises FileExistsError, and another OSError if it cannot be written.
+    steps and guidance of a model. Raises FileExistsError, another OSError if it cannot be written, and ValueError for a
+    model with a tiny autoencoder.
     """
+    if not isinstance(models.decoder, Decoder):
+        raise ValueError(
+            "models should have their own VAE to be saved, not a tiny autoencoder: load them without vae=."
+        )
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} should be the name of a new folder: it exists, and is not empty.")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import numbers
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -30,7 +28,6 @@ MAX_CLIP_SKIP = 24
 MAX_FACTOR = 10  # of FreeU
 MAX_HIRES = 8
 MAX_QUOTED = 200  # characters of a value that an error quotes
-PNG_URL = "data:image/png;base64,"  # how an image travels in JSON
 
 
 @dataclass(frozen=True)
@@ -129,11 +126,9 @@ class Request:
     def to_dict(self) -> dict:
         """The request as a dict for JSON. Images are read and become PNG data URLs, so that no file is needed. A
         ControlNet travels as its path."""
-        read = self.read_images()
-        values = {name: _plain(value) for name, value in vars(read).items()}
-        if self.control is not None:
-            values["control"] = [one.to_dict() | {"image": _png_url(one.image)} for one in read.control]
-        return values | {name: _png_url(getattr(read, name)) for name in ("input_image", "mask_image")}
+        from sd.request_json import to_dict
+
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> Request:
@@ -142,18 +137,9 @@ class Request:
 
         Raises ValueError for no dict, an unknown setting, a missing prompt, or an image that is not a PNG data URL.
         """
-        names = [field.name for field in fields(cls)]
-        allowed = f"a dict of {', '.join(names)}"
-        _require(isinstance(values, dict), "request", values, allowed)
-        unknown = [name for name in values if name not in names]
-        _require(not unknown, "request", unknown, allowed)
-        _require("prompt" in values, "prompt", None, "given")
-        images = {name: _from_png_url(name, values.get(name)) for name in ("input_image", "mask_image")}
-        if values.get("control") is not None:
-            from sd.adapters.controlnet import controls_from_dicts
+        from sd.request_json import from_dict
 
-            images["control"] = controls_from_dicts(values["control"], _from_png_url)
-        return cls(**(values | images))
+        return from_dict(cls, values)
 
 
 def check_models(models: object, tokenizer: object, device: Device, idle_device: Device) -> None:
@@ -266,30 +252,3 @@ def _is_device(value: object) -> bool:
     except (ValueError, OverflowError):
         return False
     return True
-
-
-def _plain(value: object) -> object:
-    """A setting for JSON: numpy's numbers become Python's, a tuple of prompts becomes a list."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _png_url(image: Image.Image | None) -> str | None:
-    if image is None:
-        return None
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return PNG_URL + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _from_png_url(name: str, text: object) -> Image.Image | None:
-    if text is None:
-        return None
-    _require(isinstance(text, str) and text.startswith(PNG_URL), name, text, f"a text that begins with {PNG_URL!r}")
-    try:
-        content = base64.b64decode(text.removeprefix(PNG_URL), validate=True)
-    except ValueError:
-        raise ValueError(f"{name} should be a PNG data URL in base64, and this one is damaged.") from None
-    file = io.BytesIO(content)
-    return read_mask_image(file) if name == "mask_image" else read_image(file, name=name)

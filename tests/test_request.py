@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from sd import generate, model_loader, pipeline
-from sd.request import PNG_URL, Request
+from sd.request import Request
+from sd.request_json import PNG_URL
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sd.request import Request
 
 CANNY, NO_FILTER = "canny", "none"
+NO_OPENCV = "--control-from canny needs the package opencv-python-headless: pip install -r requirements-control.txt"
 LOW, HIGH = 100, 200  # thresholds of Canny's edges, as in the training of the ControlNet for them
 # For each option, the web UI's name, and the default of `Control`.
 NUMBERS = {
@@ -71,9 +72,7 @@ def check_control(options: argparse.Namespace) -> None:
         if not path.is_file():
             raise ValueError(f"--control-image should be a file: there is none at {path}.")
     if CANNY in (options.control_from or []) and find_spec("cv2") is None:
-        raise ImportError(
-            "--control-from canny needs the package opencv-python-headless: pip install -r requirements-control.txt"
-        )
+        raise ImportError(NO_OPENCV)
 
 
 def controls(options: argparse.Namespace) -> list[Control] | None:
@@ -108,10 +107,13 @@ def ready(options: argparse.Namespace, request: Request, models: Models) -> Requ
 
 
 def canny(image: Image.Image | np.ndarray) -> np.ndarray:
-    """The edges of an image, PIL RGB or uint8 (H, W, 3), white on black: uint8 (H, W)."""
-    import cv2
+    """The edges of an image, PIL RGB or uint8 (H, W, 3), white on black: uint8 (H, W). ImportError without OpenCV."""
     import numpy as np
 
+    try:
+        import cv2
+    except ImportError:
+        raise ImportError(NO_OPENCV) from None
     return cv2.Canny(np.asarray(image), LOW, HIGH)
 
 

@@ -110,7 +110,6 @@ class Control:
     start, end       the part of the run in which it works, as shares of the steps
     guess_mode       works without a prompt: the unconditional half of guidance gets no residuals, and residual i of
                      0..12 is multiplied by 10^(-1 + i/12) as well (the paper's section 3.4, in the form of diffusers)
-
     """
 
     net: ControlNet | str | os.PathLike

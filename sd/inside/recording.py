@@ -74,7 +74,7 @@ class Recording:
     inpainting: InpaintingInputs | None  # for inpainting: the part of the input image to keep
     costs: dict[str, Cost]  # for "encode_prompt", "prepare", "denoise" and "decode_latents"
     control: Sequence[Control] = ()  # the ControlNets at work
-    residuals: Sequence[Residuals] = ()  # those of each of them
+    residuals: Sequence[Residuals | None] = ()  # of each of them; None if it worked in no step
     preview: nn.Module | None = None  # a decoder that is fast enough to decode every moment
 
 
@@ -121,7 +121,7 @@ def record(request: Request, models: Models | None = None, preview: nn.Module | 
         inpainting,
         costs,
         control,
-        [each for each in residuals if each is not None],
+        residuals,
         preview,
     )
 

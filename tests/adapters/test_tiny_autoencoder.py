@@ -15,6 +15,7 @@ from sd.config import SD15
 from sd.inside.film import frames
 from sd.inside.preview import SD15_PREVIEW, preview_for
 from sd.inside.recording import record
+from sd.model_saver import save_folder
 from sd.request import Request
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models, random_state
 from tests.support.tiny_autoencoders import (
@@ -122,6 +123,12 @@ def test_every_kind_of_image(networks, config):
         images = generate(["a cat", "a dog"], models=models, **OPTIONS, **more)
         assert images.shape == (2, 32, 40, 3)
     assert np.array_equal(images[0][:8], picture[:8])
+
+
+def test_a_model_with_it_is_not_saved(tmp_path, networks):
+    with pytest.raises(ValueError, match=r"^models should have their own VAE to be saved, not a tiny autoencoder"):
+        save_folder(replace(random_models(MICRO), **networks), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_guidance_by_a_loss(networks):

@@ -21,12 +21,9 @@ def control_section(recording: Recording, budget: int) -> str:
     """The section as HTML, with `budget` bytes of images, or nothing if no ControlNet was at work."""
     if not recording.control:
         return ""
-    residuals = iter(recording.residuals)
-    steps = len(recording.sampler.timesteps)
-    shown = []  # (control, caption, image, whether it is drawn in pixels)
-    for control in recording.control:
-        worked = any(control.works(moment.index, steps) for moment in recording.moments)
-        shown += _pictures(control, next(residuals) if worked else None)
+    shown = []  # (heading, caption, image, whether it is drawn in pixels)
+    for control, residuals in zip(recording.control, recording.residuals):
+        shown += _pictures(control, residuals)
     uris, _ = encode([image for *_, image, _ in shown], budget)
     figures = "".join(
         f'<figure class="pixels"><img{" class=pixels" * pixels} src="{uri}" width="{image.shape[1]}" '
