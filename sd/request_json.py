@@ -47,7 +47,7 @@ def _plain(value: object) -> object:
     """A setting for JSON: numpy's numbers become Python's, a tuple of prompts becomes a list."""
     if isinstance(value, np.generic):
         return value.item()
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _png_url(image: Image.Image | None) -> str | None:
