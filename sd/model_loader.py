@@ -6,12 +6,13 @@ anything: weights are read from the disk when they are first used, and there is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sd.adapters.textual_inversion import Given, read_embeddings, with_embeddings
 from sd.checkpoints import hub
 from sd.checkpoints.checkpoint import Checkpoint
 from sd.checkpoints.probe import settle_prediction
@@ -38,6 +39,7 @@ def load_models(
     tuned: bool = True,
     compiled: bool = False,
     prediction_type: str | None = None,
+    embeddings: Iterable[Given] = (),
 ) -> Models:
     """The networks of a checkpoint, in evaluation mode and without gradients.
 
@@ -49,6 +51,8 @@ def load_models(
     `tuned`, `compiled`: faster, see `sd.runtime.speed`. Compiled, the first image takes minutes, and rounding differs.
     `prediction_type`: "v_prediction" if the U-Net predicts v and the file does not say so (`sd.checkpoints` reads what
     it says: its configuration, marks, metadata, or a yaml beside it).
+    `embeddings`: files of textual inversion, whose words prompts can then use (`sd.adapters.textual_inversion`). Each
+        is a path or (path, word).
 
     Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x or 2.x checkpoint, TypeError
     for a path of another type, ValueError for an invalid device, dtype or prediction type, and what `hub.fetch` raises.
@@ -63,6 +67,7 @@ def load_models(
             "installing again; `python scripts/train_tiny.py` trains another, and `sh scripts/download.sh` fetches "
             "Stable Diffusion 1.5 (4.3 GB)."
         )
+    embeddings = read_embeddings(embeddings)
     half = dtype.itemsize == 2
     path, vae = (hub.fetch(given, half) if hub.is_name(given) else given for given in (path, vae))
     checkpoint, config = read_model(path, vae, prediction_type)
@@ -86,16 +91,16 @@ def load_models(
         models.config = settle_prediction(models)
     if compiled:
         speed.compile_networks([models.diffusion, models.decoder], device, dtype)
-    return models
+    return with_embeddings(models, embeddings) if embeddings else models
 
 
 def _tokenizer(config: ModelConfig, added_words: dict[str, int]) -> Tokenizer:
     pad_token_id = 0 if config.text.zero_padding else None
     if not added_words:
         return Tokenizer(pad_token_id=pad_token_id)
-    from sd.prompts.added_words import TokenizerWithWords  # only here: hardly any model has such words
+    from sd.prompts.added_words import TokenizerWithWords, grouped  # only here: hardly any model has such words
 
-    return TokenizerWithWords(added_words, pad_token_id)
+    return TokenizerWithWords(grouped(added_words), pad_token_id)
 
 
 def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device = None) -> Models:
