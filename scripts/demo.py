@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.support.captions import DTYPES, command, details, grid
 from scripts.support.checks import check_flags, note_crop, note_size, note_unknown_words, note_unquoted
 from scripts.support.command_line import Once, Parser, demo_name, import_torch, run, say
+from scripts.support.embeddings import add_named, embeddings
 from scripts.support.flags import with_flags
 from scripts.support.image_size import choose_size
 from scripts.support.output_files import candidates, first_path, save
@@ -95,6 +96,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Stable Diffusion 1.x or 2.x: a file, a folder or owner/name on the hub",
     )
     add("--vae", type=Path, metavar="PATH", help="a VAE to use instead of the checkpoint's own")
+    help = "an embedding of textual inversion, with the word that stands for it (the file's name); repeatable"
+    add("--embedding", action="append", metavar="FILE[:word]", help=help)
+    parser.set_defaults(embedded={}, saved_embeddings={})
     add("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, if the file does not say (epsilon)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
@@ -151,13 +155,13 @@ def make_images(options: argparse.Namespace) -> int:
     from sd import images  # not before: torch takes a second to import, and bad input should be reported at once
 
     prompts, request, lines = read_options(options)
-    models = load(options)
+    models, more = add_named(options, request, load(options))
     request = with_defaults(request, models)
     note_unquoted(options.prompts)
-    for line in lines:
+    for line in lines + more:
         say(line)
     if options.checkpoint is None:
-        note_unknown_words(prompts)
+        note_unknown_words(prompts, options.embedded)
     note_crop(options, request)
     note_size(request, models)
     names, films, reports = (candidates(path or first) for path in (first, options.film, options.report))
@@ -332,7 +336,12 @@ def load(options: argparse.Namespace) -> Models:
     started = time.perf_counter()
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     models = model_loader.load_models(
-        options.checkpoint, options.device, dtype, vae=options.vae, prediction_type=options.prediction_type
+        options.checkpoint,
+        options.device,
+        dtype,
+        vae=options.vae,
+        prediction_type=options.prediction_type,
+        embeddings=embeddings(options),
     )
     print(f"loaded in {time.perf_counter() - started:.1f} s on {models.device}", file=sys.stderr)
     return models

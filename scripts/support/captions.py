@@ -57,6 +57,7 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--strength": request.strength if options.image else None,
         "--steps": request.n_inference_steps,
         "--cfg-scale": request.cfg_scale,
+        "--embedding": options.embedding,
         "--sampler": request.sampler_name,
         "--seed": request.seed,
         "--width": request.width,
@@ -67,13 +68,18 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--device": device,
         "--dtype": dtype,
     }
-    for flag, value in flags.items():
+    for flag, value in [(flag, value) for flag, values in flags.items() for value in _each(values)]:
         if value is True:
             arguments.append(flag)
         elif value is not None and value is not False:  # 0 is a value
             text = str(value)
             arguments += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return shlex.join(arguments)
+
+
+def _each(value: object) -> list:
+    """The values of a flag that can be given several times, or the one value of another."""
+    return value if isinstance(value, list) else [value]
 
 
 def grid(prompts: list[str], seeds: range, images: list[np.ndarray]) -> Image.Image:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.support.embeddings import saved_embeddings, take_embeddings
+
 if TYPE_CHECKING:
     from sd.request import Request
 
@@ -65,6 +67,7 @@ def settings(options: argparse.Namespace, request: Request) -> dict[str, object]
     }
     if options.vae:
         pairs["VAE"] = options.vae.stem
+    pairs |= saved_embeddings(options, request)
     if request.deep_cache > 1:
         pairs["Deep cache"] = request.deep_cache
     if options.image:
@@ -198,6 +201,7 @@ def use_saved(options: argparse.Namespace) -> list[str]:
         take("strength", "Denoising strength", float, "a number")
     _take_size(options, pairs)
     _take_sampler(options, pairs)
+    take_embeddings(options, pairs)
     notes = _model_notes(options, pairs)
     if pairs:
         names = ", ".join([*pairs][:MAX_NAMES]) + (", ..." if len(pairs) > MAX_NAMES else "")
