@@ -113,7 +113,9 @@ def read_embedding(path: str | os.PathLike, word: str | None = None) -> Embeddin
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no embedding file at {path}.") from None
     name, tensor = _only(path, checkpoint.state | checkpoint.unreadable)
-    words = [path.stem, name] if word is None and name[:1] == "<" and name[-1:] == ">" else [word or path.stem]
+    words = [word]
+    if word is None:
+        words = [path.stem, name] if name.startswith("<") and name.endswith(">") else [path.stem]
     vectors = tensor[None] if tensor.ndim == 1 else tensor  # (n, width)
     if not vectors.is_floating_point() or vectors.ndim != 2 or not 1 <= len(vectors) <= MAX_VECTORS:
         found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
