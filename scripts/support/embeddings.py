@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from sd.models import Models
     from sd.request import Request
 
-HASH_DIGITS = 12  # as in the web UI
+HASH_DIGITS, SHORT_HASH = 12, 10  # as the web UI writes, and wrote before
+MAX_SAVED = 100  # embeddings of a picture: far beyond any use
 SAVED = "TI hashes"
 
 
@@ -128,23 +129,22 @@ def saved_embeddings(options: argparse.Namespace, request: Request) -> dict[str,
 
 def take_embeddings(options: argparse.Namespace, pairs: dict[str, str]) -> None:
     """Takes the embeddings out of the settings that a picture has. `add_named` compares them with those in use."""
-    options.saved_embeddings = dict(re.findall(r"\s*([^:,]+):\s*(\w+)", pairs.pop(SAVED, "")))
+    parts = (part.rpartition(":") for part in pairs.pop(SAVED, "").split(",")[:MAX_SAVED])
+    saved = {word.strip().lower(): digest.strip().lower() for word, _, digest in parts}
+    options.saved_embeddings = {word: digest for word, digest in saved.items() if word}
 
 
 def _differences(options: argparse.Namespace, prompts: list[str]) -> list[str]:
     """A sentence for each embedding of the picture of --from that is missing here, or is another one."""
     from sd.prompts.added_words import words_in
-    from sd.tokenizer import clean
 
     lines = []
     ours = {re.sub("[,:]", "", word): digest for word, (_, digest) in options.embedded.items()}
-    saved = {clean(word): digest for word, digest in options.saved_embeddings.items()}
-    for word, digest in saved.items():
-        if word not in ours and words_in(prompts, [word]):
-            lines.append(
-                f"{options.source} was made with an embedding for {word!r}: --embedding gives it, or a file of that "
-                f"name in {folder()}."
-            )
-        elif word in ours and not ours[word].startswith(digest[:10].lower()):
-            lines.append(f"{options.source} was made with another embedding for {word!r}.")
+    named = words_in(prompts, options.saved_embeddings)
+    for word, digest in options.saved_embeddings.items():
+        if word in ours and not ours[word].startswith(digest[:SHORT_HASH]):
+            lines.append(f"{options.source} was made with another embedding for {word!r:.80}.")
+        elif word not in ours and word in named:
+            remedy = f"--embedding gives it, or a file of that name in {folder()}"
+            lines.append(f"{options.source} was made with an embedding for {word!r:.80}: {remedy}.")
     return lines

@@ -69,7 +69,7 @@ def with_embeddings(models: Models, embeddings: Iterable[Given]) -> Models:
             first = sum(map(len, rows))
             words[word] = list(range(first, first + len(embedding.vectors)))
             rows.append(embedding.vectors.to(table))
-    # The copy has modules of its own around the same weights.
+    # The copy has new modules around the same weights.
     weights = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in models.clip.parameters()}
     clip = copy.deepcopy(models.clip, weights)
     clip.token_embedding = nn.Embedding.from_pretrained(torch.cat(rows))  # (vocabulary + all n, width)
@@ -107,7 +107,9 @@ def read_embedding(path: str | os.PathLike, word: str | None = None) -> Embeddin
     """
     path = Path(path)
     if path.suffix.lower() in PICTURES:
-        raise CheckpointError(f"{path} should be a {', '.join(SUFFIXES)} file: pictures with embeddings are not read.")
+        raise CheckpointError(
+            f"{path} should be a .safetensors, .pt or .bin file: pictures with embeddings are not read."
+        )
     try:
         checkpoint = read_checkpoint(path)
     except FileNotFoundError:

@@ -114,7 +114,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, kind):
 
 
 def test_pictures_and_missing_files(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cat.png should be a .safetensors, .pt, .bin file: pictures with embed"):
+    with pytest.raises(CheckpointError, match=r"cat.png should be a .safetensors, .pt or .bin file: pictures"):
         read_embedding(tmp_path / "cat.png")
     with pytest.raises(FileNotFoundError, match=r"There is no embedding file at .*cat.pt\."):
         read_embedding(tmp_path / "cat.pt")
