@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sd.adapters.textual_inversion import Given, read_embeddings, with_embeddings
+from sd.adapters.textual_inversion import GivenEmbedding, read_embeddings, with_embeddings
 from sd.checkpoints import hub
 from sd.checkpoints.checkpoint import Checkpoint
 from sd.checkpoints.probe import settle_prediction
@@ -39,7 +39,7 @@ def load_models(
     tuned: bool = True,
     compiled: bool = False,
     prediction_type: str | None = None,
-    embeddings: Iterable[Given] = (),
+    embeddings: Iterable[GivenEmbedding] = (),
 ) -> Models:
     """The networks of a checkpoint, in evaluation mode and without gradients.
 

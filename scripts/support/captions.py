@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from scripts.support.command_line import demo_command
+from scripts.support.embeddings import used_files
 from scripts.support.saved_settings import settings
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def details(options: argparse.Namespace, request: Request, models: Models) -> di
     mask = "where the image is transparent" if options.mask_from_alpha else options.mask
     inverted = "yes" if options.invert_mask else None
     pairs |= {"Image": options.image, "Mask": mask, "Inverted mask": inverted, "Feather": options.feather}
-    pairs |= {"Only masked, padding": request.padding_mask_crop}
+    pairs |= {"Only masked, padding": request.padding_mask_crop, "Embeddings": used_files(options, request)}
     pairs |= {"Device": device, "Precision": DTYPES[dtype], "Machine": platform.machine()}
     pairs |= {"Threads": torch.get_num_threads()}
     pairs |= {"Python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "pillow")}

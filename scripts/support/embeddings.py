@@ -117,14 +117,22 @@ def _remember(options: argparse.Namespace, read: Iterable[Embedding]) -> None:
 
 def saved_embeddings(options: argparse.Namespace, request: Request) -> dict[str, str]:
     """The embeddings that the prompts of an image name, as a setting: {"TI hashes": "cat: 0123456789ab, ..."}."""
+    # A comma or a colon in a word would end it.
+    pairs = [f"{re.sub('[,:]', '', word)}: {options.embedded[word][1]}" for word in _named(options, request)]
+    return {SAVED: ", ".join(pairs)} if pairs else {}
+
+
+def used_files(options: argparse.Namespace, request: Request) -> str:
+    """The same for the report: "cat (data/embeddings/cat.pt), ..."."""
+    return ", ".join(f"{word} ({options.embedded[word][0]})" for word in _named(options, request))
+
+
+def _named(options: argparse.Namespace, request: Request) -> list[str]:
     if not options.embedded:
-        return {}
+        return []
     from sd.prompts.added_words import words_in
 
-    words = sorted(words_in([*request.prompts, request.uncond_prompt or ""], options.embedded))
-    # A comma or a colon in a word would end it.
-    pairs = [f"{re.sub('[,:]', '', word)}: {options.embedded[word][1]}" for word in words]
-    return {SAVED: ", ".join(pairs)} if pairs else {}
+    return sorted(words_in([*request.prompts, request.uncond_prompt or ""], options.embedded))
 
 
 def take_embeddings(options: argparse.Namespace, pairs: dict[str, str]) -> None:

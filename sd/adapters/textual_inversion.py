@@ -46,10 +46,10 @@ class Embedding:
     vectors: Tensor  # float32 (n, width)
 
 
-Given = str | os.PathLike | tuple[str | os.PathLike, str] | Embedding  # a path, (path, word), or what was read
+GivenEmbedding = str | os.PathLike | tuple[str | os.PathLike, str] | Embedding  # a path, (path, word), or what was read
 
 
-def with_embeddings(models: Models, embeddings: Iterable[Given]) -> Models:
+def with_embeddings(models: Models, embeddings: Iterable[GivenEmbedding]) -> Models:
     """Models with the words of embedding files. These models stay as they are, and both share all other weights.
 
     `embeddings` are paths, or (path, word). Without a word, it is the name of the file without its suffix, as in web
@@ -78,7 +78,7 @@ def with_embeddings(models: Models, embeddings: Iterable[Given]) -> Models:
     return replace(models, clip=clip, tokenizer=tokenizer, config=replace(models.config, text=clip.config))
 
 
-def read_embeddings(embeddings: Iterable[Given]) -> list[Embedding]:
+def read_embeddings(embeddings: Iterable[GivenEmbedding]) -> list[Embedding]:
     """Reads paths and (path, word). Raises TypeError for anything else, and what `read_embedding` raises."""
     if isinstance(embeddings, (str, os.PathLike)):
         raise TypeError(f"embeddings should be a list, as in embeddings=[{str(embeddings)!r:.80}], not one path.")

@@ -90,8 +90,10 @@ def test_the_folder(run_demo, folder):
     write(folder / "easynegative.pt", "web ui", vectors(3, 99))  # after the safetensors file of the same name
     (folder / "broken.pt").write_bytes(b"x")
     (folder / "notes.txt").write_bytes(b"x")
-    code, _, err = run_demo("a house, notes", "--negative", "(easynegative:1.3), brokenly", *QUICK)
+    report = ("--report", "a.html")
+    code, _, err = run_demo("a house, notes", "--negative", "(easynegative:1.3), brokenly", *QUICK, *report)
     assert code == 0
+    assert f"easynegative ({path})" in Path("a.html").read_text()
     assert said(err) == [f"'easynegative' is the embedding in {path}."]
     assert saved().endswith(f'TI hashes: "easynegative: {digest(path)}"')
 
