@@ -13,6 +13,7 @@ from sd.config import SD15
 from sd.model_saver import save_folder
 from sd.models import Models
 from sd.pipeline import encode_prompt, generate
+from tests.support.marks import slow
 from tests.support.synthetic import MICRO, SD2_MICRO, random_models
 from tests.support.synthetic_embeddings import LAYOUTS, TOKEN, layout, saved, vectors, write
 
@@ -239,7 +240,7 @@ def test_large_values_and_16_bit_tables(tmp_path, models):
     assert torch.equal(table[49408:], (vectors() * 1e3).half())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float32)])
 def test_load_models_with_embeddings(demo_checkpoint, cat, dtype):
     new = load_models(demo_checkpoint, "cpu", dtype, embeddings=[cat, (cat, "<kitten>")])
     base = load_models(demo_checkpoint, "cpu", dtype)

@@ -7,6 +7,7 @@ from sd import load_models
 from sd.adapters.textual_inversion import with_embeddings
 from sd.model_saver import save_folder
 from sd.pipeline import encode_prompt
+from tests.support.marks import slow
 from tests.support.synthetic import MICRO, SD2_MICRO, random_models
 from tests.support.synthetic_embeddings import vectors, write
 
@@ -26,7 +27,7 @@ def their_context(pipe, prompt):
     return pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)[0]
 
 
-@pytest.fixture(scope="module", params=[MICRO, SD2_MICRO], ids=["sd15", "sd2"])
+@pytest.fixture(scope="module", params=[MICRO, slow(SD2_MICRO)], ids=["sd15", "sd2"])
 def base(request, tmp_path_factory):
     models = random_models(request.param)
     folder = tmp_path_factory.mktemp("base") / "model"
