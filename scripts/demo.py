@@ -46,6 +46,7 @@ from scripts.support.captions import DTYPES, command, details, grid
 from scripts.support.checks import check_flags, note_crop, note_size, note_unknown_words, note_unquoted
 from scripts.support.command_line import Once, Parser, demo_name, import_torch, run, say
 from scripts.support.control import add_control_flags, controls, ready
+from scripts.support.embeddings import add_named, embeddings
 from scripts.support.flags import with_flags
 from scripts.support.image_size import choose_size
 from scripts.support.loras import hash_notes
@@ -114,6 +115,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_control_flags(add)
     help = "a tiny autoencoder (TAESD) that decodes every step for --film and --report"
     add("--preview", type=Path, metavar="PATH", help=help)
+    help = "an embedding of textual inversion, with the word that stands for it (the file's name); repeatable"
+    add("--embedding", action="append", metavar="FILE[:word]", help=help)
+    parser.set_defaults(embedded={}, saved_embeddings={})
     add("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, if the file does not say (epsilon)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
@@ -170,14 +174,14 @@ def make_images(options: argparse.Namespace) -> int:
     from sd import images  # not before: torch takes a second to import, and bad input should be reported at once
 
     prompts, loras, request, lines = read_options(options)
-    models = load(options, loras)
+    models, more = add_named(options, request, load(options, loras))
     request = ready(options, with_defaults(request, models), models)
     preview = load_preview(options, models)
     note_unquoted(options.prompts)
-    for line in lines:
+    for line in lines + more:
         say(line)
     if options.checkpoint is None:
-        note_unknown_words(prompts)
+        note_unknown_words(prompts, options.embedded)
     note_crop(options, request)
     note_size(request, models)
     names, films, reports = (candidates(path or first) for path in (first, options.film, options.report))
@@ -370,6 +374,7 @@ def load(options: argparse.Namespace, loras: list[tuple[Lora, ...]]) -> Models:
         vae=options.vae,
         prediction_type=options.prediction_type,
         loras=loras[0],
+        embeddings=embeddings(options),
     )
     check_loras({lora for used in loras[1:] for lora in used if lora not in loras[0]}, models.config)
     print(f"loaded in {time.perf_counter() - started:.1f} s on {models.device}", file=sys.stderr)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sd.adapters.lora import Change
 from sd.adapters.lora_files import Changes, Given, Lora, as_lora, read_loras
 from sd.adapters.lora_modules import replace_modules, sharing_weights
+from sd.adapters.textual_inversion import GivenEmbedding, read_embeddings, with_embeddings
 from sd.adapters.tiny_autoencoder import is_tiny_autoencoder, load_tiny_autoencoder
 from sd.checkpoints import hub
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
@@ -46,6 +47,7 @@ def load_models(
     compiled: bool = False,
     prediction_type: str | None = None,
     loras: Iterable[Given] = (),
+    embeddings: Iterable[GivenEmbedding] = (),
 ) -> Models:
     """The networks of a checkpoint, in evaluation mode and without gradients.
 
@@ -59,6 +61,8 @@ def load_models(
     it says: its configuration, marks, metadata, or a yaml beside it).
     `loras`: LoRA files that change the weights (`sd.adapters`). Each is a path, (path, strength), or (path, strength in
         the U-Net, strength in the text encoder). `models.with_loras` gives the same models with others.
+    `embeddings`: files of textual inversion, whose words prompts can then use (`sd.adapters.textual_inversion`). Each
+        is a path or (path, word).
 
     Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x or 2.x checkpoint or for a
     LoRA that does not fit, TypeError for a path of another type, ValueError for an invalid device, dtype,
@@ -74,6 +78,7 @@ def load_models(
             "installing again; `python scripts/train_tiny.py` trains another, and `sh scripts/download.sh` fetches "
             "Stable Diffusion 1.5 (4.3 GB)."
         )
+    embeddings = read_embeddings(embeddings)
     half = dtype.itemsize == 2
     path, vae = (hub.fetch(given, half) if hub.is_name(given) else given for given in (path, vae))
     tiny = load_tiny_autoencoder(vae, device, dtype) if vae is not None and is_tiny_autoencoder(vae) else {}
@@ -105,16 +110,16 @@ def load_models(
         models.config = settle_prediction(models)
     if compiled:
         speed.compile_networks([models.diffusion, models.decoder], device, dtype)
-    return models
+    return with_embeddings(models, embeddings) if embeddings else models
 
 
 def _tokenizer(config: ModelConfig, added_words: dict[str, int]) -> Tokenizer:
     pad_token_id = 0 if config.text.zero_padding else None
     if not added_words:
         return Tokenizer(pad_token_id=pad_token_id)
-    from sd.prompts.added_words import TokenizerWithWords  # only here: hardly any model has such words
+    from sd.prompts.added_words import TokenizerWithWords, grouped  # only here: hardly any model has such words
 
-    return TokenizerWithWords(added_words, pad_token_id)
+    return TokenizerWithWords(grouped(added_words), pad_token_id)
 
 
 def preload_models_from_standard_weights(ckpt_path: str | Path, device: Device = None) -> Models:

@@ -22,6 +22,7 @@ from sd.config import ModelConfig, UNetConfig
 from sd.decoder import Decoder
 from sd.model_converter import split_qkv, to_compvis, to_their_name
 from sd.models import Models
+from sd.prompts.added_words import flat, grouped
 from sd.tokenizer import END, START, Tokenizer
 
 VERSION = {"_diffusers_version": "0.21.0"}  # the first one in which all values below have today's meaning
@@ -36,14 +37,17 @@ def save_folder(models: Models, path: str | Path) -> None:
     """Writes a model, in the dtype that it has, as a folder that diffusers and `load_models` open.
 
     The folder must be new or empty, and appears only once it is complete. It has no place for the default sampler,
-    steps and guidance of a model. Raises FileExistsError, another OSError if it cannot be written, and ValueError for a
-    model with a tiny autoencoder.
+    steps and guidance of a model. Words of textual inversion are kept: a name for each vector, as diffusers reads them.
+
+    Raises ValueError if those names clash, or for a model with a tiny autoencoder; FileExistsError, and another OSError
+    if it cannot be written.
     """
     if not isinstance(models.decoder, Decoder):
         raise ValueError(
             "models should have their own VAE to be saved, not a tiny autoencoder: load them without vae=."
         )
     path = Path(path)
+    _vector_names(models.tokenizer)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} should be the name of a new folder: it exists, and is not empty.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,8 +221,21 @@ def _tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     _json(folder / "vocab.json", tokenizer.vocab)
     merges = "\n".join(map(" ".join, tokenizer.merges))
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    if added := getattr(tokenizer, "added", {}):
-        _json(folder / "added_tokens.json", {word: ids[0] for word, ids in added.items()})
+    if words := _vector_names(tokenizer):
+        _json(folder / "added_tokens.json", words)
+
+
+def _vector_names(tokenizer: Tokenizer) -> dict[str, int]:
+    """A name for each vector of the added words, and its id. Raises ValueError if they would be read back as others."""
+    added = getattr(tokenizer, "added", {})
+    names = flat(added)
+    groups = grouped(names)
+    if clash := next((word for word, ids in added.items() if groups[word] != ids), None):
+        raise ValueError(
+            f"The word {clash!r:.80} should get another name to be saved: {f'{clash}_1'!r:.80} and so on would be its "
+            "further vectors, and another word has such a name."
+        )
+    return names
 
 
 def _json(path: Path, values: dict) -> None:

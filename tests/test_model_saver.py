@@ -51,7 +51,7 @@ def test_float16_and_added_words(tmp_path):
     rows = torch.cat([models.clip.token_embedding.weight, torch.randn(1, 32)])
     models.clip.token_embedding = torch.nn.Embedding(*rows.shape, _weight=rows)
     models.config = replace(MICRO, text=replace(MICRO.text, vocab_size=49409))
-    models.tokenizer = TokenizerWithWords({"<my-cat>": 49408})
+    models.tokenizer = TokenizerWithWords({"<my-cat>": [49408]})
     for name in NETWORKS:
         getattr(models, name).half()
     save_folder(models, tmp_path / "model")

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from scripts.support.command_line import demo_command
+from scripts.support.embeddings import used_files
 from scripts.support.loras import flag_value
 from scripts.support.saved_settings import settings
 
@@ -37,7 +38,7 @@ def details(options: argparse.Namespace, request: Request, models: Models) -> di
     inverted = "yes" if options.invert_mask else None
     pairs |= {"Image": options.image, "Mask": mask, "Inverted mask": inverted, "Feather": options.feather}
     pairs |= {"Control images": ", ".join(map(str, options.control_image or []))}
-    pairs |= {"Only masked, padding": request.padding_mask_crop}
+    pairs |= {"Only masked, padding": request.padding_mask_crop, "Embeddings": used_files(options, request)}
     pairs |= {"Device": device, "Precision": DTYPES[dtype], "Machine": platform.machine()}
     pairs |= {"Threads": torch.get_num_threads()}
     pairs |= {"Python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "pillow")}
@@ -64,6 +65,7 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--strength": request.strength if options.image else None,
         "--steps": request.n_inference_steps,
         "--cfg-scale": request.cfg_scale,
+        "--embedding": options.embedding,
         "--sampler": request.sampler_name,
         "--seed": request.seed,
         "--width": request.width,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.support.command_line import say
 from scripts.support.control import check_control
+from scripts.support.embeddings import check_embeddings
 from scripts.support.loras import given_loras
 from scripts.support.output_files import check_different_files, check_free
 
@@ -29,6 +31,7 @@ def check_flags(options: argparse.Namespace) -> None:
         raise ValueError(f"--n should be from 1 to {MAX_IMAGES}, not {options.n}.")
     _check_pairs(options)
     check_control(options)
+    check_embeddings(options)
     files = {"--image": options.image, "--mask": options.mask, "--from": options.source}
     files["--prompts-file"] = options.prompts_file
     for flag, path in files.items():
@@ -103,12 +106,14 @@ def note_unquoted(prompts: list[str]) -> None:
         say(f'{len(prompts)} prompts were given, and each is drawn. For a single prompt, add quotes: "{one}".')
 
 
-def note_unknown_words(prompts: list[str]) -> None:
-    """For words that the tiny model was never trained on."""
+def note_unknown_words(prompts: list[str], embedded: Iterable[str] = ()) -> None:
+    """For words that the tiny model was never trained on, except those of embeddings."""
+    from sd.prompts.added_words import any_of
     from sd.prompts.other_tools import without_notation
     from sd.training.world.vocabulary import unknown_words
 
-    if words := unknown_words(without_notation(" ".join(prompts))):
+    text = without_notation(" ".join(prompts))
+    if words := unknown_words(any_of(embedded).sub(" ", text.lower())):
         unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
         say(f"the tiny model was not trained on {unknown}: --world lists its words.")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.support.control import saved_controls, take_controls
+from scripts.support.embeddings import saved_embeddings, take_embeddings
 from scripts.support.loras import Lora, hashes, with_tags
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def settings(options: argparse.Namespace, request: Request, loras: Sequence[Lora
     }
     if options.vae:
         pairs["VAE"] = options.vae.stem
+    pairs |= saved_embeddings(options, request)
     if request.deep_cache > 1:
         pairs["Deep cache"] = request.deep_cache
     if options.image:
@@ -224,6 +226,7 @@ def use_saved(options: argparse.Namespace) -> list[str]:
     options.lora_hashes = pairs.pop("Lora hashes", "")
     _take_size(options, pairs)
     _take_sampler(options, pairs)
+    take_embeddings(options, pairs)
     notes = _model_notes(options, pairs) + take_controls(options, pairs)
     if pairs:
         names = ", ".join([*pairs][:MAX_NAMES]) + (", ..." if len(pairs) > MAX_NAMES else "")

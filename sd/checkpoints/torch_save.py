@@ -22,7 +22,8 @@ from sd.checkpoints.unpickler import MAX_PICKLE_BYTES, Call, Global, StorageNote
 from sd.checkpoints.zip_archive import Archive
 
 LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the weights, best first
+# Where trainers put the weights, best first. The last is for the vectors of textual inversion.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "string_to_param")
 MAX_WRAPPERS = 4  # around one another
 
 
@@ -75,9 +76,10 @@ def read_legacy(data: mmap.mmap) -> Checkpoint:
 def _from_notes(root: Any, storage_of: Callable[[StorageNote], UntypedStorage]) -> Checkpoint:
     """The value of a pickle -> the tensors that its notes describe.
 
-    `storage_of` gives the storage of a note, and raises KeyError if the file has none.
+    A tensor without a name gets the name "". `storage_of` gives the storage of a note, and raises KeyError if the file
+    has none.
     """
-    top = root if isinstance(root, dict) else {}
+    top = {"": root} if isinstance(root, TensorNote) else root if isinstance(root, dict) else {}
     entries = _entries(top)
     check_count(len(entries))
     storages: dict[str, UntypedStorage] = {}  # tied tensors share one
@@ -95,8 +97,6 @@ def _from_notes(root: Any, storage_of: Callable[[StorageNote], UntypedStorage]) 
         elif _is_unreadable(note):
             unreadable[name] = f"kind {note.function.name:.80}"
     if not state:
-        if "string_to_param" in top:
-            raise CheckpointError("is a textual inversion embedding; give a Stable Diffusion 1.x or 2.x checkpoint")
         for name, kind in unreadable.items():
             raise CheckpointError(f"has tensor {name!r:.80} of an unsupported {kind}")
         raise CheckpointError("has no tensors by name, at its top level or under `state_dict`; save model.state_dict()")

@@ -8,7 +8,8 @@ Python's own `pickle` runs a stranger's program.
 
 This machine only takes notes. GLOBAL pushes `Global("os", "system")`, which is two strings. REDUCE pushes
 `Call(that, arguments)`, and nothing is called. BUILD drops its state. The calls and references with which torch.save
-describes tensors become a `TensorNote`, and an OrderedDict becomes a dict. torch_save.py makes tensors of the notes.
+describes tensors become a `TensorNote`; an OrderedDict and a ParameterDict become a dict. torch_save.py makes tensors
+of the notes.
 
 It supports the instructions that Python 3 writes in pickle protocols 2 to 5, and refuses all others. In a dictionary it
 keeps only entries whose keys are text of a sensible length, as all keys of a state dict are. Other keys can crash or
@@ -224,8 +225,14 @@ class Unpickler:
             case _:
                 self.push(Call(function, arguments))
 
+    def build(self) -> None:
+        """BUILD: pop the state of an object. A ParameterDict becomes the dictionary in its state."""
+        match self.pop(), self.stack[-1]:
+            case {"_parameters": dict() as parameters}, Call(Global("torch.nn.modules.container", "ParameterDict"), ()):
+                self.stack[-1] = parameters
+
     def push_reference(self) -> None:
-        """BINPERSID: a reference to data outside the pickle; torch uses it for the storages of tensors."""
+        """BINPERSID: a reference to something outside the pickle; torch uses it for the storages of tensors."""
         match reference := self.pop():
             case ("storage", Global("torch" | "torch.storage", name), key, _, count, *_) if (
                 name in STORAGE_DTYPES and _is_name(key) and type(count) is int and 0 <= count < MAX_NUMBER
@@ -234,6 +241,8 @@ class Unpickler:
                 if self.storages.setdefault(key, note) != note:
                     raise UnpicklingError("the pickle describes one storage in two ways")
                 self.push(note)
+            case ("module", Global() as name, *_):  # a class of torch.nn, in the old format, beside its source code
+                self.push(name)
             case _:
                 self.push(Call(Global("pickle", "persistent_load"), reference))
 
@@ -303,7 +312,7 @@ INSTRUCTIONS: dict[bytes, Instruction] = {
     pickle.REDUCE: lambda machine: machine.push_call(machine.pop()),
     pickle.NEWOBJ: lambda machine: machine.push_call(machine.pop()),
     pickle.NEWOBJ_EX: lambda machine: machine.push_call((machine.pop(), machine.pop())),
-    pickle.BUILD: lambda machine: machine.pop(),
+    pickle.BUILD: lambda machine: machine.build(),
     pickle.BINPERSID: lambda machine: machine.push_reference(),
     # the stack and the memo
     pickle.MARK: lambda machine: machine.marks.append(len(machine.stack)),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 
@@ -135,15 +135,20 @@ def _merge(pieces: list[Piece]) -> list[Piece]:
     return [("".join(text for text, _ in run), weight) for weight, run in runs]
 
 
-def split(tokens: Sequence[Token], room: int, commas: set[int]) -> list[Sequence[Token]]:
+def split(
+    tokens: Sequence[Token], room: int, commas: set[int], continued: Collection[int] = ()
+) -> list[Sequence[Token]]:
     """Tokens -> one or more chunks of at most `room` tokens.
 
     If there is a comma in the last 20 tokens of a full chunk, the chunk ends there, unless the next token is a comma.
+    An added word of several tokens, all but the first of which are in `continued`, moves to the next chunk as a whole.
     """
     chunks, start = [], 0
     while len(tokens) - start > room:
         end = start + room
-        if tokens[end][0] not in commas:
+        if tokens[end][0] in continued:
+            end = next((i for i in range(end, start, -1) if tokens[i][0] not in continued), end)
+        elif tokens[end][0] not in commas:
             late = range(max(end - BACKTRACK, start), end)
             end = max((i + 1 for i in late if tokens[i][0] in commas), default=end)
         chunks.append(tokens[start:end])
@@ -162,7 +167,7 @@ def chunks_of(text: str, tokenizer: Tokenizer) -> list[Sequence[Token]]:
     chunks: list[Sequence[Token]] = []
     for part in parse(text):
         tokens = [(token, weight) for piece, weight in part for token in tokenizer.encode(piece)]
-        chunks += split(tokens, room, commas)
+        chunks += split(tokens, room, commas, getattr(tokenizer, "continued", ()))
     if len(chunks) > MAX_CHUNKS:
         raise ValueError(f"prompt should be at most {MAX_CHUNKS} chunks of {room} tokens long, not {len(chunks)}.")
     return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]  # nothing follows the last BREAK

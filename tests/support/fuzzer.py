@@ -4,8 +4,9 @@
 
 `files` are those of `mutations.case` for the checkpoint reader, `models` those of `model_mutations.model_case` for
 `load_models`, `loras` those of `lora_mutations.lora_case` for `with_loras`, `pictures` those of
-`picture_mutations.case`, read as images and as masks. It runs in a separate process,
-so that a crash, a hang or a gigabyte of memory does not end the tests that look for them.
+`picture_mutations.case`, read as images and as masks, `embeddings` those of
+`synthetic_embeddings.case`. It runs in a separate process, so that a crash, a hang or a gigabyte of memory does not end
+the tests that look for them.
 """
 
 import collections
@@ -24,12 +25,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from sd.adapters.textual_inversion import read_embedding
 from sd.checkpoints.files import read_state_dict
 from sd.files import DATA
 from sd.images import read_image, read_mask
 from sd.model_loader import load_models
 from sd.models import Models
-from tests.support import lora_mutations, model_mutations, mutations, picture_mutations
+from tests.support import lora_mutations, model_mutations, mutations, picture_mutations, synthetic_embeddings
 from tests.support.auditing import watching
 
 ADDRESS_SPACE = 8 << 30  # bytes: a bug found here should not take all memory of the machine
@@ -82,11 +84,19 @@ def look(path: Path) -> None:
     assert 0 <= mask.min() <= mask.max() <= 1
 
 
+def embed(path: Path) -> None:
+    embedding = read_embedding(path)
+    assert embedding.words
+    assert embedding.vectors.ndim == 2
+    assert embedding.vectors.isfinite().all()
+
+
 KINDS = {
     "files": (mutations.case, read),
     "models": (model_mutations.model_case, load),
     "loras": (lora_mutations.lora_case, wear),
     "pictures": (picture_mutations.case, look),
+    "embeddings": (synthetic_embeddings.case, embed),
 }
 
 
@@ -122,7 +132,8 @@ def warm_up(path: Path, loras: int) -> None:
     Image.init()
     assert b"ok".decode("cp437") == b"ok".decode("utf-8-sig")  # names in archives; texts
     honest = [*mutations.seeds().values(), *picture_mutations.seeds().values(), model_mutations.model_case(0)[1]]
-    cases = [(content, action) for content in honest for action in (read, load, look)]
+    honest += synthetic_embeddings.seeds()
+    cases = [(content, action) for content in honest for action in (read, load, look, embed)]
     for content, action in cases + [(lora_mutations.lora_case(number)[1], wear) for number in range(loras)]:
         path.write_bytes(content)
         with contextlib.suppress(ValueError):
