@@ -137,10 +137,10 @@ def take_controls(options: argparse.Namespace, pairs: dict[str, str]) -> list[st
     Returns sentences for the user. Raises ValueError for a number that cannot be read.
     """
     names = [name for name in pairs if SAVED.fullmatch(name)]
-    saved = [dict(re.findall(r"\s*([^:,]+):\s*([^,]*)", pairs.pop(name))) for name in names]
+    saved = [_parts(pairs.pop(name)) for name in names]
     if not saved:
         return []
-    made_with = " and ".join(repr(one.get("Model", "unknown").strip()) for one in saved)
+    made_with = " and ".join(repr(one.get("Model", "unknown")) for one in saved)
     if len(options.control or []) != len(saved):
         return [f"{options.source} was made with {made_with}; --control and --control-image give a ControlNet."]
     for option, (name, default) in NUMBERS.items():
@@ -150,12 +150,18 @@ def take_controls(options: argparse.Namespace, pairs: dict[str, str]) -> list[st
                 setattr(options, option, [float(text) for text in texts])
             except ValueError:
                 raise ValueError(f"{options.source}: {name} should be a number, not {texts!r:.80}.") from None
-    sources = [one.get("Module", NO_FILTER).strip() for one in saved]
+    sources = [one.get("Module", NO_FILTER) for one in saved]
     if options.control_from is None and set(sources) <= {CANNY, NO_FILTER}:
         options.control_from = sources
-    options.guess_mode |= all(one.get("Control Mode", "").strip() == GUESS for one in saved)
+    options.guess_mode |= all(one.get("Control Mode") == GUESS for one in saved)
     ours = " and ".join(repr(path.stem) for path in options.control)
     return [f"{options.source} was made with the ControlNet {made_with}, not {ours}."] if ours != made_with else []
+
+
+def _parts(text: str) -> dict[str, str]:
+    """ "Model: canny, Weight: 1" -> its parts."""
+    parts = (part.partition(":") for part in text.split(","))
+    return {name.strip(): value.strip() for name, _, value in parts}
 
 
 def _for_each(options: argparse.Namespace, name: str) -> list:

@@ -89,8 +89,8 @@ def hashes(loras: Iterable[Lora]) -> str:
 
 def hash_notes(loras: Iterable[Lora], saved: str, source: Path) -> list[str]:
     """A sentence for each LoRA whose file is not the one that the picture of --from was made with."""
-    pairs = dict(re.findall(r"([^:,]+): ([0-9a-f]{12})\b", saved))
-    known = {name.strip(): digest for name, digest in pairs.items()}
+    pairs = (pair.partition(":") for pair in saved.split(","))
+    known = {name.strip(): digest.strip()[:12] for name, _, digest in pairs}
     return [
         f"{path} is not the LoRA of that name that {source} was made with: its tensors differ."
         for path in dict.fromkeys(path for path, _, _ in loras)

@@ -66,7 +66,8 @@ def read_safetensors(data: mmap.mmap) -> Checkpoint:
             f"has a safetensors header of {start - 8:,} bytes; the limit of the format is {MAX_HEADER_BYTES:,}"
         )
     header = _parse_header(data[8:start])
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # an empty list is damage
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise CheckpointError("is damaged: its __metadata__ is not a dict from text to text")
     check_count(len(header))

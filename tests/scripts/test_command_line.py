@@ -112,10 +112,9 @@ def test_a_python_without_packages_says_where_there_is_one(name, tmp_path):
     command = [sys.executable, "-I", "-S", ROOT / f"scripts/{name}.py", *arguments]  # without site-packages
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
-    lacks = "tqdm" if name == "download" else "torch, numpy, PIL, tqdm, regex, ftfy"
     assert result.stderr == (
-        f"{name}.py: this Python lacks {lacks}: run `sh scripts/demo.sh` once to install them into .venv, then "
-        f"`.venv/bin/python scripts/{name}.py`.\n"
+        f"{name}.py: this Python lacks torch, numpy, PIL, tqdm, regex, ftfy: run `sh scripts/demo.sh` once to install "
+        f"them into .venv, then `.venv/bin/python scripts/{name}.py`.\n"
     )
     assert list(tmp_path.iterdir()) == []
 
