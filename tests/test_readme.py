@@ -29,11 +29,11 @@ def test_links_lead_to_files(page):
 
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
-LONGEST = ROOT / "sd/inside/README.md"  # records and reports
+LONGEST = {ROOT / "sd/inside/README.md", ROOT / "sd/adapters/README.md"}  # reports; several models
 
 
 @pytest.mark.parametrize(
-    "page", [slow(page) if page == LONGEST else page for page in WITH_PYTHON], ids=lambda page: page.parent.name
+    "page", [slow(page) if page in LONGEST else page for page in WITH_PYTHON], ids=lambda page: page.parent.name
 )
 def test_blocks_of_python_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
