@@ -222,5 +222,5 @@ def _add_alphas(found: dict[Layer, Parts], path: Path, checkpoint: Checkpoint) -
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise CheckpointError(f"{path}: lora_alpha of {layer.path} should be a number, not {alpha!r:.80}.")
         rank = len(parts["down"])
-        stabilised = settings.get(f"{network}.use_rslora") is True  # alpha / sqrt(r) (2312.03732, eq. 4)
+        stabilised = settings.get(f"{network}.use_rslora") is True  # alpha / sqrt(r) (2312.03732)
         parts["alpha"] = torch.tensor(alpha * rank**0.5 if stabilised else alpha, dtype=torch.float32)
