@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -77,7 +78,7 @@ def as_lora(given: Given) -> Lora:
     if not isinstance(path, (str, os.PathLike)) or len(strengths) > 2:
         raise TypeError(f"A LoRA should be a path, (path, strength) or (path, unet, text), not {given!r:.80}.")
     for strength in strengths:
-        if not isinstance(strength, (int, float)) or not abs(strength) <= MAX_STRENGTH:
+        if not isinstance(strength, numbers.Real) or not abs(strength) <= MAX_STRENGTH:
             allowed = f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}; 0.5 to 1 is usual"
             raise ValueError(f"The strength of {path} should be {allowed}, not {strength!r:.80}.")
     first, last = (float(strengths[0]), float(strengths[-1])) if strengths else (1.0, 1.0)
