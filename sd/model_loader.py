@@ -64,9 +64,9 @@ def load_models(
     `embeddings`: files of textual inversion, whose words prompts can then use (`sd.adapters.textual_inversion`). Each
         is a path or (path, word).
 
-    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x or 2.x checkpoint or for a
-    LoRA that does not fit, TypeError for a path of another type, ValueError for an invalid device, dtype,
-    prediction type or strength, and what `hub.fetch` raises.
+    Raises FileNotFoundError, CheckpointError for a file that is not a Stable Diffusion 1.x or 2.x checkpoint and for a
+    LoRA that does not fit it, TypeError for a path of another type, ValueError for an invalid device, dtype, prediction
+    type or strength, and what `hub.fetch` raises.
     The files must not change while the models are in use.
     """
     device = best_device(device)
@@ -213,9 +213,12 @@ def _of(name: str, modules: Iterable[tuple[str, str]], changes: Changes) -> dict
 
 
 def _stamp(*paths: str | Path | None) -> tuple:
-    """The times and sizes of files, and of those in folders: equal while nobody changes them. Empty if one is gone."""
-    given = [Path(path) for path in paths if path is not None]
-    files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    """The times and sizes of files, and of the weights in folders: equal while nobody changes them. Empty if one is
+    gone."""
+    files = []
+    for path in (Path(path) for path in paths if path is not None):
+        inside = sorted(file for file in path.rglob("*") if file.suffix in hub.FILE_SUFFIXES) if path.is_dir() else []
+        files += inside or [path]
     try:
         return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -77,7 +78,7 @@ def as_lora(given: Given) -> Lora:
     if not isinstance(path, (str, os.PathLike)) or len(strengths) > 2:
         raise TypeError(f"A LoRA should be a path, (path, strength) or (path, unet, text), not {given!r:.80}.")
     for strength in strengths:
-        if not isinstance(strength, (int, float)) or not abs(strength) <= MAX_STRENGTH:
+        if not isinstance(strength, numbers.Real) or not abs(strength) <= MAX_STRENGTH:
             allowed = f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}; 0.5 to 1 is usual"
             raise ValueError(f"The strength of {path} should be {allowed}, not {strength!r:.80}.")
     first, last = (float(strengths[0]), float(strengths[-1])) if strengths else (1.0, 1.0)
@@ -222,5 +223,5 @@ def _add_alphas(found: dict[Layer, Parts], path: Path, checkpoint: Checkpoint) -
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise CheckpointError(f"{path}: lora_alpha of {layer.path} should be a number, not {alpha!r:.80}.")
         rank = len(parts["down"])
-        stabilised = settings.get(f"{network}.use_rslora") is True  # alpha / sqrt(r) (2312.03732, eq. 4)
+        stabilised = settings.get(f"{network}.use_rslora") is True  # alpha / sqrt(r) (2312.03732)
         parts["alpha"] = torch.tensor(alpha * rank**0.5 if stabilised else alpha, dtype=torch.float32)

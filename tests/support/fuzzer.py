@@ -153,7 +153,7 @@ def main(folder: Path, first: int, counts: dict[str, int]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     warnings.simplefilter("ignore")  # from Pillow, and from zipfile, which makes hostile archives here
     path = folder / "case.ckpt"
-    warm_up(path, loras=20 if "loras" in counts else 0)
+    warm_up(path, loras=12 if "loras" in counts else 0)
     before, outcomes, wrong, slowest = peak_memory(), collections.Counter(), {}, (0.0, "")
     for name, content, action in cases(first, counts):
         path.write_bytes(content)
