@@ -17,6 +17,7 @@ from sd.inside.preview import SD15_PREVIEW, preview_for
 from sd.inside.recording import record
 from sd.model_saver import save_folder
 from sd.request import Request
+from tests.support.marks import slow
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models, random_state
 from tests.support.tiny_autoencoders import (
     diffusers_state,
@@ -94,7 +95,7 @@ def test_a_decoder_alone_is_enough_for_previews_only(tmp_path, networks, demo_ch
         load_tiny_autoencoder(path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)])
 def test_it_takes_the_place_of_the_vae(folder, networks, demo_checkpoint, dtype):
     models = load_models(demo_checkpoint, "cpu", dtype, vae=folder)
     assert isinstance(models.encoder, TinyEncoder)
@@ -113,7 +114,7 @@ def test_a_checkpoint_without_a_vae_takes_it(tmp_path, folder):
     assert isinstance(load_models(tmp_path / "no-vae.ckpt", vae=folder).decoder, TinyDecoder)
 
 
-@pytest.mark.parametrize("config", [MICRO, INPAINTING_MICRO])
+@pytest.mark.parametrize("config", [slow(MICRO), INPAINTING_MICRO])
 def test_every_kind_of_image(networks, config):
     models = replace(random_models(config), **networks)
     picture = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)

@@ -144,7 +144,7 @@ def test_text_to_image(config, strengths, start, end, guess, pool):
     assert_same_pictures(actual, expected)
 
 
-@pytest.mark.parametrize("guess", [slow(False), True])
+@pytest.mark.parametrize("guess", [slow(False), slow(True)])
 def test_without_guidance_and_in_a_batch(guess):
     models, network, hint = random_models(MICRO, seed=3), random_controlnet(MICRO.unet), hint_picture()
     pipe = with_control(diffusers.StableDiffusionControlNetPipeline, models, [network])
@@ -169,7 +169,7 @@ def test_without_guidance_and_in_a_batch(guess):
     assert_same_pictures(actual, expected)
 
 
-@pytest.mark.parametrize("config, strength", [(MICRO, 0.7), slow(SD2_MICRO, 0.5)])
+@pytest.mark.parametrize("config, strength", [slow(MICRO, 0.7), slow(SD2_MICRO, 0.5)])
 def test_image_to_image(config, strength):
     models, network = random_models(config, seed=3), random_controlnet(config.unet)
     hint, picture = hint_picture(size=(64, 64)), make_picture()

@@ -95,7 +95,7 @@ def warm_up(path: Path) -> None:
     """Import everything that the cases will need."""
     assert b"ok".decode("cp437") == b"ok".decode("utf-8-sig")
     for what, (make, action) in fuzzer.KINDS.items():
-        for content in [*mutations.seeds().values(), *(make(number)[1] for number in range(20))]:
+        for content in [*mutations.seeds().values(), *(make(number)[1] for number in range(8))]:
             path.write_bytes(content)
             with contextlib.suppress(ValueError):
                 action(path)
