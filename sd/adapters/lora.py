@@ -51,7 +51,7 @@ def merge(weights: dict[str, Tensor], changes: Iterable[Change]) -> dict[str, Te
 
 def delta(parts: Parts, weight: Tensor) -> Tensor:
     """What is added to a float32 weight at strength 1, of its shape. Raises an error if the shapes do not fit."""
-    parts = {name: part.to(weight) for name, part in parts.items()}
+    parts = {name: part.to(weight).contiguous() for name, part in parts.items()}  # kron refuses transposed ones
     rank, product = _product(parts)
     if rank is not None and "alpha" in parts:
         product.mul_(parts["alpha"].reshape(()) / rank)  # (alpha / r) B A

@@ -194,6 +194,23 @@ def test_an_ordinary_lora_on_an_inpainting_model(tmp_path, file):
     assert torch.equal(weight[:, 4:], before[:, 4:])
 
 
+@pytest.mark.parametrize("parts", [("lora_up.weight", "lora_down.weight"), ("lokr_w1", "lokr_w2"), ("diff",)])
+def test_tensors_that_are_stored_transposed(models, tmp_path, parts):
+    shapes = {
+        "lokr_w1": (2, 2),
+        "lokr_w2": (4, 4),
+        "lora_up.weight": (8, 2),
+        "lora_down.weight": (2, 8),
+        "diff": (8, 8),
+    }
+    state = {f"{PROJ_IN}.{part}": noise(*shapes[part]) for part in parts}
+    torch.save(state, tmp_path / "a.pt")
+    torch.save({key: x.T.contiguous().T for key, x in state.items()}, tmp_path / "b.pt")
+    one, other = (models.with_loras([tmp_path / name]) for name in ("a.pt", "b.pt"))
+    assert changed(one, models) == CHANGED[:1]
+    assert changed(other, one) == []
+
+
 def test_settings_of_peft_beside_the_file(models, file, tmp_path):
     key = "base_model.model.down_blocks.0.attentions.0.proj_in"
     state = {f"{key}.lora_A.weight": noise(4, 8), f"{key}.lora_B.weight": noise(8, 4)}
