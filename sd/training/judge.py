@@ -3,11 +3,12 @@
 In: images. Out: for each image, the things in it with their colours and places, the number of suns or moons, and the
 time, terrain and clouds.
 
-It divides an image into 16 x 16 cells. For each cell it says how likely the foot of a thing of each kind is there, or
-the middle of a sun or moon, and for the colour of that thing. A thing is found where this likelihood is high, and
-highest among the neighbouring cells (as in 1904.07850). So the judge can also count things in arrangements that no
-prompt asks for. It is trained on renders of none to three things and none to two suns anywhere, and on spoiled things:
-with two colours, half one thing and half another, or with a part missing. It is never trained on generated images.
+It divides an image into 16 x 16 cells. For each cell it says how likely the foot of a thing is there, and which thing
+in which colour it would be; and how likely the middle of a sun or moon is there. A thing is found where this likelihood
+is high, and highest among the neighbouring cells (as in 1904.07850). So the judge can count, also in arrangements that
+no prompt asks for. It is trained on renders of none to three things and none to two suns anywhere, and on spoiled
+things: with two colours, half one thing and half another, or with a part missing. It is never trained on generated
+images.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from sd.blocks import Downsample, ResidualBlock, Upsample
+from sd.blocks import Downsample, ResidualBlock
 from sd.checkpoints.files import read_state_dict
 from sd.images import from_uint8
 from sd.training.text import resize
@@ -33,18 +34,23 @@ from sd.training.world.scenes import COLOURS, TERRAINS, THINGS, TIMES, Scene, Th
 
 GRID, SIDE = 16, 64  # cells and pixels along one side
 ODD, MIXED = "odd", "mixed"  # a thing that is not one whole thing, and a colour that is not one colour
-KINDS = (*THINGS[1:], ODD, "light")
+KINDS = (*THINGS[1:], ODD)
 PAINTS = (*COLOURS, MIXED)
 CLASSES = (len(TIMES), len(TERRAINS), 2)  # of the whole image; the last one is for clouds
 JUDGE_SEED = 10_000_000  # the first seed of the judge's images
-THRESHOLD = 0.4  # from this likelihood on, a thing is there
+THRESHOLD = 0.4  # from this likelihood on, a thing or a light is there
+LIGHT = "light"
+ABSENT = -100  # the kind and colour of a cell without a thing; cross_entropy ignores it
+CELL = (2, len(KINDS), len(PAINTS))  # of each cell: thing and light, the kind of the thing, its colour
+# Where the middle of a thing is, above its foot.
+MIDDLES = {"house": 24, "tree": 35, "sailboat": 32, "cactus": 32, "balloon": 42, "lighthouse": 32, "tent": 17}
 
 
 @dataclass(frozen=True)
 class Found:
     """A thing, or a sun or moon, in an image."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of KINDS, or LIGHT
     colour: str  # one of PAINTS; without meaning for a light
     x: float  # of its foot, or of the middle of a light, in 0..128
     y: float
@@ -61,7 +67,7 @@ class Seen:
 
     @property
     def things(self) -> list[Found]:
-        return [found for found in self.found if found.kind != "light"]
+        return [found for found in self.found if found.kind != LIGHT]
 
     @property
     def lights(self) -> int:
@@ -77,45 +83,42 @@ class Judge(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 8, stride=4, padding=2), ResidualBlock(32, 32, 8, 1e-5))
         self.down8 = nn.Sequential(Downsample(32, symmetric=True), ResidualBlock(32, 64, 8, 1e-5))
         self.down4 = nn.Sequential(Downsample(64, symmetric=True), ResidualBlock(64, 96, 8, 1e-5))
-        self.up8, self.up16 = Upsample(96), Upsample(64)
         self.merge8, self.merge16 = ResidualBlock(96 + 64, 64, 8, 1e-5), ResidualBlock(64 + 32, 48, 8, 1e-5)
-        self.cells = nn.Conv2d(48, len(KINDS) + len(PAINTS), 1)
+        self.cells = nn.Conv2d(48, sum(CELL), 1)
         self.whole = nn.Linear(96 * 16, sum(CLASSES))
-        nn.init.constant_(self.cells.bias, -2.0)  # at the start, most cells are empty
+        nn.init.constant_(self.cells.bias[:2], -2.0)  # at the start, most cells are empty
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (B, 3, H, W) in [-1, 1] -> logits of kinds (B, 9, 16, 16), of colours (B, 7, 16, 16), and of time,
-        terrain and clouds (B, 11)."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) in [-1, 1] -> logits of the cells (B, 17, 16, 16) and of the whole image (B, 11)."""
         x = resize(images, SIDE) if images.shape[-1] != SIDE else images  # (B, 3, 64, 64)
         x16 = self.stem(x)  # (B, 32, 16, 16)
         x8 = self.down8(x16)  # (B, 64, 8, 8)
         x4 = self.down4(x8)  # (B, 96, 4, 4)
-        whole = self.whole(F.silu(x4).flatten(1))
-        x = self.merge8(torch.cat([self.up8(x4), x8], dim=1))  # (B, 64, 8, 8)
-        x = self.merge16(torch.cat([self.up16(x), x16], dim=1))  # (B, 48, 16, 16)
-        kinds, paints = self.cells(F.silu(x)).split([len(KINDS), len(PAINTS)], dim=1)
-        return kinds, paints, whole
+        x = self.merge8(torch.cat([F.interpolate(x4, scale_factor=2.0), x8], dim=1))  # (B, 64, 8, 8)
+        x = self.merge16(torch.cat([F.interpolate(x, scale_factor=2.0), x16], dim=1))  # (B, 48, 16, 16)
+        return self.cells(F.silu(x)), self.whole(F.silu(x4).flatten(1))
 
     @torch.no_grad()
     def look(self, images: Tensor) -> list[Seen]:
         """images (N, 3, H, W) in [-1, 1] -> what each of them shows."""
         seen = []
         for part in images.split(64):
-            kinds, paints, whole = self(part)
+            cells, whole = self(part)
             answers = [logits.argmax(dim=1).tolist() for logits in whole.split(CLASSES, dim=1)]
             for i, (time, terrain, clouds) in enumerate(zip(*answers)):
-                found = tuple(sorted(_peaks(kinds[i].sigmoid(), paints[i]), key=lambda found: found.x))
+                found = tuple(sorted(_peaks(cells[i]), key=lambda found: found.x))
                 seen.append(Seen(TIMES[time], TERRAINS[terrain], bool(clouds), found))
         return seen
 
 
-def _peaks(kinds: Tensor, paints: Tensor) -> list[Found]:
-    """Likelihoods of kinds (9, 16, 16), logits of colours (7, 16, 16) -> the things and lights at their peaks."""
-    heat = torch.stack([kinds[:-1].amax(dim=0), kinds[-1]])  # (2, 16, 16): any thing, and lights
+def _peaks(cells: Tensor) -> list[Found]:
+    """Logits (17, 16, 16) -> the things and lights at the peaks of the likelihood."""
+    heat, kinds, paints = cells.split(CELL)
+    heat = heat.sigmoid()  # (2, 16, 16): things and lights
     peaks = (heat > THRESHOLD) & (heat == F.max_pool2d(heat[None], 3, stride=1, padding=1)[0])
     found = []
     for is_light, row, column in peaks.nonzero().tolist():
-        kind = KINDS[-1] if is_light else KINDS[kinds[:-1, row, column].argmax()]
+        kind = LIGHT if is_light else KINDS[kinds[:, row, column].argmax()]
         x, y = ((number + 0.5) * UNITS / GRID for number in (column, row))
         found.append(Found(kind, PAINTS[paints[:, row, column].argmax()], x, y))
     return found
@@ -146,35 +149,41 @@ class JudgeStage:
         noise = level * torch.randn(images.shape, generator=generator)
         return images + noise, *targets([self.truths[i] for i in indices.tolist()])
 
-    def loss(self, images: Tensor, heat: Tensor, paint: Tensor, wanted: Tensor) -> Tensor:
-        kinds, paints, whole = (logits.float() for logits in self.networks["judge"](images))
-        logits = whole.split(CLASSES, dim=1)
-        losses = [F.cross_entropy(logit, wanted[:, i]) for i, logit in enumerate(logits)]
-        colour = F.cross_entropy(paints, paint, ignore_index=-100)
-        return torch.stack(losses).mean() + colour.nan_to_num() + focal_loss(kinds, heat)
+    def loss(self, images: Tensor, heat: Tensor, kind: Tensor, paint: Tensor, wanted: Tensor) -> Tensor:
+        cells, whole = (logits.float() for logits in self.networks["judge"](images))
+        heats, kinds, paints = cells.split(CELL, dim=1)
+        losses = [F.cross_entropy(logit, wanted[:, i]) for i, logit in enumerate(whole.split(CLASSES, dim=1))]
+        loss = torch.stack(losses).mean() + focal_loss(heats, heat)
+        if (kind == ABSENT).all():
+            return loss
+        return loss + sum(
+            F.cross_entropy(logit, right, ignore_index=ABSENT) for logit, right in ((kinds, kind), (paints, paint))
+        )
 
 
-def targets(truths: list[Seen]) -> tuple[Tensor, Tensor, Tensor]:
-    """What the judge should say of B images: the heat of each kind (B, 9, 16, 16), which is 1 in the cell of a thing
-    and falls around it; the colours of these cells (B, 16, 16), -100 elsewhere; time, terrain and clouds (B, 3)."""
-    heat, paint = torch.zeros(len(truths), len(KINDS), GRID, GRID), torch.full((len(truths), GRID, GRID), -100)
+def targets(truths: list[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the judge should say of B images: the heat of things and lights (B, 2, 16, 16), which is 1 in the cell of
+    one and falls around it; the kinds and colours of things in their cells, and ABSENT elsewhere, (B, 16, 16) each;
+    time, terrain and clouds (B, 3)."""
+    heat = torch.zeros(len(truths), 2, GRID, GRID)
+    kind, paint = (torch.full((len(truths), GRID, GRID), ABSENT) for _ in range(2))
     centres = torch.arange(GRID) + 0.5
     for i, truth in enumerate(truths):
         for found in truth.found:
             x, y = found.x * GRID / UNITS, found.y * GRID / UNITS
             row, column = min(int(y), GRID - 1), min(int(x), GRID - 1)
             near = torch.exp(-((centres[None] - x) ** 2 + (centres[:, None] - y) ** 2))
-            kind = KINDS.index(found.kind)
-            heat[i, kind] = torch.maximum(heat[i, kind], near)
-            heat[i, kind, row, column] = 1
-            if found.kind != "light":
-                paint[i, row, column] = PAINTS.index(found.colour)
+            is_light = found.kind == LIGHT
+            heat[i, int(is_light)] = torch.maximum(heat[i, int(is_light)], near)
+            heat[i, int(is_light), row, column] = 1
+            if not is_light:
+                kind[i, row, column], paint[i, row, column] = KINDS.index(found.kind), PAINTS.index(found.colour)
     wanted = [[TIMES.index(truth.time), TERRAINS.index(truth.terrain), int(truth.clouds)] for truth in truths]
-    return heat, paint, torch.tensor(wanted)
+    return heat, kind, paint, torch.tensor(wanted)
 
 
 def focal_loss(logits: Tensor, heat: Tensor) -> Tensor:
-    """The loss for peaks in heat maps (1904.07850, eq. 1), per peak. Both are (B, 9, 16, 16).
+    """The loss for peaks in heat maps (1904.07850, eq. 1), per peak. Both are (B, 2, 16, 16).
 
     Cells next to a peak count less than others, and cells that are right already count little.
     """
@@ -186,11 +195,11 @@ def focal_loss(logits: Tensor, heat: Tensor) -> Tensor:
 
 
 def judge_picture(seed: int, size: int = SIDE) -> tuple[Image.Image, Seen]:
-    """An image to train or test the judge on, (size, size) pixels, and what it shows: in 4 of 10 a scene as it should
+    """An image to train or test the judge on, (size, size) pixels, and what it shows: in a third a scene as it should
     be, otherwise any number of things and suns anywhere, some of them spoiled."""
     rng = random.Random(f"judge {seed}")
     scene = random_scene(rng, held_out=None)
-    if rng.random() < 0.4:
+    if rng.random() < 1 / 3:
         drawing = draw(scene, seed, size)
         things = zip(scene.things, drawing.spots)
         found = [Found(thing.kind, thing.colour, spot.x, spot.y) for thing, spot in things]
@@ -201,11 +210,11 @@ def judge_picture(seed: int, size: int = SIDE) -> tuple[Image.Image, Seen]:
     image, found = drawing.image, []
     for i, (thing, spot) in enumerate(things):
         kind, colour = thing.kind, thing.colour
-        if rng.random() < 0.4:
+        if rng.random() < 0.5:
             other, kind, colour = _spoil(rng, thing)
             changed = [*things[:i], *([(other, spot)] if other else []), *things[i + 1 :]]
             even = colour != MIXED and rng.random() < 0.25
-            image = _join(image, draw(scene, seed, size, changed, lights).image, spot, even, rng)
+            image = _join(image, draw(scene, seed, size, changed, lights).image, thing, spot, even, rng)
         found.append(Found(kind, colour, spot.x, spot.y))
     return image, _truth(replace(scene, clouds=drawing.clouds > 0), lights, found)
 
@@ -222,7 +231,7 @@ def category(truth: Seen) -> str:
 
 
 def _truth(scene: Scene, lights: list, found: list[Found]) -> Seen:
-    found = [*found, *(Found("light", "white", x, y) for x, y in lights)]
+    found = [*found, *(Found(LIGHT, "white", x, y) for x, y in lights)]
     return Seen(scene.time, scene.terrain, scene.clouds, tuple(sorted(found, key=lambda each: each.x)))
 
 
@@ -264,11 +273,13 @@ def _spoil(rng: random.Random, thing: Thing) -> tuple[Thing | None, str, str]:
     return None, ODD, thing.colour
 
 
-def _join(image: Image.Image, other: Image.Image, spot: Spot, even: bool, rng: random.Random) -> Image.Image:
+def _join(
+    image: Image.Image, other: Image.Image, thing: Thing, spot: Spot, even: bool, rng: random.Random
+) -> Image.Image:
     """`image`, with `other` on one side of a line through the middle of the thing at `spot`; or evenly mixed there."""
     scale = image.width / UNITS
     x, y = np.meshgrid(*[(np.arange(image.width) + 0.5) / scale] * 2)
-    angle, middle = rng.uniform(0, 2 * math.pi), spot.y - spot.scale * rng.uniform(18, 26)
+    angle, middle = rng.uniform(0, 2 * math.pi), spot.y - spot.scale * (MIDDLES[thing.kind] + rng.uniform(-4, 4))
     side = (x - spot.x) * math.cos(angle) + (y - middle) * math.sin(angle)
     inside = (np.abs(x - spot.x) < 38 * spot.scale) & (y < spot.y + 16)
     mask = (0.5 if even else np.clip(side + 0.5, 0, 1)) * inside  # the edge is as soft as one unit

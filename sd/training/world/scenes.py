@@ -145,6 +145,13 @@ def exchange_colours(scene: Scene) -> Scene:
     return replace(scene, colour=scene.second.colour, second=replace(scene.second, colour=scene.colour))
 
 
+def exchange_things(scene: Scene) -> Scene:
+    """The scene with its two things exchanged: the first is then on the right, or behind."""
+    first, second = scene.things
+    second = replace(first, position=second.position)
+    return replace(scene, thing=scene.second.kind, colour=scene.second.colour, second=second)
+
+
 # The wordings of each value. The first one is the plainest.
 TIME_WORDS = {
     "dawn": ("at dawn", "at sunrise", "early in the morning"),
@@ -334,7 +341,17 @@ def _tags(scene: Scene, rng: random.Random, mention: frozenset[str]) -> str:
 
 
 def scene_and_captions(seed: int, captions: int = 6, held_out: bool | None = False) -> tuple[Scene, list[str]]:
-    """The scene of a seed, and this number of captions of it. `render(scene, seed)` draws its image."""
+    """The scene of a seed, and this number of captions of it. `render(scene, seed)` draws its image.
+
+    Seeds come in pairs, 0 and 1, 2 and 3, ... If the scene of the first has two things, that of the second has the same
+    two with their colours or places exchanged. Only their captions' order of words tells such scenes apart.
+    """
     rng = random.Random(seed)
     scene = random_scene(rng, held_out)
+    if seed % 2:
+        other = random_scene(random.Random(seed - 1), held_out)
+        if other.second and not other.is_twice:
+            twin = rng.choice((exchange_colours, exchange_things))(other)
+            if held_out is None or is_held_out(twin) == held_out:
+                scene = twin
     return scene, [caption(scene, rng) for _ in range(captions)]
