@@ -287,7 +287,10 @@ def _join(
 
 
 def load_judge(path: Path) -> Judge:
-    """Load the judge from a checkpoint file. Raises the errors of `read_state_dict`."""
-    judge = Judge()
-    judge.load_state_dict({name: tensor.float() for name, tensor in read_state_dict(path).items()})
+    """Load the judge from a checkpoint file. Raises ValueError if it is another network, and the errors of
+    `read_state_dict`."""
+    judge, state = Judge(), read_state_dict(path)
+    if state.keys() != judge.state_dict().keys():
+        raise ValueError(f"{path} is not a judge of this version: choose another --out, or delete that file.")
+    judge.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return judge.eval().requires_grad_(False)

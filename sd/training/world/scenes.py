@@ -239,12 +239,16 @@ def caption(
 
 
 def random_mention(rng: random.Random, scene: Scene) -> frozenset[str]:
-    """Random attributes to mention: all of them in 4 of 10 captions, and in the others any number, few or many."""
+    """Random attributes to mention: all of them in 4 of 10 captions, and otherwise rather few than many.
+
+    The colours of two things are in most captions: which colour belongs to which thing is the hardest to learn.
+    """
     names = [*ATTRIBUTES, *([SECOND_COLOUR] if scene.second else [])]
-    count = len(names) if rng.random() < 0.4 else rng.randint(1, len(names) - 1)
+    count = len(names) if rng.random() < 0.4 else rng.randint(1, rng.randint(1, len(names) - 1))
     mention = frozenset(rng.sample(names, count))
     if scene.second:
-        return mention | {"thing"} | ({"position"} if scene.is_behind else set())
+        colours = frozenset({"colour", SECOND_COLOUR} if rng.random() < 0.5 else ())
+        return mention | colours | {"thing"} | ({"position"} if scene.is_behind or rng.random() < 0.5 else set())
     return mention | {"thing"} if rng.random() < 0.5 else mention
 
 
