@@ -80,7 +80,12 @@ class Judge(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 32, 8, stride=4, padding=2), ResidualBlock(32, 32, 8, 1e-5))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 24, 4, stride=2, padding=1),  # (B, 24, 32, 32)
+            nn.SiLU(),
+            nn.Conv2d(24, 32, 4, stride=2, padding=1),  # (B, 32, 16, 16)
+            ResidualBlock(32, 32, 8, 1e-5),
+        )
         self.down8 = nn.Sequential(Downsample(32, symmetric=True), ResidualBlock(32, 64, 8, 1e-5))
         self.down4 = nn.Sequential(Downsample(64, symmetric=True), ResidualBlock(64, 96, 8, 1e-5))
         self.merge8, self.merge16 = ResidualBlock(96 + 64, 64, 8, 1e-5), ResidualBlock(64 + 32, 48, 8, 1e-5)
@@ -128,7 +133,7 @@ class JudgeStage:
     """The judge, as a stage for the training loop."""
 
     name = "judge"
-    learning_rate = 2e-3
+    learning_rate = 4e-3
     # The losses of cells are means over the things in a batch, and parts of a batch have different numbers of them.
     divisible = False
     ema = 0.99
@@ -239,12 +244,12 @@ def _anything(rng: random.Random) -> list[tuple[Thing, Spot]]:
     """None to three things anywhere, from back to front. They are often equal, as in images that show a thing twice."""
     things: list[tuple[Thing, Spot]] = []
     first = rng.choice(THINGS[1:]), rng.choice(COLOURS)
-    for _ in range(rng.choice((0, 1, 1, 2, 2, 2, 3))):
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 2, 3))):
         kind, colour = first if rng.random() < 0.4 else (rng.choice(THINGS[1:]), rng.choice(COLOURS))
         for _ in range(50):
             y = rng.uniform(70, 100) if kind == "balloon" else rng.uniform(94, 118)
             spot = Spot(rng.uniform(18, 110), y, rng.uniform(0.68, 1.08))
-            if all(abs(spot.x - other.x) > 26 for _, other in things):
+            if all(abs(spot.x - other.x) > 30 for _, other in things):
                 things.append((Thing(kind, colour, "centre"), spot))
                 break
     return sorted(things, key=lambda each: each[1].y)

@@ -378,8 +378,8 @@ def test_the_table_is_markdown():
 
 def test_a_model_that_predicts_v_says_so(tmp_path, trained):
     """Training and sampling with --prediction-type; the checkpoint says what its U-Net predicts."""
-    for name in ("vae.state", "text.state", "scenes-0-40-64.npy"):
-        shutil.copy(trained / name, tmp_path)
+    for path in (trained / "vae.state", trained / "text.state", *trained.glob("*.npy")):
+        shutil.copy(path, tmp_path)
     schedule = replace(SMALL.schedule, prediction_type="v_prediction")
     run = TrainingRun(tmp_path, scenes=40, device="cpu", config=replace(SMALL, schedule=schedule))
     run.train("diffusion", minutes=1, steps=2)

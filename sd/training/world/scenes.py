@@ -13,6 +13,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+WORLD = 2  # a number for scenes, captions and renders together: when they change, so should this
+
 TIMES = ("dawn", "noon", "sunset", "night")
 TERRAINS = ("mountains", "hills", "desert", "sea", "snow")
 THINGS = ("none", "house", "tree", "sailboat", "cactus", "balloon", "lighthouse", "tent")
