@@ -165,7 +165,7 @@ def _colours_fit(scene: Scene, mention: frozenset[str], way: tuple[Found, ...]) 
 def _is_placed(scene: Scene, way: tuple[Found, ...]) -> bool:
     """Whether one thing is where it should be in the image, or the first of two is on the left or in front."""
     if scene.is_behind:
-        return way[0].y > way[1].y
+        return way[0].foot > way[1].foot
     if scene.second:
         return way[0].x < way[1].x
     return scene.position == ("left" if way[0].x < 47.5 else "centre" if way[0].x < 80.5 else "right")

@@ -3,7 +3,7 @@
 In: images. Out: for each image, the things in it with their colours and places, the number of suns or moons, and the
 time, terrain and clouds.
 
-It divides an image into 16 x 16 cells. For each cell it says how likely the foot of a thing is there, and which thing
+It divides an image into 16 x 16 cells. For each cell it says how likely the middle of a thing is there, and which thing
 in which colour it would be; and how likely the middle of a sun or moon is there. A thing is found where this likelihood
 is high, and highest among the neighbouring cells (as in 1904.07850). So the judge can count, also in arrangements that
 no prompt asks for. It is trained on renders of none to three things and none to two suns anywhere, and on spoiled
@@ -42,7 +42,7 @@ THRESHOLD = 0.4  # from this likelihood on, a thing or a light is there
 LIGHT = "light"
 ABSENT = -100  # the kind and colour of a cell without a thing; cross_entropy ignores it
 CELL = (2, len(KINDS), len(PAINTS))  # of each cell: thing and light, the kind of the thing, its colour
-# Where the middle of a thing is, above its foot.
+# How far the middle of a thing is above its foot, at scale 1.
 MIDDLES = {"house": 24, "tree": 35, "sailboat": 32, "cactus": 32, "balloon": 42, "lighthouse": 32, "tent": 17}
 
 
@@ -52,8 +52,13 @@ class Found:
 
     kind: str  # one of KINDS, or LIGHT
     colour: str  # one of PAINTS; without meaning for a light
-    x: float  # of its foot, or of the middle of a light, in 0..128
+    x: float  # of its middle, in 0..128
     y: float
+
+    @property
+    def foot(self) -> float:
+        """y of its foot, roughly: of two things, the lower one is in front."""
+        return self.y + 0.8 * MIDDLES.get(self.kind, 0)
 
 
 @dataclass(frozen=True)
@@ -206,8 +211,7 @@ def judge_picture(seed: int, size: int = SIDE) -> tuple[Image.Image, Seen]:
     scene = random_scene(rng, held_out=None)
     if rng.random() < 1 / 3:
         drawing = draw(scene, seed, size)
-        things = zip(scene.things, drawing.spots)
-        found = [Found(thing.kind, thing.colour, spot.x, spot.y) for thing, spot in things]
+        found = [_found(*pair) for pair in zip(scene.things, drawing.spots)]
         return drawing.image, _truth(scene, drawing.lights, found)
     things = _anything(rng)
     lights = _any_lights(rng, things)
@@ -220,7 +224,7 @@ def judge_picture(seed: int, size: int = SIDE) -> tuple[Image.Image, Seen]:
             changed = [*things[:i], *([(other, spot)] if other else []), *things[i + 1 :]]
             even = colour != MIXED and rng.random() < 0.25
             image = _join(image, draw(scene, seed, size, changed, lights).image, thing, spot, even, rng)
-        found.append(Found(kind, colour, spot.x, spot.y))
+        found.append(replace(_found(thing, spot), kind=kind, colour=colour))
     return image, _truth(replace(scene, clouds=drawing.clouds > 0), lights, found)
 
 
@@ -233,6 +237,10 @@ def category(truth: Seen) -> str:
     if truth.lights > 1:
         return "two suns"
     return f"{len(truth.things)} things"
+
+
+def _found(thing: Thing, spot: Spot) -> Found:
+    return Found(thing.kind, thing.colour, spot.x, spot.y - spot.scale * MIDDLES[thing.kind])
 
 
 def _truth(scene: Scene, lights: list, found: list[Found]) -> Seen:
