@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sd.models import Models
     from sd.training.judge import Judge
 
-JUDGE_PICTURES, TEST_PICTURES = 16000, 2000  # to train and to test the judge
+JUDGE_PICTURES, TEST_PICTURES = 40000, 2000  # to train and to test the judge
 TEST_SCENES, TEST_SEED = 500, 20_000_000  # renders to measure the VAE with; no model trains on them
 JUDGE_FILE = Path(__file__).resolve().parent.parent / "tests" / "support" / "judge.safetensors"
 KINDS = ("full", "short", "two", "twice", "relation", "none")

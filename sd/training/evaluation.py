@@ -62,9 +62,9 @@ def _some(names: Iterable[str], rng: random.Random, most: int) -> frozenset[str]
 
 
 def _full(scene: Scene, rng: random.Random) -> Prompt | None:
-    if scene.second:
+    if len(scene.things) != 1:
         return None
-    mention = frozenset(ATTRIBUTES) - (set() if scene.things else {"colour", "position"})
+    mention = frozenset(ATTRIBUTES)
     return Prompt(caption(scene, rng, mention), scene, mention)
 
 
@@ -105,7 +105,7 @@ def _relation(scene: Scene, rng: random.Random) -> Prompt | None:
 
 
 PROMPTS: dict[str, Callable[[Scene, random.Random], Prompt | None]] = {
-    "full": _full,  # one thing or none, and every attribute is mentioned
+    "full": _full,  # one thing, and every attribute is mentioned
     "short": _short,  # one thing, and none to five other attributes
     "two": _two_in("beside", AND_WORDS),  # "a red house and a blue tree", and none to four attributes of the rest
     "twice": _two_in("twice", AND_WORDS),  # "two yellow tents", "two tents"

@@ -79,6 +79,11 @@ class Seen:
         """The number of suns or moons."""
         return len(self.found) - len(self.things)
 
+    @property
+    def mirrored(self) -> Seen:
+        """What the mirrored image shows."""
+        return replace(self, found=tuple(replace(found, x=UNITS - found.x) for found in self.found[::-1]))
+
 
 class Judge(nn.Module):
     """Images -> what each cell and the whole image show, as logits."""
@@ -152,12 +157,17 @@ class JudgeStage:
         self.networks = nn.ModuleDict({"judge": Judge()})
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Random images with some noise (B, 3, 64, 64), and what the judge should say of them, see `targets`."""
+        """Random images with some noise, half of them mirrored, (B, 3, 64, 64), and what the judge should say of them,
+        see `targets`."""
         indices = torch.randint(len(self.pixels), (self.batch_size,), generator=generator)
+        mirrored = torch.rand(self.batch_size, generator=generator) < 0.5
         images = from_uint8(self.pixels[indices])
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         level = 0.1 * torch.rand(len(images), 1, 1, 1, generator=generator)  # generated images are noisier than renders
         noise = level * torch.randn(images.shape, generator=generator)
-        return images + noise, *targets([self.truths[i] for i in indices.tolist()])
+        truths = [self.truths[i] for i in indices.tolist()]
+        truths = [truth.mirrored if mirror else truth for truth, mirror in zip(truths, mirrored.tolist())]
+        return images + noise, *targets(truths)
 
     def loss(self, images: Tensor, heat: Tensor, kind: Tensor, paint: Tensor, wanted: Tensor) -> Tensor:
         cells, whole = (logits.float() for logits in self.networks["judge"](images))
@@ -222,7 +232,7 @@ def judge_picture(seed: int, size: int = SIDE) -> tuple[Image.Image, Seen]:
         if rng.random() < 0.5:
             other, kind, colour = _spoil(rng, thing)
             changed = [*things[:i], *([(other, spot)] if other else []), *things[i + 1 :]]
-            even = colour != MIXED and rng.random() < 0.25
+            even = other is not None and colour != MIXED and rng.random() < 0.25
             image = _join(image, draw(scene, seed, size, changed, lights).image, thing, spot, even, rng)
         found.append(replace(_found(thing, spot), kind=kind, colour=colour))
     return image, _truth(replace(scene, clouds=drawing.clouds > 0), lights, found)

@@ -132,7 +132,7 @@ def test_prompts_are_held_out_or_not_as_requested(kind, held_out):
 
 def test_the_kinds_of_prompts():
     prompts = {kind: make_prompts(kind, 60, False) for kind in PROMPTS}
-    assert all(len(prompt.scene.things) < 2 for prompt in prompts["full"])
+    assert all(len(prompt.scene.things) == 1 for prompt in prompts["full"])
     assert {len(prompt.mention) for prompt in prompts["short"]} == {1, 2, 3, 4, 5, 6}
     assert all("thing" in prompt.mention and len(prompt.scene.things) == 1 for prompt in prompts["short"])
     assert all(" and " in prompt.text for prompt in prompts["two"])

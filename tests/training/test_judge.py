@@ -80,6 +80,17 @@ def test_targets_are_one_in_the_cell_of_a_thing_and_fall_around_it():
     assert wanted.tolist() == [[3, 3, 1]]
 
 
+def test_half_of_the_training_images_are_mirrored():
+    pixels = np.zeros((1, 64, 64, 3), np.uint8)
+    pixels[:, :, :32] = 255
+    stage = JudgeStage(pixels, [Seen("noon", "sea", False, (Found("tent", "red", 20, 100),))])
+    images, _, kind, *_ = stage.draw(torch.Generator().manual_seed(0))
+    left = images[:, :, :, :32].mean(dim=(1, 2, 3)) > 0
+    assert 16 < left.sum() < 48
+    assert torch.equal(kind[left, 12, 2], kind[~left, 12, 13][:1].expand(left.sum()))
+    assert (kind != ABSENT).flatten(1).sum(dim=1).eq(1).all()
+
+
 def test_the_focal_loss_against_its_formula():
     heat = torch.zeros(1, 2, 16, 16)
     heat[0, 0, 3, 4], heat[0, 0, 3, 5] = 1, 0.5
