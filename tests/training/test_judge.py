@@ -150,8 +150,12 @@ def look(judge, drawing):
 
 
 def test_the_judge_calls_renders_what_they_are(judged):
-    right = [called_right(truth, seen) for truth, seen in judged]
-    assert sum(right) / len(right) >= 0.95  # over 2000 images, evaluate_tiny.py measures .98
+    """`evaluate_tiny.py` measures it on 2,000 images: .99 of those with whole things, and .8 of the others."""
+    spoiled = ("not whole", "two colours")
+    for names, least in (((*(f"{n} things" for n in range(4)), "two suns"), 0.96), (spoiled, 0.7)):
+        right = [called_right(truth, seen) for truth, seen in judged if category(truth) in names]
+        assert len(right) > 100
+        assert sum(right) / len(right) >= least
 
 
 def test_the_judge_counts_suns_and_moons(judge):
