@@ -2,11 +2,12 @@
 
     python scripts/evaluate_tiny.py
     python scripts/evaluate_tiny.py --checkpoint runs/tiny/tiny.ckpt --out runs/tiny
-    python scripts/evaluate_tiny.py --prompts 200 --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
+    python scripts/evaluate_tiny.py --prompts 100 --kinds short two
+    python scripts/evaluate_tiny.py --kinds full --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
 
-The judge, a classifier, is trained first, which takes a minute or two. It is then kept in --out. If the checkpoint is
-in the folder of its training run, the encoders in text.state also measure how often an image matches its own prompt
-better than all others.
+A small network, the judge, says what each image shows. It comes with the code; --judge-steps trains another. If the
+checkpoint is in the folder of its training run, the encoders in text.state also measure how often an image matches its
+own prompt better than all others. sd/training/README.md says what the kinds of prompts and the columns mean.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from scripts.support.flags import with_flags
 from scripts.support.output_files import make_folder, write_json
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from sd.models import Models
+    from sd.training.judge import Judge
 
-JUDGE_SCENES, TEST_SCENES = 6000, 500
+JUDGE_PICTURES, TEST_PICTURES = 40000, 2000  # to train and to test the judge
+TEST_SCENES, TEST_SEED = 500, 20_000_000  # renders to measure the VAE with; no model trains on them
+JUDGE_FILE = Path(__file__).resolve().parent.parent / "tests" / "support" / "judge.safetensors"
+KINDS = ("full", "short", "two", "twice", "relation", "none")
 FOLDER = "runs/evaluation"
 
 # Parameters of `generate` -> the flags for them here.
@@ -44,24 +47,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("evaluate_tiny.py", __doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="the model to evaluate (default: the tiny model in data/)")
-    add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"for the judge and the results ({FOLDER})")
+    add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"folder for the results ({FOLDER})")
     add("--prompts", type=int, default=400, metavar="N", help="prompts of each kind, seen and held out (400)")
+    add(
+        "--kinds",
+        nargs="+",
+        default=KINDS,
+        choices=KINDS,
+        metavar="KIND",
+        help=f"kinds of prompts ({', '.join(KINDS)})",
+    )
     add("--cfg-scales", type=float, nargs="+", metavar="S", help="guidance scales (the model's own; tiny model: 5)")
     add("--samplers", nargs="+", metavar="NAME", help="sampling algorithms (the model's own; tiny model: dpm++2m)")
     add("--steps", type=int, metavar="N", help="sampling steps (the model's own; tiny model: 20)")
     add("--deep-cache", type=int, default=1, metavar="N", help="recompute the deep stages every N steps (1)")
-    add("--judge-steps", type=int, default=600, metavar="N", help="steps to train a judge, if --out has none (600)")
+    add("--judge-steps", type=int, metavar="N", help="train another judge for N steps, if --out has none")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first available one)")
     options = parser.parse_args(arguments)
     for name in ("prompts", "judge_steps"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} should be at least 1, not {getattr(options, name)}.")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    interrupted = "interrupted; run the same command again: the judge is kept, the images are drawn again."
+    interrupted = "interrupted; run the same command again: a trained judge is kept, the images are drawn again."
     return exit_status("evaluate_tiny.py", lambda: evaluate(options), interrupted)
 
 
@@ -101,95 +112,130 @@ def check(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Train the judge, apply it to renders, to their reconstructions and to generated images, and write the results."""
-    import torch
+    """Load or train the judge, apply it to renders and to generated images, and write the results."""
     from tqdm import tqdm
 
     from sd.training import evaluation
 
     models = prepare(options)
     encoders = options.checkpoint and evaluation.load_encoders(options.checkpoint.parent / "text.state", models)
-    judge = train_judge(options)
-    rows, decibels = judge_renders(options, models, judge)
+    judge = train_judge(options) if options.judge_steps else load_judge()
+    calibration = judge_renders(options, judge)
+    decibels = reconstruct_renders(options, models)
 
-    second = {}
-    runs = [(s, c, h) for s in options.samplers for c in options.cfg_scales for h in (False, True)]
-    for sampler, cfg_scale, held_out in tqdm(runs, "drawing"):
-        scenes, prompts = evaluation.make_prompts(options.prompts, held_out)
-        pictures = evaluation.draw_prompts(models, prompts, sampler, options.steps, cfg_scale, options.deep_cache)
-        wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
-        name = f"{sampler} {options.steps} steps, scale {cfg_scale:g}, {'held out' if held_out else 'seen'}"
-        rows[name] = evaluation.judge_accuracy(judge, pictures, wanted)
-        rows[name]["lights"] = evaluation.lights_accuracy(pictures, scenes)
-        if encoders:
-            second[name] = evaluation.second_opinion(encoders, models.tokenizer, pictures, prompts)
+    rows, second = {}, {}
+    runs = [
+        (s, c, k, h) for s in options.samplers for c in options.cfg_scales for k in options.kinds for h in (False, True)
+    ]
+    for sampler, cfg_scale, kind, held_out in tqdm(runs, "drawing"):
+        prompts = evaluation.make_prompts(kind, options.prompts, held_out)
+        texts = [prompt.text for prompt in prompts]
+        images = evaluation.draw_prompts(models, texts, sampler, options.steps, cfg_scale, options.deep_cache)
+        name = f"{kind}, {'held out' if held_out else 'seen'}"
+        if len(options.samplers) * len(options.cfg_scales) > 1:
+            name = f"{sampler}, scale {cfg_scale:g}: {name}"
+        rows[name] = evaluation.shares([evaluation.marks(*pair) for pair in zip(prompts, judge.look(images))])
+        if encoders and kind == "full":
+            second[name] = evaluation.second_opinion(encoders, models.tokenizer, images, texts)
 
+    print(table(calibration, ("right",)), table(rows, (*evaluation.MARKS, "mean", "all")), sep="\n\n")
     margin = evaluation.interval(0.95, options.prompts)
-    print(table(rows), f"\nVAE: {decibels:.2f} dB. 95 % interval of a share of .95: +-{margin:.3f}.")
+    print(f"\n{options.steps} steps. VAE: {decibels:.2f} dB. {options.prompts} prompts of each kind: the 95 % interval")
+    print(f"of a share of .95 is +-{margin:.3f}, and wider where not every prompt asks for it.")
     for name, share in second.items():
         print(f"{name}: {share:.1%} of the images match their own prompt best, out of {options.prompts}.")
     result = {
         "checkpoint": str(options.checkpoint or "data/tiny.ckpt"),
         "psnr": decibels,
         "prompts": options.prompts,
-        "interval_at_95": margin,
-        "accuracy": rows,
+        "steps": options.steps,
+        "judge": with_intervals(calibration),
+        "accuracy": with_intervals(rows),
         "retrieval": second,
     }
     write_json(options.out / "evaluation.json", result)
 
 
-def judge_renders(options: argparse.Namespace, models: Models, judge: nn.Module) -> tuple[dict[str, dict], float]:
-    """The judge's shares for renders and for their reconstructions by the VAE, and the mean PSNR of these in dB."""
+def load_judge() -> Judge:
+    from sd.training import judge
+
+    return judge.load_judge(JUDGE_FILE)
+
+
+def judge_renders(options: argparse.Namespace, judge: Judge) -> dict[str, dict]:
+    """The share of renders that the judge calls what they are, for those with none, one or two things as they should
+    be, with two suns, with things of two colours, and with things that are not whole."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from sd.images import from_uint8
+    from sd.training.evaluation import called_right
+    from sd.training.judge import JUDGE_SEED, category, judge_picture
+
+    pictures, truths = [], []
+    for seed in tqdm(range(JUDGE_SEED - TEST_PICTURES, JUDGE_SEED), "drawing for the judge"):
+        image, truth = judge_picture(seed)
+        pictures.append(np.asarray(image))
+        truths.append(truth)
+    seen = judge.look(from_uint8(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)))
+    rows: dict[str, list[bool]] = {}
+    for truth, one in zip(truths, seen):
+        rows.setdefault(category(truth), []).append(called_right(truth, one))
+    rows["all"] = [right for each in rows.values() for right in each]
+    return {f"renders: {name}": {"right": (sum(each) / len(each), len(each))} for name, each in sorted(rows.items())}
+
+
+def reconstruct_renders(options: argparse.Namespace, models: Models) -> float:
+    """The mean PSNR of renders that the VAE encoded and decoded, in dB."""
     import torch
 
     from sd.training import evaluation
     from sd.training.data import load_scenes
-    from sd.training.world.scenes import scene_and_captions
 
-    first = evaluation.JUDGE_SEED + JUDGE_SCENES
-    renders = load_scenes(options.out, TEST_SCENES, models.config.image_size, first, held_out=None)
-    scenes = [scene_and_captions(first + i, 0, held_out=None)[0] for i in range(TEST_SCENES)]
-    wanted = torch.tensor([evaluation.targets(scene) for scene in scenes])
-    images = renders.batch(torch.arange(TEST_SCENES))
-    copies, decibels = evaluation.through_the_vae(models, images)
-    rows = {}
-    for name, pictures in {"renders": images, "through the VAE": copies}.items():
-        rows[name] = evaluation.judge_accuracy(judge, pictures, wanted)
-        rows[name]["lights"] = evaluation.lights_accuracy(pictures, scenes)
-    return rows, decibels
+    renders = load_scenes(options.out, TEST_SCENES, models.config.image_size, TEST_SEED, held_out=None)
+    return evaluation.through_the_vae(models, renders.batch(torch.arange(TEST_SCENES)))[1]
 
 
-def train_judge(options: argparse.Namespace):
+def train_judge(options: argparse.Namespace) -> Judge:
     """Load the judge from `out`, or train it there first."""
+    import numpy as np
     import torch
     from tqdm import tqdm
 
     from sd.checkpoints.files import write_checkpoint
-    from sd.config import TINY
-    from sd.training import evaluation
-    from sd.training.data import load_scenes
+    from sd.training import judge
     from sd.training.loop import Training
-    from sd.training.world.scenes import scene_and_captions
 
     path = options.out / "judge.safetensors"
     if not path.exists():
-        pictures = load_scenes(options.out, JUDGE_SCENES, TINY.image_size, evaluation.JUDGE_SEED, held_out=None)
-        seeds = range(evaluation.JUDGE_SEED, evaluation.JUDGE_SEED + JUDGE_SCENES)
-        stage = evaluation.JudgeStage(pictures, [scene_and_captions(seed, 0, held_out=None)[0] for seed in seeds])
+        seeds = range(judge.JUDGE_SEED, judge.JUDGE_SEED + JUDGE_PICTURES)
+        images, truths = zip(*(judge.judge_picture(seed) for seed in tqdm(seeds, "drawing for the judge")))
+        stage = judge.JudgeStage(np.stack([np.asarray(image) for image in images]), list(truths))
         training = Training(stage, options.out, torch.device("cpu"), minutes=0, steps=options.judge_steps, seed=0)
         with tqdm(total=training.total, initial=training.step, desc="judge") as bar:
             training.run(lambda progress: bar.update(), save_every=60, pause=lambda: None)
         write_checkpoint(path, {name: t.half() for name, t in training.average["judge"].state_dict().items()})
-    return evaluation.load_judge(path)
+    return judge.load_judge(path)
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """The shares as text: a row for each sampling setting, a column for each attribute."""
-    names = list(next(iter(rows.values())))
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{name:>10}" for name in names)]
-    lines += [f"{row:<{width}}" + "".join(f"{shares[name]:>10.3f}" for name in names) for row, shares in rows.items()]
+def with_intervals(rows: dict[str, dict[str, tuple[float, int]]]) -> dict[str, dict[str, dict]]:
+    """The same shares for a JSON file, each with half the width of its 95 % interval."""
+    from sd.training.evaluation import interval
+
+    return {
+        row: {name: {"share": s, "of": n, "interval": interval(s, n)} for name, (s, n) in shares.items()}
+        for row, shares in rows.items()
+    }
+
+
+def table(rows: dict[str, dict[str, tuple[float, int]]], columns: tuple[str, ...]) -> str:
+    """The shares as a table in Markdown: a row for each kind of prompts, a column for each mark. "-" if no prompt of
+    that kind asks for it."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row, shares in rows.items():
+        cells = [f"{shares[name][0]:.3f}".replace("0.", ".") if name in shares else "-" for name in columns]
+        lines.append(f"| {row} | " + " | ".join(cell.replace("1.000", "1.00") for cell in cells) + " |")
     return "\n".join(lines)
 
 

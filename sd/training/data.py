@@ -27,7 +27,7 @@ from sd.files import whole_file
 from sd.images import from_uint8, image_to_tensor, read_image, tensor_to_array
 from sd.training.captions import DataError, read_captions, unreadable_images
 from sd.training.world.render import render
-from sd.training.world.scenes import scene_and_captions
+from sd.training.world.scenes import WORLD, scene_and_captions
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,12 @@ def load_scenes(
 ) -> CaptionedImages:
     """Draw `count` scenes of the toy world, with seeds first_seed, first_seed + 1, ...
 
-    They are drawn once and then kept in a file in the folder `cache`. `held_out` is passed to `random_scene`: False for
-    training scenes, True for held-out ones, None for both. Raises OSError if the file cannot be written.
+    They are drawn once and then kept in a file in the folder `cache`, whose name has the version of the toy world.
+    `held_out` is passed to `random_scene`: False for training scenes, True for held-out ones, None for both. Raises
+    OSError if the file cannot be written.
     """
     kind = {False: "scenes", True: "held-out", None: "all"}[held_out]
-    path = cache / f"{kind}-{first_seed}-{count}-{size}.npy"
+    path = cache / f"{kind}-{WORLD}-{first_seed}-{count}-{size}.npy"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         jobs = ((seed, size, held_out) for seed in range(first_seed, first_seed + count))

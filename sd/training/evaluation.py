@@ -1,23 +1,23 @@
-"""Measure how well a model follows its prompts. A classifier, the judge, says what each generated image shows.
+"""Measure how well a model follows its prompts. The judge (judge.py) says what each generated image shows.
 
-In: a model, and prompts whose scenes are known. Out: for each attribute, the share of images that show what the prompt
-says.
+In: a model, and prompts of which it is known what they ask for. Out: for each thing that can be asked for, the share of
+images that show it.
 
-The judge is a small network, trained on renders of all combinations of attributes. It is never trained on generated
-images. Its shares on renders, and on renders encoded and decoded by the VAE, are the upper limits for the model.
+There are six kinds of prompts, and for each kind prompts with combinations that were trained on and with held-out ones.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd.checkpoints.files import read_state_dict
 from sd.images import from_uint8
 from sd.models import Models
 from sd.noise import make_generators
@@ -25,102 +25,172 @@ from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
 from sd.runtime.devices import device_and_dtype
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
-from sd.training.data import CaptionedImages
+from sd.training.judge import MIXED, ODD, Found, Seen
 from sd.training.loop import load_state
-from sd.training.text import CaptionEncoder, ImageEncoder, retrieval, shrink
+from sd.training.text import CaptionEncoder, ImageEncoder, retrieval
 from sd.training.vae import psnr, reconstruct
-from sd.training.world.render import SUNS
-from sd.training.world.scenes import ATTRIBUTES, Scene, caption, random_scene
+from sd.training.world.scenes import (
+    AND_WORDS,
+    ATTRIBUTES,
+    BEHIND_WORDS,
+    BESIDE_WORDS,
+    SECOND_COLOUR,
+    Scene,
+    add_second,
+    caption,
+    is_held_out,
+    random_scene,
+)
 
-ABSENT = -100  # the target of an attribute that a scene does not have; cross_entropy ignores it
-CLASSES = [len(values) for values in ATTRIBUTES.values()]
-JUDGE_SEED = 10_000_000  # the first seed of the judge's images: no model trains on these
+AROUND = ("time", "terrain", "light", "clouds")  # what a prompt can ask for besides things
+# What `marks` looks at. "number" and "whole" are about all things in the image, the others about what was asked for.
+MARKS = ("time", "terrain", "thing", "colour", "position", "light", "clouds", "number", "whole")
 
 
-def targets(scene: Scene) -> list[int]:
-    """The classes of a scene: for each of the seven attributes, the index of its value.
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what it asks for: those attributes of the scene that are in `mention`."""
 
-    A scene without a thing has no colour and no position: they are ABSENT.
+    text: str
+    scene: Scene
+    mention: frozenset[str]
+
+
+def _some(names: Iterable[str], rng: random.Random, most: int) -> frozenset[str]:
+    """Up to `most` of these names: every number is equally likely."""
+    return frozenset(rng.sample(list(names), rng.randint(0, most)))
+
+
+def _full(scene: Scene, rng: random.Random) -> Prompt | None:
+    if len(scene.things) != 1:
+        return None
+    mention = frozenset(ATTRIBUTES)
+    return Prompt(caption(scene, rng, mention), scene, mention)
+
+
+def _short(scene: Scene, rng: random.Random) -> Prompt | None:
+    if len(scene.things) != 1:
+        return None
+    mention = _some([name for name in ATTRIBUTES if name != "thing"], rng, 5) | {"thing"}
+    return Prompt(caption(scene, rng, mention), scene, mention)
+
+
+def _none(scene: Scene, rng: random.Random) -> Prompt | None:
+    if scene.things:
+        return None
+    mention = _some(AROUND, rng, 4) | {"thing"}
+    return Prompt(caption(scene, rng, mention), scene, mention)
+
+
+def _two_in(how: str, wordings: tuple[str, ...]) -> Callable[[Scene, random.Random], Prompt | None]:
+    def make(scene: Scene, rng: random.Random) -> Prompt | None:
+        if not scene.things:
+            return None
+        scene = add_second(scene, rng, how)
+        if scene.is_behind != (how == "behind"):
+            return None
+        mention = _some(AROUND, rng, 4) | {"thing"}
+        if how != "twice":
+            mention |= {"colour", SECOND_COLOUR, "position"}
+        elif rng.random() < 0.5:
+            mention |= {"colour", SECOND_COLOUR}
+        return Prompt(caption(scene, rng, mention, wordings), scene, mention)
+
+    return make
+
+
+def _relation(scene: Scene, rng: random.Random) -> Prompt | None:
+    how, wordings = rng.choice((("beside", BESIDE_WORDS), ("behind", BEHIND_WORDS)))
+    return _two_in(how, wordings)(scene, rng)
+
+
+PROMPTS: dict[str, Callable[[Scene, random.Random], Prompt | None]] = {
+    "full": _full,  # one thing, and every attribute is mentioned
+    "short": _short,  # one thing, and none to five other attributes
+    "two": _two_in("beside", AND_WORDS),  # "a red house and a blue tree", and none to four attributes of the rest
+    "twice": _two_in("twice", AND_WORDS),  # "two yellow tents", "two tents"
+    "relation": _relation,  # "a red house left of a blue tree", "a red house behind a blue tree"
+    "none": _none,  # "an empty desert", "no house, only green hills"
+}
+
+
+def make_prompts(kind: str, count: int, held_out: bool, seed: int = 0) -> list[Prompt]:
+    """Random prompts of a kind in `PROMPTS`. Those with `held_out` mention a combination that is never trained on."""
+    rng = random.Random(f"prompts {kind} {seed} {held_out}")
+    prompts: list[Prompt] = []
+    while len(prompts) < count:
+        prompt = PROMPTS[kind](random_scene(rng, None), rng)
+        if prompt and is_held_out(prompt.scene) == is_held_out(prompt.scene, prompt.mention) == held_out:
+            prompts.append(prompt)
+    return prompts
+
+
+def marks(prompt: Prompt, seen: Seen) -> dict[str, bool]:
+    """Whether an image shows what the prompt asks for: a mark for each of `MARKS` that can be given.
+
+    thing: each thing that was asked for is there. colour: each is there in its own colour. position: it is where it
+    should be; or of two things, the right one is on the left, or in front. light: there is one sun or moon, or none, as
+    asked for; without being asked for, there is at most one. number: there are as many things as asked for, and no
+    more. whole: and each is one whole thing of one colour.
     """
-    numbers = [values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()]
-    if scene.thing == "none":
-        return [ABSENT if name in ("colour", "position") else n for name, n in zip(ATTRIBUTES, numbers)]
-    return numbers
+    scene, mention, right = prompt.scene, prompt.mention, {}
+    for name in ("time", "terrain", "clouds"):
+        if name in mention:
+            right[name] = getattr(seen, name) == getattr(scene, name)
+    right["light"] = seen.lights == scene.light if "light" in mention else seen.lights <= 1
+    if "thing" not in mention:
+        right["number"] = len(seen.things) <= 1
+        return right
+    right["number"] = len(seen.things) == len(scene.things)
+    if not scene.things:
+        return right
+    right["whole"] = right["number"] and all(thing.kind != ODD and thing.colour != MIXED for thing in seen.things)
+    kinds = [thing.kind for thing in scene.things]
+    ways = [way for way in permutations(seen.things, len(kinds)) if [thing.kind for thing in way] == kinds]
+    right["thing"] = bool(ways)
+    names = [name for name in ("colour", SECOND_COLOUR)[: len(kinds)] if name in mention]
+    if names:
+        ways = [way for way in ways if _colours_fit(scene, mention, way)]
+        right["colour"] = bool(ways)
+    if "position" in mention and not scene.is_twice:
+        right["position"] = any(_is_placed(scene, way) for way in ways)
+    return right
 
 
-class JudgeStage:
-    """The judge, as a stage for the training loop."""
-
-    name = "judge"
-    learning_rate = 2e-3
-    # Each attribute's loss is a mean over the scenes that have it, and parts of a batch have different numbers of them.
-    divisible = False
-    ema = 0.99
-    batch_size = 64
-
-    def __init__(self, dataset: CaptionedImages, scenes: list[Scene]):
-        """`scenes` are those of the images in `dataset`."""
-        self.config = {"attributes": {name: list(values) for name, values in ATTRIBUTES.items()}}
-        self.small = shrink(dataset)  # uint8 (N, 3, 64, 64)
-        self.targets = torch.tensor([targets(scene) for scene in scenes])  # (N, 7)
-        self.networks = nn.ModuleDict({"judge": ImageEncoder(sum(CLASSES))})
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random renders with some noise, (B, 3, 64, 64), and their classes, (B, 7)."""
-        indices = torch.randint(len(self.small), (self.batch_size,), generator=generator)
-        images = from_uint8(self.small[indices])
-        level = 0.1 * torch.rand(len(images), 1, 1, 1, generator=generator)  # generated images are noisier than renders
-        return images + level * torch.randn(images.shape, generator=generator), self.targets[indices]
-
-    def loss(self, images: Tensor, wanted: Tensor) -> Tensor:
-        logits = self.networks["judge"](images).float().split(CLASSES, dim=1)
-        losses = [F.cross_entropy(logit, wanted[:, i], ignore_index=ABSENT) for i, logit in enumerate(logits)]
-        return torch.stack(losses).mean()
+def _colours_fit(scene: Scene, mention: frozenset[str], way: tuple[Found, ...]) -> bool:
+    asked = zip(scene.things, way, ("colour", SECOND_COLOUR))
+    return all(thing.colour == found.colour for thing, found, name in asked if name in mention)
 
 
-@torch.no_grad()
-def judge_accuracy(judge: ImageEncoder, images: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Images (N, 3, H, W) in [-1, 1] and the classes they should show (N, 7) -> for each attribute the share, in 0..1,
-    of images in which it is right.
-
-    "mean" is the mean of the seven shares, "all" the share of images in which every attribute is right.
-    """
-    logits = torch.cat([judge(part) for part in images.split(64)]).split(CLASSES, dim=1)
-    seen = torch.stack([logit.argmax(dim=1) for logit in logits], dim=1)  # (N, 7)
-    asked = wanted != ABSENT
-    right = (seen == wanted) & asked
-    shares = {name: (right[:, i].sum() / asked[:, i].sum()).item() for i, name in enumerate(ATTRIBUTES)}
-    return shares | {
-        "mean": sum(shares.values()) / len(shares),
-        "all": (right | ~asked).all(dim=1).float().mean().item(),
-    }
+def _is_placed(scene: Scene, way: tuple[Found, ...]) -> bool:
+    """Whether one thing is where it should be in the image, or the first of two is on the left or in front."""
+    if scene.is_behind:
+        return way[0].foot > way[1].foot
+    if scene.second:
+        return way[0].x < way[1].x
+    return scene.position == ("left" if way[0].x < 47.5 else "centre" if way[0].x < 80.5 else "right")
 
 
-def lights_accuracy(images: Tensor, scenes: list[Scene]) -> float:
-    """The share of images (N, 3, H, W) in [-1, 1] with the right number of suns or moons: one or none.
-
-    The judge only detects whether there are any: it was never trained on images with two.
-    """
-    return sum(count_lights(image, scene.time) == scene.light for image, scene in zip(images, scenes)) / len(scenes)
-
-
-def count_lights(image: Tensor, time: str) -> int:
-    """The number of suns, or moons at night, in an image (3, H, W) in [-1, 1]: connected regions of their colour."""
-    sky = (image[:, : image.shape[1] * 17 // 32] + 1) * 127.5  # (3, h, W), in 0..255; above water and snow
-    alike = (sky - torch.tensor(SUNS[time])[:, None, None]).abs().amax(dim=0) < 22  # (h, W)
-    # Each pixel gets a number. Numbers then spread, until all pixels of a region have the largest number in it.
-    labels = torch.arange(1.0, alike.numel() + 1).view_as(alike) * alike
-    while not torch.equal(labels, grown := F.max_pool2d(labels[None], 3, stride=1, padding=1)[0] * alike):
-        labels = grown
-    sizes = labels[alike].unique(return_counts=True)[1]
-    return int((sizes > image.shape[1] ** 2 / 180).sum())  # a disc is 1/52 of the image, or less behind clouds
+def called_right(truth: Seen, seen: Seen) -> bool:
+    """Whether the judge calls an image what it is: time, terrain and clouds, the number of lights, and the number of
+    things, their kinds and their colours. Of an odd thing, the colour does not count."""
+    if (truth.time, truth.terrain, truth.clouds, truth.lights) != (seen.time, seen.terrain, seen.clouds, seen.lights):
+        return False
+    return sorted(map(_name, truth.things)) == sorted(map(_name, seen.things))
 
 
-def make_prompts(count: int, held_out: bool, seed: int = 0) -> tuple[list[Scene], list[str]]:
-    """Random scenes, held-out or not, and for each a prompt that mentions every attribute."""
-    rng = random.Random(f"prompts {seed} {held_out}")
-    scenes = [random_scene(rng, held_out) for _ in range(count)]
-    return scenes, [caption(scene, rng, frozenset(ATTRIBUTES)) for scene in scenes]
+def _name(found: Found) -> str:
+    return ODD if found.kind == ODD else f"{found.colour} {found.kind}"
+
+
+def shares(given: list[dict[str, bool]]) -> dict[str, tuple[float, int]]:
+    """The marks of N images -> for each of `MARKS` the share, in 0..1, of images in which it is right, and in how many
+    images it was given. "mean" is the mean of these shares, "all" the share of images in which every mark is right."""
+    counts = {name: [each[name] for each in given if name in each] for name in MARKS}
+    result = {name: (sum(right) / len(right), len(right)) for name, right in counts.items() if right}
+    mean = sum(share for share, _ in result.values()) / len(result)
+    every = sum(all(each.values()) for each in given) / len(given)
+    return result | {"mean": (mean, len(given)), "all": (every, len(given))}
 
 
 def draw_prompts(
@@ -156,13 +226,6 @@ def interval(share: float, count: int) -> float:
     """Half the width of the 95 % confidence interval of a share observed in `count` images (Wilson 1927)."""
     z = 1.96
     return z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-
-
-def load_judge(path: Path) -> ImageEncoder:
-    """Load the judge from a checkpoint file. Raises the errors of `read_state_dict`."""
-    judge = ImageEncoder(sum(CLASSES))
-    judge.load_state_dict({name: tensor.float() for name, tensor in read_state_dict(path).items()})
-    return judge.eval().requires_grad_(False)
 
 
 def load_encoders(text_state: Path, models: Models) -> nn.ModuleDict | None:

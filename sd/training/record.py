@@ -8,6 +8,7 @@ from pathlib import Path
 from sd.models import Models
 from sd.training.data import fingerprint, read_captions
 from sd.training.loop import TrainingError, load_state
+from sd.training.world.scenes import WORLD
 
 STATES = ("vae", "text", "diffusion", "decoder")
 
@@ -28,7 +29,7 @@ def make_record(
         parts.append(fingerprint(folder, captions))
     else:
         count, about = scenes, f"{scenes:,} scenes"
-        parts.append(about)
+        parts += [about, f"world {WORLD}"]
     about += f" with seed {seed}"
     if models:
         about += f", from {start}"

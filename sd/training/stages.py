@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,7 @@ class TrainingRun:
                 f"{out} has the training images, and samples would mix with them: choose another --out."
             )
         self.out, self.seed, self.save_every = out, seed, save_every
+        self.in_pairs = folder is None  # neighbouring scenes differ only in where their colours or things are
         self.device = best_device(device)
         self.start = start and load_models(start, "cpu", torch.float32, tuned=False)
         if self.start and self.start.config.unet.inpaints:  # its U-Net also takes a mask and a masked image
@@ -129,7 +131,7 @@ class TrainingRun:
         if name == "vae":
             return VAEStage(self.config.vae, self.train_set)
         if name == "text":
-            return TextStage(self.config.text, self.train_set, self.tokens)
+            return TextStage(self.config.text, self.train_set, self.tokens, in_pairs=self.in_pairs)
         if name == "decoder":
             encoder, decoder = self._plain_vae()
             whole_images = VAEStage(self.config.vae, self.train_set, crop=self.config.image_size)
@@ -255,14 +257,18 @@ class TrainingRun:
         return all((self.out / f"{name}.state").exists() for name in needed)
 
     def write_checkpoint(self) -> Path:
-        """Write the trained networks to `out`/tiny.ckpt, in float16, for `load_models`. Returns the path."""
-        unet = Diffusion(self.config.unet)
-        unet.load_state_dict(_part(load_state(self.out / "diffusion.state")["average"], "diffusion"))
+        """Write the trained networks to `out`/tiny.ckpt, in float16, for `load_models`. Returns the path.
+
+        What the U-Net predicts is written as it was trained, whatever this run's configuration says.
+        """
+        trained, unet = load_state(self.out / "diffusion.state"), Diffusion(self.config.unet)
+        unet.load_state_dict(_part(trained["average"], "diffusion"))
+        schedule = replace(self.config.schedule, prediction_type=trained["config"]["predicts"])
         encoder, decoder = self.vae if self.start else self._finished_vae()  # not self.vae: the decoder may be newer
         models = SimpleNamespace(clip=self.clip, encoder=encoder, decoder=decoder, diffusion=unet)
         state = {k: t.half() if t.is_floating_point() else t for k, t in to_compvis(models).items()}
         path = self.out / "tiny.ckpt"
-        write_checkpoint(path, state, self.config.to_dict())
+        write_checkpoint(path, state, replace(self.config, schedule=schedule).to_dict())
         return path
 
 

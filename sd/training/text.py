@@ -78,11 +78,23 @@ class TextStage:
     divisible = False
     ema = 0.995
 
-    def __init__(self, config: TextConfig, dataset: CaptionedImages, tokens: list[Tensor], batch_size: int = 256):
-        """`tokens` are the captions of `dataset`, as `tokenise` returns them."""
+    def __init__(
+        self,
+        config: TextConfig,
+        dataset: CaptionedImages,
+        tokens: list[Tensor],
+        batch_size: int = 256,
+        in_pairs: bool = False,
+    ):
+        """`tokens` are the captions of `dataset`, as `tokenise` returns them.
+
+        With `in_pairs`, a batch has images 0 and 1, or 2 and 3, ... together. In scenes of the toy world, these show
+        the same two things with colours or places exchanged. Without such neighbours, a text encoder learns which words
+        a caption has, but not which colour belongs to which thing (2210.01936).
+        """
         self.config = {"width": config.width, "layers": config.layers, "heads": config.heads}
         self.batch_size = min(batch_size, len(dataset))
-        self.tokens = tokens
+        self.tokens, self.in_pairs = tokens, in_pairs
         self.small = shrink(dataset)
         # State files call the image encoder "pictures".
         self.networks = nn.ModuleDict({"pictures": ImageEncoder(), "captions": CaptionEncoder(config)})
@@ -91,7 +103,11 @@ class TextStage:
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random images, uint8 (B, 3, 64, 64), and a caption of each, (B, 77)."""
         # No image twice: its second caption would count as a wrong one for the first copy.
-        indices = torch.randperm(len(self.small), generator=generator)[: self.batch_size]
+        if self.in_pairs:
+            pairs = torch.randperm(len(self.small) // 2, generator=generator)[: self.batch_size // 2]
+            indices = torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten()
+        else:
+            indices = torch.randperm(len(self.small), generator=generator)[: self.batch_size]
         return self.small[indices], pick_captions(self.tokens, indices, generator)
 
     def loss(self, images: Tensor, tokens: Tensor) -> Tensor:

@@ -1,107 +1,153 @@
-"""The figures of the evaluation against values computed by hand, and the counting of suns on renders."""
+"""The prompts of the evaluation, and the marks for hand-made images, against values computed by hand."""
 
-import random
+from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
 
-from sd.training import loop
-from sd.training.data import CaptionedImages
 from sd.training.evaluation import (
-    ABSENT,
-    CLASSES,
-    JudgeStage,
-    count_lights,
+    MARKS,
+    PROMPTS,
+    Prompt,
+    called_right,
     interval,
-    judge_accuracy,
-    lights_accuracy,
     make_prompts,
-    targets,
+    marks,
+    shares,
 )
-from sd.training.world.render import render
-from sd.training.world.scenes import ATTRIBUTES, Scene, is_held_out, random_scene
+from sd.training.judge import MIXED, ODD, Found, Seen
+from sd.training.world.scenes import ATTRIBUTES, SECOND_COLOUR, Scene, Thing, is_held_out
 
 HOUSE = Scene("noon", "hills", "house", "red", "left", True, False)
-EMPTY = Scene("night", "sea", "none", "red", "left", False, True)
+EMPTY = replace(HOUSE, thing="none")
+BOTH = replace(HOUSE, second=Thing("tree", "green", "right"))
+RED_HOUSE, GREEN_TREE = Found("house", "red", 30, 115), Found("tree", "green", 97, 115)
+SUN = Found("light", "white", 64, 20)
+COLOURED = frozenset({"thing", "colour", SECOND_COLOUR, "position"})
 
 
-class Parrot(torch.nn.Module):
-    """A judge whose answer for image i is `answers[i]`."""
-
-    def __init__(self, answers):
-        super().__init__()
-        self.answers = answers
-
-    def forward(self, images):
-        one_hot = [torch.nn.functional.one_hot(self.answers[:, i], n) for i, n in enumerate(CLASSES)]
-        return torch.cat(one_hot, dim=1).float()
+def seen(*found, time="noon", terrain="hills", clouds=False):
+    return Seen(time, terrain, clouds, tuple(sorted(found, key=lambda each: each.x)))
 
 
-def test_targets_are_the_indices_of_the_values():
-    assert targets(HOUSE) == [1, 1, 1, 0, 0, 1, 0]
+def given(scene, mention, *found, **rest):
+    """The marks that are wrong, and the number of marks."""
+    result = marks(Prompt("", scene, frozenset(mention)), seen(*found, **rest))
+    assert set(result) <= set(MARKS)
+    return {name for name, right in result.items() if not right}, len(result)
 
 
-def test_an_empty_scene_has_no_colour_and_no_position():
-    assert targets(EMPTY) == [3, 3, 0, ABSENT, ABSENT, 0, 1]
+def test_an_image_as_asked_for_is_all_right():
+    assert given(HOUSE, ATTRIBUTES, RED_HOUSE, SUN) == (set(), 9)
+    assert given(BOTH, COLOURED | set(ATTRIBUTES), RED_HOUSE, GREEN_TREE, SUN) == (set(), 9)
+    assert given(EMPTY, {"thing", "time"}) == (set(), 3)
 
 
-def test_accuracy_counts_what_was_asked_for():
-    wanted = torch.tensor([targets(HOUSE), targets(HOUSE), targets(EMPTY)])
-    answers = wanted.clamp(min=0)
-    answers[1, 3] = 4  # the second house is purple
-    shares = judge_accuracy(Parrot(answers), torch.zeros(3, 3, 8, 8), wanted)
-    assert shares["colour"] == 0.5
-    assert all(shares[name] == 1 for name in ATTRIBUTES if name != "colour")
-    assert shares["mean"] == pytest.approx(6.5 / 7)
-    assert shares["all"] == pytest.approx(2 / 3)
+@pytest.mark.parametrize(
+    "found, rest, wrong",
+    [
+        ([RED_HOUSE, SUN], {"time": "dawn"}, {"time"}),
+        ([RED_HOUSE, SUN], {"terrain": "sea", "clouds": True}, {"terrain", "clouds"}),
+        ([RED_HOUSE], {}, {"light"}),
+        ([RED_HOUSE, SUN, replace(SUN, x=20)], {}, {"light"}),
+        ([SUN], {}, {"thing", "colour", "position", "number", "whole"}),
+        ([RED_HOUSE, replace(RED_HOUSE, x=97), SUN], {}, {"number", "whole"}),
+        ([replace(RED_HOUSE, kind=ODD), SUN], {}, {"thing", "colour", "position", "whole"}),
+        ([replace(RED_HOUSE, colour=MIXED), SUN], {}, {"colour", "position", "whole"}),
+        ([replace(RED_HOUSE, colour="blue"), SUN], {}, {"colour", "position"}),
+        ([replace(RED_HOUSE, x=64), SUN], {}, {"position"}),
+    ],
+)
+def test_one_thing(found, rest, wrong):
+    assert given(HOUSE, ATTRIBUTES, *found, **rest)[0] == wrong
 
 
-def test_the_judges_loss_does_not_depend_on_the_number_of_cores(tmp_path, monkeypatch):
-    """One part of the batch may have fewer scenes with a colour than another, or none."""
-    monkeypatch.setattr(loop.os, "cpu_count", lambda: 2)
-    torch.manual_seed(0)
-    scenes = [HOUSE, EMPTY, EMPTY, EMPTY]
-    stage = JudgeStage(CaptionedImages(np.zeros((4, 64, 64, 3), np.uint8), [[""]] * 4), scenes)
-    training = loop.Training(stage, tmp_path, torch.device("cpu"), 1.0, 5, seed=0)
-    batch = torch.randn(64, 3, 64, 64), torch.tensor([targets(scene) for scene in scenes]).repeat_interleave(16, dim=0)
-    parts = zip(*(tensor.chunk(training.workers) for tensor in batch))
-    with torch.no_grad():
-        shares = sum(stage.loss(*part).item() * len(part[0]) / 64 for part in parts)
-        assert shares == pytest.approx(stage.loss(*batch).item(), rel=1e-4)
+@pytest.mark.parametrize(
+    "found, wrong",
+    [
+        ([replace(RED_HOUSE, colour="green"), replace(GREEN_TREE, colour="red")], {"colour", "position"}),
+        ([replace(RED_HOUSE, x=97), replace(GREEN_TREE, x=30)], {"position"}),
+        ([RED_HOUSE], {"thing", "colour", "position", "number", "whole"}),
+        ([RED_HOUSE, replace(RED_HOUSE, x=97)], {"thing", "colour", "position"}),
+        ([RED_HOUSE, GREEN_TREE, replace(GREEN_TREE, x=64, kind=ODD)], {"number", "whole"}),
+    ],
+)
+def test_two_things(found, wrong):
+    assert given(BOTH, COLOURED, *found)[0] == wrong
 
 
-def lights_of_a_render(scene, seed, mirror=False):
-    image = torch.from_numpy(np.asarray(render(scene, seed)).copy()).permute(2, 0, 1).float() / 127.5 - 1
-    left = image[:, :, :64]  # where the sun is if there is no thing
-    return count_lights(torch.cat([left, left.flip(-1)], dim=-1) if mirror else image, scene.time)
+def test_what_is_not_mentioned_is_free():
+    assert given(HOUSE, {"thing"}, replace(RED_HOUSE, colour="blue", x=97), time="night", clouds=True) == (set(), 4)
+    other = seen(replace(RED_HOUSE, colour="white"), GREEN_TREE)
+    assert all(marks(Prompt("", BOTH, frozenset({"thing", SECOND_COLOUR})), other).values())
+    assert not all(marks(Prompt("", BOTH, frozenset({"thing", "colour"})), other).values())
 
 
-def test_suns_and_moons_are_counted():
-    rng = random.Random(0)
-    for seed in range(150):
-        scene = random_scene(rng, held_out=None)
-        assert lights_of_a_render(scene, seed) == scene.light
+def test_what_is_free_is_there_once_at_most():
+    assert given(HOUSE, {"thing"}, RED_HOUSE, SUN) == (set(), 4)
+    assert given(HOUSE, {"thing"}, RED_HOUSE, SUN, replace(SUN, x=20))[0] == {"light"}
+    assert given(HOUSE, {"time"}, RED_HOUSE, GREEN_TREE)[0] == {"number"}
 
 
-@pytest.mark.parametrize("time", ATTRIBUTES["time"])
-def test_two_suns_are_counted_as_two(time):
-    scene = Scene(time, "sea", "none", "red", "left", light=True, clouds=False)
-    assert lights_of_a_render(scene, 0, mirror=True) == 2
+def test_nothing_is_nothing():
+    assert given(EMPTY, {"thing", "terrain"}, RED_HOUSE)[0] == {"number"}
 
 
-def test_the_share_with_the_right_number_of_lights():
-    scenes = [Scene("noon", "sea", "none", "red", "left", light, False) for light in (True, True, False, False)]
-    black = torch.full((4, 3, 128, 128), -1.0)
-    assert lights_accuracy(black, scenes) == 0.5
+def test_in_front_is_lower_in_the_image():
+    scene = replace(BOTH, second=replace(BOTH.second, position="behind"))
+    front, back = replace(RED_HOUSE, x=50), replace(GREEN_TREE, x=78, y=98)
+    assert given(scene, COLOURED, front, back)[0] == set()
+    assert given(scene, COLOURED, replace(front, y=98), replace(back, y=115))[0] == {"position"}
+
+
+def test_two_equal_things_have_no_order():
+    scene = replace(HOUSE, second=Thing("house", "red", "right"))
+    twice = RED_HOUSE, replace(RED_HOUSE, x=97)
+    assert given(scene, COLOURED, *twice) == (set(), 5)
+    assert given(scene, {"thing"}, twice[0], replace(twice[1], colour="blue"))[0] == set()
+    assert given(scene, COLOURED, RED_HOUSE)[0] == {"thing", "colour", "number", "whole"}
+
+
+def test_the_judge_is_right_if_it_calls_everything_by_its_name():
+    truth = seen(RED_HOUSE, replace(GREEN_TREE, kind=ODD), SUN)
+    assert called_right(truth, seen(replace(RED_HOUSE, x=31), replace(GREEN_TREE, kind=ODD, colour="blue"), SUN))
+    assert not called_right(truth, seen(RED_HOUSE, GREEN_TREE, SUN))
+    assert not called_right(truth, seen(RED_HOUSE, replace(GREEN_TREE, kind=ODD)))
+    assert not called_right(truth, seen(RED_HOUSE, SUN))
+
+
+def test_shares_count_where_a_mark_was_given():
+    result = shares([{"time": True, "light": True}, {"light": False}, {"time": True, "light": True}])
+    assert result == {"time": (1, 2), "light": (2 / 3, 3), "mean": (pytest.approx(5 / 6), 3), "all": (2 / 3, 3)}
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_prompts_are_held_out_or_not_as_requested(held_out):
-    scenes, prompts = make_prompts(20, held_out)
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_are_held_out_or_not_as_requested(kind, held_out):
+    prompts = make_prompts(kind, 20, held_out)
     assert len(prompts) == 20
-    assert all(is_held_out(scene) == held_out for scene in scenes)
-    assert (scenes, prompts) == make_prompts(20, held_out)
+    assert all(is_held_out(prompt.scene) == held_out for prompt in prompts)
+    assert all(is_held_out(prompt.scene, prompt.mention) == held_out for prompt in prompts)
+    assert prompts == make_prompts(kind, 20, held_out)
+
+
+def test_the_kinds_of_prompts():
+    prompts = {kind: make_prompts(kind, 60, False) for kind in PROMPTS}
+    assert all(len(prompt.scene.things) == 1 for prompt in prompts["full"])
+    assert {len(prompt.mention) for prompt in prompts["short"]} == {1, 2, 3, 4, 5, 6}
+    assert all("thing" in prompt.mention and len(prompt.scene.things) == 1 for prompt in prompts["short"])
+    assert all(" and " in prompt.text for prompt in prompts["two"])
+    assert all("two " in prompt.text for prompt in prompts["twice"])
+    words = ("left of", "right of", "in front of", "behind")
+    assert all(any(word in prompt.text for word in words) for prompt in prompts["relation"])
+    assert all(not prompt.scene.things for prompt in prompts["none"])
+
+
+def test_the_words_of_a_prompt_are_what_it_is_marked_for():
+    for prompt in make_prompts("short", 60, False):
+        assert (prompt.scene.colour in prompt.text.replace("green hill", "").replace("green meadow", "")) == (
+            "colour" in prompt.mention
+        )
+        assert ("cloud" in prompt.text or "clear" in prompt.text) == ("clouds" in prompt.mention)
 
 
 def test_the_interval_is_under_three_points():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from scripts import train_tiny
 from sd.checkpoints.files import read_checkpoint, write_checkpoint
-from sd.training import stages
+from sd.training import record, stages
 from sd.training.data import DataError
 from sd.training.loop import TrainingError, load_state, save_atomically
 from sd.training.stages import TrainingRun
@@ -84,6 +84,13 @@ def test_the_state_of_one_stage_is_enough_to_refuse_another_run(tmp_path):
     begin(tmp_path)
     with pytest.raises(TrainingError, match="on 12 scenes with seed 0, not on 14 scenes"):
         make_run(tmp_path, scenes=14)
+
+
+def test_a_run_on_another_version_of_the_toy_world_is_refused(tmp_path, monkeypatch):
+    begin(tmp_path)
+    monkeypatch.setattr(record, "WORLD", record.WORLD + 1)
+    with pytest.raises(TrainingError, match="on 12 scenes with seed 0, which have changed since: choose another --out"):
+        make_run(tmp_path)
 
 
 def test_train_tiny_reports_another_run_in_one_sentence(tmp_path, monkeypatch, capsys):

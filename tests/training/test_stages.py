@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,6 +15,7 @@ import sd
 from scripts import evaluate_tiny, train_tiny
 from sd.checkpoints.files import write_checkpoint
 from sd.clip import CLIP
+from sd.config import PREDICTION_TYPES
 from sd.decoder import Decoder
 from sd.encoder import Encoder
 from sd.tokenizer import Tokenizer
@@ -21,7 +24,7 @@ from sd.training.data import CaptionedImages, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Training, TrainingError, load_state
 from sd.training.stages import TrainingRun
-from sd.training.text import end_states, pick_captions, retrieval, shrink, silence_unknown_tokens, tokenise
+from sd.training.text import TextStage, end_states, pick_captions, retrieval, shrink, silence_unknown_tokens, tokenise
 from sd.training.vae import VAEStage, encode_all, normalise_latents, psnr
 from tests.support.synthetic import MICRO, random_state
 
@@ -305,7 +308,15 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "arguments", [["unet"], ["vae", "--minutes", "0"], ["vae", "--steps", "-1"], ["all", "--start", "tiny.ckpt"]]
+    "arguments",
+    [
+        ["unet"],
+        ["vae", "--minutes", "0"],
+        ["vae", "--steps", "-1"],
+        ["all", "--start", "tiny.ckpt"],
+        ["diffusion", "--start", "tiny.ckpt", "--prediction-type", "epsilon"],
+        ["all", "--prediction-type", "x"],
+    ],
 )
 def test_bad_options_exit_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -327,17 +338,82 @@ def test_encoders_are_loaded_only_if_the_model_was_trained_with_them(trained, tm
 
 
 def test_a_model_is_evaluated_with_its_own_sampling_settings(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_tiny, "JUDGE_SCENES", 64)
-    monkeypatch.setattr(evaluate_tiny, "TEST_SCENES", 8)
+    for name, count in {"JUDGE_PICTURES": 64, "TEST_PICTURES": 8, "TEST_SCENES": 8}.items():
+        monkeypatch.setattr(evaluate_tiny, name, count)
+    drawn = []
+    draw = evaluation.draw_prompts
+    monkeypatch.setattr(evaluation, "draw_prompts", lambda *options: drawn.append(options[2:]) or draw(*options))
     model = trained / "tiny.ckpt"
     arguments = ["--checkpoint", model, "--out", tmp_path, "--prompts", 2, "--judge-steps", 2, "--device", "cpu"]
-    assert evaluate_tiny.main([*map(str, arguments)]) == 0
+    assert evaluate_tiny.main([*map(str, arguments), "--kinds", "full", "twice"]) == 0
+    assert drawn == [("dpm++2m", 20, 7.5, 1)] * 4  # the settings of the checkpoint
     result = json.loads((tmp_path / "evaluation.json").read_text())
-    names = [f"dpm++2m 20 steps, scale 7.5, {kind}" for kind in ("seen", "held out")]  # the settings of the checkpoint
-    assert list(result["accuracy"]) == ["renders", "through the VAE", *names]
-    assert list(result["retrieval"]) == names
+    names = [f"{kind}, {seen}" for kind in ("full", "twice") for seen in ("seen", "held out")]
+    assert list(result["accuracy"]) == names
+    assert result["accuracy"]["twice, seen"]["number"]["of"] == 2
+    assert 0 < result["accuracy"]["full, seen"]["time"]["interval"] < 0.5
+    assert "renders: all" in result["judge"]
+    assert list(result["retrieval"]) == names[:2]
     assert result["checkpoint"] == str(model)
-    assert names[1] in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("| twice")]
+    assert len(rows) == 2
+    assert len({line.count("|") for line in [*rows, *(line for line in lines if line.startswith("| | time"))]}) == 1
+
+
+def test_the_kinds_of_prompts_of_the_script_are_those_of_the_evaluation():
+    assert tuple(evaluation.PROMPTS) == evaluate_tiny.KINDS
+    assert train_tiny.PREDICTION_TYPES == PREDICTION_TYPES
+
+
+def test_the_table_is_markdown():
+    rows = {"short, seen": {"time": (1.0, 40), "all": (0.925, 40)}, "none, seen": {"all": (0.0, 40)}}
+    assert evaluate_tiny.table(rows, ("time", "all")).splitlines() == [
+        "| | time | all |",
+        "|---|---|---|",
+        "| short, seen | 1.00 | .925 |",
+        "| none, seen | - | .000 |",
+    ]
+
+
+def test_a_model_that_predicts_v_says_so(tmp_path, trained):
+    """Training and sampling with --prediction-type; the checkpoint says what its U-Net predicts."""
+    for path in (trained / "vae.state", trained / "text.state", *trained.glob("*.npy")):
+        shutil.copy(path, tmp_path)
+    schedule = replace(SMALL.schedule, prediction_type="v_prediction")
+    run = TrainingRun(tmp_path, scenes=40, device="cpu", config=replace(SMALL, schedule=schedule))
+    run.train("diffusion", minutes=1, steps=2)
+    models = sd.load_models(run.write_checkpoint(), "cpu", torch.float32)
+    assert models.config.schedule.prediction_type == "v_prediction"
+    assert sd.generate("a red house", models=models, n_inference_steps=2, seed=0).shape == (64, 64, 3)
+    plain = TrainingRun(tmp_path, scenes=40, device="cpu", config=SMALL)
+    with pytest.raises(TrainingError, match="has another configuration"):
+        plain.train("diffusion", minutes=1, steps=2)
+    again = sd.load_models(plain.write_checkpoint(), "cpu")  # as after `train_tiny.py decoder` without the flag
+    assert again.config.schedule.prediction_type == "v_prediction"
+
+
+def test_the_prediction_type_is_passed_on(tmp_path, monkeypatch):
+    configs = []
+
+    def stop(*arguments, **_):
+        configs.append(arguments[6].schedule.prediction_type)
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(stages, "TrainingRun", stop)
+    for more in ([], ["--prediction-type", "v_prediction"]):
+        assert train_tiny.main(["vae", "--out", str(tmp_path), *more]) == 2
+    assert configs == ["epsilon", "v_prediction"]
+
+
+def test_a_batch_of_the_text_stage_has_neighbouring_scenes_together(pictures):
+    tokens = tokenise(pictures, Tokenizer())
+    stage = TextStage(SMALL.text, pictures, tokens, batch_size=8, in_pairs=True)
+    stage.small = torch.arange(32, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 64, 64)
+    numbers = stage.draw(torch.Generator().manual_seed(0))[0][:, 0, 0, 0]
+    assert len(numbers.unique()) == 8
+    assert torch.equal(numbers[1::2], numbers[::2] + 1)
+    assert (numbers[::2] % 2 == 0).all()
 
 
 def test_shares_of_the_minutes_add_up_to_one():

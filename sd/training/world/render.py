@@ -1,18 +1,19 @@
-"""Draw a scene: sky, sun or moon, clouds, land or sea, and the thing in it.
+"""Draw a scene: sky, sun or moon, clouds, land or sea, and the things in it.
 
 The seed decides what the `Scene` does not say, such as the exact position of the sun, the shape of the hills and the
-size of the thing. The same scene, seed and size always give the same image.
+size of the things. The same scene, seed and size always give the same image.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
 
 from PIL import Image
 
 from sd.training.world.canvas import UNITS, Canvas, Colour, Point, mix, tint
-from sd.training.world.scenes import Scene
+from sd.training.world.scenes import Scene, Thing
 from sd.training.world.things import DRAW, WHITE, Brush
 
 SKIES: dict[str, list[Colour]] = {
@@ -29,49 +30,115 @@ GLOWS = {"dawn": (255, 238, 180), "noon": (255, 252, 214), "sunset": (255, 214, 
 CLOUDS = {"dawn": (255, 236, 236), "noon": (255, 255, 255), "sunset": (255, 176, 140), "night": (84, 94, 146)}
 SEAS = {"dawn": (130, 160, 200), "noon": (36, 120, 196), "sunset": (120, 70, 116), "night": (22, 34, 86)}
 MIDDLES = {"left": 31, "centre": 64, "right": 97}
-# The sun or moon is on the left, or if a thing is there, on the right. If it could be on either side, a model would
-# often draw it on both.
+# The sun or moon is between two things, and on the left of one, unless the thing is on the left. If it could be on
+# either side, a model would often draw it on both.
 SUN_LEFT, SUN_RIGHT = 20, 108
+DEPTH = 14  # a thing in front and one behind it are this far to the left and right of their middle
 
 HORIZON = 76
 
 
+@dataclass(frozen=True)
+class Spot:
+    """Where a thing is: the middle of its foot, (x, y) on the canvas, and its scale."""
+
+    x: float
+    y: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An image, and where things and lights are in it."""
+
+    image: Image.Image
+    spots: list[Spot]  # of the scene's things
+    lights: list[Point]  # the middles of suns or moons
+    clouds: int  # their number
+
+
 def render(scene: Scene, seed: int, size: int = 128) -> Image.Image:
     """Draw a scene: a PIL image, RGB, (size, size) pixels."""
+    return draw(scene, seed, size).image
+
+
+def draw(
+    scene: Scene,
+    seed: int,
+    size: int = 128,
+    things: list[tuple[Thing, Spot]] | None = None,
+    lights: list[Point] | None = None,
+) -> Drawing:
+    """Draw a scene, and say where everything is.
+
+    `things`, from back to front, and `lights` replace those of the scene: any number, anywhere.
+    """
     rng = random.Random(f"picture {seed}")
     canvas = Canvas(size)
     canvas.gradient(SKIES[scene.time], 0, HORIZON + 8)
-    x = MIDDLES[scene.position] + rng.uniform(-3, 3) if scene.thing != "none" else None
-    sun_x = _sky(canvas, scene, x, rng)
-    _land(canvas, scene, sun_x, rng)
-    if x is not None:
-        _thing(canvas, scene, x, rng)
-    return canvas.finish()
+    columns = _columns(scene, rng)
+    lights, clouds = _sky(canvas, scene, columns, lights, rng)
+    _land(canvas, scene, lights, rng)
+    spots = _spots(scene, columns, rng)
+    if things is None:
+        things = list(zip(scene.things, spots))
+        things = things[::-1] if scene.is_behind else things
+    _things(canvas, scene, things)
+    return Drawing(canvas.finish(), spots, lights, clouds)
 
 
-def _sky(canvas: Canvas, scene: Scene, x: float | None, rng: random.Random) -> float | None:
-    """Draw stars, sun or moon, and clouds. Returns x of the sun or moon, for its reflection, or None without one."""
+def _columns(scene: Scene, rng: random.Random) -> list[float]:
+    """x of each thing."""
+    if scene.is_behind:
+        middle, side = 64 + rng.uniform(-3, 3), -DEPTH if scene.position == "left" else DEPTH
+        return [middle + side, middle - side]
+    return [MIDDLES[thing.position] + rng.uniform(-3, 3) for thing in scene.things]
+
+
+def _spots(scene: Scene, columns: list[float], rng: random.Random) -> list[Spot]:
+    """Where each thing is. Two things are smaller than one, and one behind another is smaller and higher up."""
+    spots = []
+    for thing, x in zip(scene.things, columns):
+        y = rng.uniform(111, 117)
+        if thing.kind == "balloon":
+            y = rng.uniform(84, 94) if scene.second else rng.uniform(80, 90)
+        if thing.position == "behind":
+            spots.append(Spot(x, y - 17, rng.uniform(0.68, 0.76)))
+        else:
+            spots.append(Spot(x, y, rng.uniform(0.8, 0.92) if scene.second else rng.uniform(0.95, 1.08)))
+    return spots
+
+
+def _sky(
+    canvas: Canvas, scene: Scene, columns: list[float], lights: list[Point] | None, rng: random.Random
+) -> tuple[list[Point], int]:
+    """Draw stars, sun or moon, and clouds. Returns the middles of suns or moons, and the number of clouds."""
     night = scene.time == "night"
     if night:
         for _ in range(18):
             r = rng.choice((0.5, 0.7, 0.9))
             canvas.ellipse(rng.uniform(2, 126), rng.uniform(2, 62), r, r, (236, 238, 255))
-    sun_x = None
-    where = (SUN_RIGHT if x is not None and x < 45 else SUN_LEFT) + rng.uniform(-8, 8)
-    if scene.light:
-        sun_x = where
-        high = scene.time in ("noon", "night") or scene.terrain == "mountains"  # mountains would hide a low sun
-        _sun(canvas, scene.time, sun_x, 21 if high else 49, rng)
+    if len(columns) == 2 and not scene.is_behind:
+        where = 64 + rng.uniform(-5, 5)
+    else:
+        where = (SUN_RIGHT if columns and columns[0] < 45 and not scene.is_behind else SUN_LEFT) + rng.uniform(-8, 8)
+    # Mountains, or two things, would hide a low sun.
+    high = scene.time in ("noon", "night") or scene.terrain == "mountains" or scene.second is not None
+    if lights is None:
+        lights = [(where, (21 if high else 49) + rng.uniform(-4, 4))] if scene.light else []
+    for x, y in lights:
+        _sun(canvas, scene.time, x, y)
+    clouds = 0
     if scene.clouds:
-        among_clouds = scene.light and high  # a low sun is below the clouds
         for middle in (rng.uniform(10, 34), rng.uniform(54, 74), rng.uniform(94, 118)):
-            if not (among_clouds and abs(middle - sun_x) < 30):  # no cloud in front of the sun
+            # No cloud in front of the sun. A low sun is below the clouds.
+            if not any(y < 40 and abs(middle - x) < 30 for x, y in lights):
                 _cloud(canvas, middle, rng.uniform(10, 28), rng.uniform(0.9, 1.2), CLOUDS[scene.time])
-    return sun_x
+                clouds += 1
+    return lights, clouds
 
 
-def _sun(canvas: Canvas, time: str, x: float, y: float, rng: random.Random) -> None:
-    y += rng.uniform(-4, 4)
+def _sun(canvas: Canvas, time: str, x: float, y: float) -> None:
     radius = 12 if time == "sunset" else 10
     canvas.glow(x, y, 3.2 * radius, GLOWS[time], 0.9)
     canvas.ellipse(x, y, radius, radius, SUNS[time])
@@ -100,7 +167,7 @@ def _ridge(low: float, high: float, waves: float, rng: random.Random) -> list[Po
     return [*points, (UNITS, UNITS), (0, UNITS)]
 
 
-def _land(canvas: Canvas, scene: Scene, sun_x: float | None, rng: random.Random) -> None:
+def _land(canvas: Canvas, scene: Scene, lights: list[Point], rng: random.Random) -> None:
     def shade(colour: Colour) -> Colour:
         return tint(colour, LAND_LIGHT[scene.time])
 
@@ -130,7 +197,7 @@ def _land(canvas: Canvas, scene: Scene, sun_x: float | None, rng: random.Random)
         canvas.polygon(_ridge(92, 82, rng.uniform(0.7, 1.1), rng), shade((226, 236, 250)))
         canvas.polygon(_ridge(114, 98, rng.uniform(0.7, 1.1), rng), shade((246, 250, 255)))
     else:
-        _sea(canvas, scene.time, sun_x, rng)
+        _sea(canvas, scene.time, lights, rng)
 
 
 def _mountains(canvas: Canvas, shade, haze: Colour, rng: random.Random) -> None:
@@ -156,7 +223,7 @@ def _pine(canvas: Canvas, x: float, foot: float, s: float, shade) -> None:
         canvas.polygon(triangle, shade((60, 104, 96)))
 
 
-def _sea(canvas: Canvas, time: str, sun_x: float | None, rng: random.Random) -> None:
+def _sea(canvas: Canvas, time: str, lights: list[Point], rng: random.Random) -> None:
     near = SEAS[time]
     far = mix(near, SKIES[time][-1], 0.45)
     canvas.gradient([far, mix(far, near, 0.6), near, mix(near, (0, 0, 30), 0.15)], HORIZON - 4, UNITS)
@@ -166,38 +233,46 @@ def _sea(canvas: Canvas, time: str, sun_x: float | None, rng: random.Random) -> 
         for _ in range(2):
             x, half = rng.uniform(6, 122), 4 + row
             canvas.line([(x - half, y), (x - half / 2, y - 1.2), (x + half / 2, y - 1.2), (x + half, y)], crest, 1.2)
-    if sun_x is not None:
+    for sun_x, _ in lights:
         for row in range(8):
             half = 9 - 0.5 * row + rng.uniform(-2, 2)
             y = HORIZON - 1 + row * 4.5
             canvas.rectangle(sun_x - half, y, sun_x + half, y + 2, mix(GLOWS[time], SUNS[time], 0.5), radius=1)
 
 
-def _thing(canvas: Canvas, scene: Scene, x: float, rng: random.Random) -> None:
+def _things(canvas: Canvas, scene: Scene, things: list[tuple[Thing, Spot]]) -> None:
+    """Draw the things, from back to front, and the ground below them."""
+
     def shade(colour: Colour) -> Colour:
         return tint(colour, THING_LIGHT[scene.time])
 
-    y = rng.uniform(111, 117)
-    night = scene.time == "night"
-    if scene.thing == "balloon":
-        y = rng.uniform(80, 90)
-    elif scene.thing == "sailboat":
+    alone, night = len(things) == 1, scene.time == "night"
+    for thing, spot in things:
+        _ground(canvas, scene, thing, spot, 1 if alone else 0.78)
+    for thing, spot in things:
+        beam = 1 if (spot.x <= 64) == alone else -1  # a single lighthouse shines across the image, others outward
+        DRAW[thing.kind](Brush(canvas, spot.x, spot.y, spot.scale, thing.colour, shade, night, beam))
+        if thing.kind == "sailboat":
+            foam = 24 * (1 if alone else spot.scale)
+            canvas.ellipse(spot.x, spot.y + 1, foam, 1.6, mix(SEAS[scene.time], WHITE, 0.35))
+
+
+def _ground(canvas: Canvas, scene: Scene, thing: Thing, spot: Spot, scale: float) -> None:
+    """Draw what a thing stands on: a lake or an island, or only its shadow."""
+    x, y = spot.x, spot.y
+    if thing.kind == "sailboat":
         if scene.terrain != "sea":
-            _lake(canvas, scene.time, x, y)
-    elif scene.terrain == "sea":
+            _lake(canvas, scene.time, x, y, 1 if scale == 1 else 0.66)
+    elif thing.kind != "balloon" and scene.terrain == "sea":
         land = tint((214, 190, 140), LAND_LIGHT[scene.time])
-        canvas.ellipse(x, y + 2, 38, 9, mix(SEAS[scene.time], WHITE, 0.5))
-        canvas.ellipse(x, y + 1, 36, 7.5, land)
-    else:
+        canvas.ellipse(x, y + 2, 38 * scale, 9 * scale, mix(SEAS[scene.time], WHITE, 0.5))
+        canvas.ellipse(x, y + 1, 36 * scale, 7.5 * scale, land)
+    elif thing.kind != "balloon":
         ground = canvas.image.getpixel((round(x * canvas.scale), round((y + 3) * canvas.scale)))
-        canvas.ellipse(x, y, 28, 3.2, mix(ground, (20, 20, 50), 0.3))  # the thing's shadow
-    brush = Brush(canvas, x, y, rng.uniform(0.95, 1.08), scene.colour, shade, night)
-    DRAW[scene.thing](brush)
-    if scene.thing == "sailboat":
-        canvas.ellipse(x, y + 1, 24, 1.6, mix(SEAS[scene.time], WHITE, 0.35))
+        canvas.ellipse(x, y, 28 * scale, 3.2, mix(ground, (20, 20, 50), 0.3))  # the thing's shadow
 
 
-def _lake(canvas: Canvas, time: str, x: float, y: float) -> None:
+def _lake(canvas: Canvas, time: str, x: float, y: float, scale: float) -> None:
     """Draw a lake: a boat on land needs water."""
-    canvas.ellipse(x, y + 5, 52, 13.5, mix(SEAS[time], WHITE, 0.5))
-    canvas.ellipse(x, y + 5, 50, 12, SEAS[time])
+    canvas.ellipse(x, y + 5, 52 * scale, 13.5 * scale, mix(SEAS[time], WHITE, 0.5))
+    canvas.ellipse(x, y + 5, 50 * scale, 12 * scale, SEAS[time])

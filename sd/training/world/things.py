@@ -34,6 +34,7 @@ class Brush:
     colour: str  # a key of PAINTS
     shade: Callable[[Colour], Colour]  # a colour -> the colour in the light at this time of day
     night: bool
+    beam: int = 1  # where a lighthouse shines: 1 to the right, -1 to the left
 
     @property
     def paint(self) -> Colour:
@@ -151,8 +152,7 @@ def lighthouse(b: Brush) -> None:
     b.polygon(b.shade((74, 62, 76)), (-7.5, 63), (0, 71), (7.5, 63))
     b.box(b.shade(DARK_WOOD), -3.2, 0, 3.2, 9, 1)
     if b.night:
-        away = -1 if b.x > 64 else 1
-        b.canvas.veil(b.at((5 * away, 58.5), (120 * away, 82), (120 * away, 44)), (255, 244, 190), 0.45)
+        b.canvas.veil(b.at((5 * b.beam, 58.5), (120 * b.beam, 82), (120 * b.beam, 44)), (255, 244, 190), 0.45)
         b.canvas.glow(*b.at((0, 58.5))[0], 15 * b.scale, (255, 244, 190), 0.9)
 
 
