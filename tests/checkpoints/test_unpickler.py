@@ -155,6 +155,7 @@ def test_a_pickle_longer_than_allowed_is_refused(monkeypatch):
         Unpickler(pickle.dumps("x" * 1000), 1 << 20).load()
 
 
+@pytest.mark.slow
 def test_a_larger_file_may_have_more_instructions():
     """A trainer's log: a list of 300,000 losses. A small file, which may be compressed, never runs for that long."""
     log = pickle.dumps([[] for _ in range(300_000)], 2)

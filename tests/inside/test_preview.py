@@ -112,6 +112,7 @@ def test_each_model_has_its_own_preview():
     assert preview_for(models) is SD15_PREVIEW
 
 
+@pytest.mark.slow
 def test_a_decoder_in_bfloat16():
     decoder = random_models(MICRO).decoder
     expected = fit(decoder)

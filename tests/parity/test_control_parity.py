@@ -112,11 +112,11 @@ def with_control(cls, models, networks):
         slow(MICRO, [1.0], 0.0, 1.0, False, False),
         slow(MICRO, [0.4], 0.0, 1.0, False, False),
         slow(MICRO, [0.7], 0.25, 0.8, False, False),
-        (MICRO, [1.0], 0.0, 1.0, True, False),
+        slow(MICRO, [1.0], 0.0, 1.0, True, False),
         slow(MICRO, [1.0], 0.0, 1.0, False, True),
-        (MICRO, [0.5, 1.3], 0.25, 0.8, False, False),
-        slow(MICRO, [0.5, 1.3], 0.0, 1.0, True, False),
-        (SD2_MICRO, [0.8], 0.0, 1.0, False, False),
+        slow(MICRO, [0.5, 1.3], 0.25, 0.8, False, False),
+        (MICRO, [0.5, 1.3], 0.25, 0.8, True, False),
+        slow(SD2_MICRO, [0.8], 0.0, 1.0, False, False),
     ],
 )
 def test_text_to_image(config, strengths, start, end, guess, pool):

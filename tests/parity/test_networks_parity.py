@@ -67,7 +67,7 @@ def assert_equal(actual, expected):
         ("tiny", 3, 77),
         ("tiny", 2, 5),
         slow("full text", 1, 77),
-        ("full text", 3, 77),
+        slow("full text", 3, 77),
         slow("full text", 2, 5),
         ("sd2", 3, 77),
         slow("full sd2 text", 2, 77),
@@ -82,7 +82,7 @@ def test_text_encoder(name, batch, length):
 
 @pytest.mark.parametrize(
     "name, batch, height, width",
-    [("tiny", 1, 128, 64), ("tiny", 3, 40, 24), slow("full vae", 1, 128, 64), ("full vae", 3, 40, 24)],
+    [("tiny", 1, 128, 64), ("tiny", 3, 40, 24), slow("full vae", 1, 128, 64), slow("full vae", 3, 40, 24)],
 )
 @torch.no_grad()
 def test_vae(name, batch, height, width):

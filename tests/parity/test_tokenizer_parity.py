@@ -133,6 +133,7 @@ def test_words_of_few_letters(alphabet, tokenizer, original, data):
     assert tokenizer.encode(word) == original.encode(word)
 
 
+@pytest.mark.slow
 def test_entities_within_entities_and_heaps_of_accents(tokenizer, original):
     rng = random.Random(1)
     for _ in range(300):

@@ -29,7 +29,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (40, 32, 3), np.uint8)
 MASK = np.repeat(np.uint8([0, 255]), [12, 20])[None].repeat(40, 0)  # (40, 32), the right part white
 
 
-@pytest.fixture(scope="module", params=["cuda:0", "mps:0"])
+@pytest.fixture(scope="module", params=["cuda:0", pytest.param("mps:0", marks=pytest.mark.slow)])
 def device(request):
     return request.param
 
@@ -60,10 +60,10 @@ def assert_alike(a, b):
     "settings",
     [
         {},
-        {"do_cfg": False, "sampler_name": "euler_a"},
+        slow({"do_cfg": False, "sampler_name": "euler_a"}),
         {"cfg_rescale": 0.7, "sampler_name": "ddpm"},
         {"deep_cache": 2, "sampler_name": "heun"},
-        {"input_image": PICTURE, "strength": 0.7, "sampler_name": "dpm++2m_sde_karras"},
+        slow({"input_image": PICTURE, "strength": 0.7, "sampler_name": "dpm++2m_sde_karras"}),
         {"input_image": PICTURE, "mask_image": MASK, "strength": 1, "feather": 4, "sampler_name": "lms"},
     ],
 )

@@ -91,7 +91,7 @@ def decode(path: Path) -> None:
     assert not any(p.is_meta for network in networks.values() for p in network.parameters())
 
 
-def warm_up(path: Path) -> None:
+def warm_up(path: Path, loras: int) -> None:
     """Import everything that the cases will need."""
     assert b"ok".decode("cp437") == b"ok".decode("utf-8-sig")
     for what, (make, action) in fuzzer.KINDS.items():

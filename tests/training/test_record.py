@@ -188,6 +188,7 @@ def test_latents_are_computed_again_for_other_pictures(finished, tmp_path):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_latents_are_computed_again_for_another_autoencoder(out):
     first, state = make_run(out)._latents()[0], load_state(out / "vae.state")
     assert torch.equal(first, make_run(out)._latents()[0])
@@ -197,6 +198,7 @@ def test_latents_are_computed_again_for_another_autoencoder(out):
     assert not torch.equal(first, make_run(out)._latents()[0])
 
 
+@pytest.mark.slow
 def test_the_unets_initial_weights_do_not_depend_on_saved_latents(out):
     (out / "latents.state").unlink()
     first, second = (make_run(out)._stage("diffusion").networks.state_dict() for _ in range(2))

@@ -268,6 +268,7 @@ def test_further_training_changes_only_the_unet(tmp_path, trained):
     assert sd.load_models(path, "cpu").config == SMALL
 
 
+@pytest.mark.slow
 def test_further_training_starts_with_the_weights_of_the_model(tmp_path, trained):
     run = TrainingRun(tmp_path, scenes=40, device="cpu", start=trained / "tiny.ckpt")
     assert run.train_set.pixels.shape[1:3] == (64, 64)  # the size of this model, not the 128 of the tiny model
