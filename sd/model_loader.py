@@ -89,7 +89,7 @@ def load_models(
     changes = read_loras(used, config, networks)
     path, vae = (given and Path(given).absolute() for given in (path, vae))  # the current folder may change
     source = _Source(
-        path, vae, prediction_type, ema, tuple(tiny), tuned, compiled, _stamp(path, vae), frozenset(changes)
+        config, path, vae, prediction_type, ema, tuple(tiny), tuned, compiled, _stamp(path, vae), frozenset(changes)
     )
     blank = empty_networks(config) if changes else {}
     if tuned and device.type == "cpu":
@@ -156,6 +156,7 @@ def _read(
 class _Source:
     """Where the weights of models come from, and how they were placed: what `Models.with_loras` needs."""
 
+    config: ModelConfig  # as in the file: that of the models may have more words
     path: Path
     vae: Path | None
     prediction_type: str | None
@@ -169,8 +170,8 @@ class _Source:
     def change(self, models: Models, loras: Iterable[Given]) -> Models:
         """What `Models.with_loras` returns."""
         used = _as_loras(loras)
-        blank = empty_networks(models.config)
-        changes = read_loras(used, models.config, blank)
+        blank = empty_networks(self.config)
+        changes = read_loras(used, self.config, blank)
         modules = self.changed | changes.keys()
         networks = {}
         if modules:
