@@ -148,12 +148,11 @@ def marks(prompt: Prompt, seen: Seen) -> dict[str, bool]:
     kinds = [thing.kind for thing in scene.things]
     ways = [way for way in permutations(seen.things, len(kinds)) if [thing.kind for thing in way] == kinds]
     right["thing"] = bool(ways)
-    names = [name for name in ("colour", SECOND_COLOUR)[: len(kinds)] if name in mention]
-    if names:
-        ways = [way for way in ways if _colours_fit(scene, mention, way)]
-        right["colour"] = bool(ways)
+    coloured = [way for way in ways if _colours_fit(scene, mention, way)]
+    if {"colour", SECOND_COLOUR} & mention:
+        right["colour"] = bool(coloured)
     if "position" in mention and not scene.is_twice:
-        right["position"] = any(_is_placed(scene, way) for way in ways)
+        right["position"] = any(_is_placed(scene, way) for way in (coloured if scene.second else ways))
     return right
 
 
