@@ -181,7 +181,7 @@ def make_images(options: argparse.Namespace) -> int:
     for line in lines + more:
         say(line)
     if options.checkpoint is None:
-        note_unknown_words(prompts, options.embedded)
+        note_unknown_words(prompts, options.embedded, models)
     note_crop(options, request)
     note_size(request, models)
     names, films, reports = (candidates(path or first) for path in (first, options.film, options.report))

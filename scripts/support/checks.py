@@ -106,14 +106,14 @@ def note_unquoted(prompts: list[str]) -> None:
         say(f'{len(prompts)} prompts were given, and each is drawn. For a single prompt, add quotes: "{one}".')
 
 
-def note_unknown_words(prompts: list[str], embedded: Iterable[str] = ()) -> None:
+def note_unknown_words(prompts: list[str], embedded: Iterable[str] = (), models: Models | None = None) -> None:
     """For words that the tiny model was never trained on, except those of embeddings."""
     from sd.prompts.added_words import any_of
     from sd.prompts.other_tools import without_notation
     from sd.training.world.vocabulary import unknown_words
 
     text = without_notation(" ".join(prompts))
-    if words := unknown_words(any_of(embedded).sub(" ", text.lower())):
+    if words := unknown_words(any_of(embedded).sub(" ", text.lower()), models):
         unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
         say(f"the tiny model was not trained on {unknown}: --world lists its words.")
 
