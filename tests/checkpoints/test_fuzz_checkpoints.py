@@ -22,7 +22,7 @@ FIRST = int(os.environ.get("FUZZ_FIRST", 0))
 
 
 @pytest.mark.parametrize(
-    "files, models, loras", [(250, 8, 12), pytest.param(20_000, 1000, 5000, marks=pytest.mark.slow)]
+    "files, models, loras", [(500, 8, 12), pytest.param(20_000, 1000, 5000, marks=pytest.mark.slow)]
 )
 def test_hostile_files_load_or_are_refused(tmp_path, files, models, loras):
     report = fuzz(tmp_path, FIRST, files=files, models=models, loras=loras)

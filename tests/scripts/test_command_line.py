@@ -138,7 +138,7 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
         process = subprocess.Popen(command, stderr=opened, start_new_session=True, preexec_fn=heed_ctrl_c)
     try:
         for _ in range(1000):
-            if "drawing scenes:   0%" in log.read_text() and "/20000" in log.read_text():
+            if "drawing scenes:   0%" in log.read_text() and "/30000" in log.read_text():
                 break
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)

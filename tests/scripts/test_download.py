@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ REPOSITORIES = {
     "owner/vae": Repository({"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"vae"}),
     "owner/gated": Repository(FOLDER, gated=True),
 }
-COMMAND = f'sh {ROOT / "scripts/demo.sh"} "a cat" --checkpoint'
+COMMAND = f'sh {shlex.quote(str(ROOT / "scripts/demo.sh"))} "a cat" --checkpoint'
 
 
 @pytest.fixture(scope="module")
