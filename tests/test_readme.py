@@ -29,7 +29,7 @@ def test_links_lead_to_files(page):
 
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
-LONGEST = {ROOT / "sd/inside/README.md", ROOT / "sd/adapters/README.md"}  # reports; several models
+LONGEST = {ROOT / "sd/inside/README.md", ROOT / "sd/adapters/README.md", ROOT / "sd/README.md"}
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_costs(models):
     assert costs["denoise"].seconds > costs["prepare"].seconds
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset the peak")
 def test_peaks_are_those_of_each_part():
     code = (

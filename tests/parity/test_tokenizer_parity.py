@@ -110,7 +110,7 @@ def random_text(rng):
     )
 
 
-@pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_random_texts(count, tokenizer, original):
     rng = random.Random(count)
     for _ in range(count):

@@ -19,6 +19,7 @@ from sd.runtime import decode_in_strips as strips
 from sd.runtime.decode_in_strips import FeatureMap, InStrips, decode_in_strips, needed
 from sd.runtime.devices import device_and_dtype
 from tests import ROOT
+from tests.support.marks import slow
 from tests.support.synthetic import MICRO, random_networks
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -46,10 +47,10 @@ def levels(image):
     [
         ((1, 4, 8, 8), 16),  # divides the height
         ((1, 4, 5, 9), 7),  # does not
-        ((2, 4, 3, 4), 1),
-        ((3, 4, 2, 3), 5),
+        slow((2, 4, 3, 4), 1),
+        slow((3, 4, 2, 3), 5),
         ((1, 4, 1, 1), 2),
-        ((1, 4, 7, 1), 3),
+        slow((1, 4, 7, 1), 3),
         ((1, 4, 1, 6), 1000),  # one strip
     ],
 )

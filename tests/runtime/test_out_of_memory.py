@@ -149,7 +149,8 @@ def test_running_out_of_memory_for_real():
     assert same == "True"
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [100])
 def test_pictures_leave_no_memory_behind(count):
     """After the last picture, the process is at most 50 MB larger than after the tenth."""
     megabytes = float(run(PICTURES, count))

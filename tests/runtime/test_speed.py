@@ -107,6 +107,7 @@ def test_a_tuned_image_equals_the_plain_one_up_to_rounding(checkpoint):
     assert abs(pictures[0] - pictures[1]).mean() < 3
 
 
+@pytest.mark.slow
 def test_a_processor_without_the_instructions_packs_nothing(checkpoint):
     """oneDNN has no packed bfloat16 for AVX2 alone: loading would raise."""
     code = (

@@ -151,6 +151,7 @@ def test_a_sampler_that_is_added_to_the_registry(run_demo, monkeypatch):
     assert np.array_equal(np.asarray(Image.open("picture.png")), np.asarray(Image.open("again.png")))
 
 
+@pytest.mark.slow
 def test_letters_that_the_terminal_has_not(tmp_path):
     settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONIOENCODING": "ascii"}, "capture_output": True}
     ran = subprocess.run(

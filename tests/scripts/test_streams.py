@@ -43,6 +43,7 @@ def test_every_script_starts_without_a_console(tmp_path, name, closed):
         assert result.stderr.count("\n") == (0 if "2>" in closed or status == 0 else 1)
 
 
+@pytest.mark.slow
 @posix
 def test_a_reader_that_has_gone_is_no_error(tmp_path):
     for flag in ("--world", "--help"):

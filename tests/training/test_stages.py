@@ -201,6 +201,7 @@ def test_training_on_your_own_folder(tmp_path):
     assert run.clip(Tokenizer()(["red"])).isfinite().all()
 
 
+@pytest.mark.slow
 def test_captions_of_strangers_train_and_are_sampled(tmp_path, caplog, recwarn):
     """Brackets without their pair, line ends in JSON, and more tokens than fit, which is one line in the log."""
     captions = ["a (cat :)", "[dog", "two\nlines", "a " * 80, "a b " * 60, "(bad:1.2.3)", "a | b", "{", "猫", "x"]
@@ -338,6 +339,7 @@ def test_encoders_are_loaded_only_if_the_model_was_trained_with_them(trained, tm
     assert evaluation.load_encoders(trained / "text.state", other) is None
 
 
+@pytest.mark.slow
 def test_a_model_is_evaluated_with_its_own_sampling_settings(trained, tmp_path, monkeypatch, capsys):
     for name, count in {"JUDGE_PICTURES": 64, "TEST_PICTURES": 8, "TEST_SCENES": 8}.items():
         monkeypatch.setattr(evaluate_tiny, name, count)
@@ -377,6 +379,7 @@ def test_the_table_is_markdown():
     ]
 
 
+@pytest.mark.slow
 def test_a_model_that_predicts_v_says_so(tmp_path, trained):
     """Training and sampling with --prediction-type; the checkpoint says what its U-Net predicts."""
     for path in (trained / "vae.state", trained / "text.state", *trained.glob("*.npy")):

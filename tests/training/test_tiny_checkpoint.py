@@ -40,8 +40,8 @@ def test_it_is_small_and_carries_its_configuration(models):
     assert models.config == TINY
 
 
-def test_12_prompts_are_followed(models, judge):
-    shares = accuracy(models, judge, 12, held_out=False)
+def test_8_prompts_are_followed(models, judge):
+    shares = accuracy(models, judge, 8, held_out=False)
     assert shares["attributes"] > 0.96
     assert shares["light"] > 0.9
 
