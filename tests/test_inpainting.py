@@ -54,6 +54,7 @@ def test_one_level_of_the_mask_changes_the_image_by_a_few_levels(models, picture
     assert np.abs(painted(black, white - 100) - image).max() > 20
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:mask_image is")
 def test_what_surrounds_a_nearly_black_mask_still_counts():
     """A scan's black is 1 or 2 of 255. What is painted must depend on the image beside it as with a clean mask."""

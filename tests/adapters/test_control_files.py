@@ -82,6 +82,7 @@ def test_projections_as_matrices(tmp_path, models):
     assert same(load_controlnet(tmp_path / "net.pth", models), net)
 
 
+@pytest.mark.slow
 def test_differences_get_the_base_model_added(tmp_path, net, models):
     base = models.diffusion.state_dict()
     assert not set(base).isdisjoint(net.state_dict())

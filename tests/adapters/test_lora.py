@@ -225,6 +225,7 @@ def test_settings_of_peft_beside_the_file(models, file, tmp_path):
         models.with_loras([path])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_weights(base, file, monkeypatch):
     """The same code runs in bfloat16 on processors that can pack it; here it packs float32."""

@@ -118,6 +118,7 @@ def test_random_texts(count, tokenizer, original):
         assert tokenizer.encode(text) == original.encode(text), ascii(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(text=st.text())
 def test_any_text(tokenizer, original, text):

@@ -140,6 +140,7 @@ def test_embeddings(models, device):
         torch.testing.assert_close(change(models[1]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_looking_inside(models, device):
     def look(models):
         with Tracer(models, ["diffusion.middle", "decoder.levels.1"], attention=True) as trace:
@@ -157,6 +158,7 @@ def test_looking_inside(models, device):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_recording(models, device):
     expected = record(Request("a cat", **QUICK), models[0])
     with accelerator(device):
@@ -165,6 +167,7 @@ def test_a_recording(models, device):
     assert {moment.latents.device.type for moment in recording.moments} == {"cpu"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, made",
     [

@@ -116,6 +116,7 @@ def test_the_flag_comes_before_the_folder(run_demo, folder):
     assert digest(cat) in saved()
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_again_with_its_embeddings(run_demo, folder):
     path = write(folder / "cat.pt", "web ui")
     run_demo("a cat", "--negative", "dog, cat", "--seed", 3)
@@ -130,6 +131,7 @@ def test_a_picture_is_drawn_again_with_its_embeddings(run_demo, folder):
     assert pixels("picture.png") == pixels("picture-3.png")
 
 
+@pytest.mark.slow
 def test_a_picture_whose_embeddings_are_missing_or_others(run_demo, folder):
     path = write(folder / "cat.pt", "web ui")
     run_demo("a cat", *QUICK)

@@ -77,6 +77,7 @@ def test_film(run_demo, suffix):
         assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
 
 
+@pytest.mark.slow
 def test_reports(run_demo):
     code, out, _ = run_demo("a {red|blue} cat", "--seed", 5, "--report", "cat.html", "--film", "cat.gif")
     assert code == 0

@@ -260,6 +260,7 @@ def further(out, trained, name="diffusion", steps=2):
     return run
 
 
+@pytest.mark.slow
 def test_further_training_changes_only_the_unet(tmp_path, trained):
     path = further(tmp_path, trained).write_checkpoint()
     before, after = (sd.checkpoints.files.read_state_dict(file) for file in (trained / "tiny.ckpt", path))
