@@ -24,7 +24,7 @@ needs_fork = pytest.mark.skipif(files.fcntl is None or not hasattr(os, "fork"), 
 
 
 @needs_fork
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_killed_writer_leaves_only_whole_files(tmp_path, kills):
     command = [sys.executable, "-m", "tests.support.killer", str(tmp_path), str(kills), str(SEED)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
