@@ -1,4 +1,4 @@
-"""All settings of `generate` in one dataclass, which checks them and converts them to JSON and back."""
+"""All settings of `generate` in one dataclass, which checks them. `request_json` converts them."""
 
 from __future__ import annotations
 
