@@ -141,6 +141,7 @@ def run(code, *arguments):
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_for_real():
     """The process may use 800 MB more, and the encoder's first feature map of 4096 x 4096 pixels takes 1 GB."""
     message, same = run(FOR_REAL).splitlines()

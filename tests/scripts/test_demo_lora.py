@@ -55,6 +55,7 @@ def differ(one, other):
     return not np.array_equal(pixels(one), pixels(other))
 
 
+@pytest.mark.slow
 def test_a_file_and_a_name_give_the_same_picture(run_demo, folder):
     quick = ["--seed", 3]
     style = folder / "style.safetensors"
@@ -107,6 +108,7 @@ def test_a_picture_whose_lora_is_elsewhere(run_demo, folder, tmp_path):
     assert said(err) == [f"{other} is not the LoRA of that name that a.png was made with: its tensors differ."]
 
 
+@pytest.mark.slow
 def test_each_prompt_has_its_own(run_demo, folder):
     assert run_demo("a cat {<lora:style:0.8>|<lora:detail:1>|}", "--seed", 3)[0] == 0
     assert [written(name)[0] for name in ("picture.png", "picture-2.png", "picture-3.png")] == [

@@ -43,6 +43,7 @@ def test_an_inverted_mask_is_the_inverse(run_demo, files):
     assert np.array_equal(inverted, expected)
 
 
+@pytest.mark.slow
 def test_a_mask_from_alpha_repaints_what_was_erased(run_demo, files):
     size = ("--width", 96, "--height", 64)
     fill_transparent("erased.png").save("filled.png")
