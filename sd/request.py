@@ -110,6 +110,8 @@ class Request:
         _check_number("hires_scale", self.hires_scale, 1, MAX_HIRES, f"a number from 1 to {MAX_HIRES}")
         _check_number("hires_strength", self.hires_strength, 0, 1, "a number above 0 and at most 1", above=True)
         _require(isinstance(self.hires_latents, (bool, np.bool_)), "hires_latents", self.hires_latents, "True or False")
+        largest = self.hires_scale * max(self.height or 0, self.width or 0)
+        _require(largest <= MAX_PIXELS, "hires_scale", self.hires_scale, f"so small that no side exceeds {MAX_PIXELS}")
         masked = self.mask_image is not None and self.hires_scale > 1
         _require(not masked, "hires_scale", self.hires_scale, "1 with mask_image")
 

@@ -69,6 +69,8 @@ def test_a_weak_second_pass_keeps_the_image(models):
 
 def test_where_there_is_no_second_pass(models):
     image = Image.new("RGB", (64, 64))
+    with pytest.raises(ValueError, match=r"^hires_scale should be so small that no side exceeds 8192, not 8"):
+        generate("a cat", models=models, hires_scale=8, width=2048)
     with pytest.raises(ValueError, match=r"^hires_scale should be 1 with mask_image, not 2"):
         generate("a cat", models=models, input_image=image, mask_image=image, hires_scale=2)
     with pytest.raises(ValueError, match=r"^hires_scale should be 1 for an inpainting model"):

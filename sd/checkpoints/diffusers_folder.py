@@ -156,7 +156,7 @@ def read_folder(path: Path) -> Checkpoint:
 
     The folder of a lone VAE gives a checkpoint of the VAE only, and a model's folder may lack its VAE. Raises
     CheckpointError, which names the file, if another network or a config.json is missing or damaged, or does not belong
-    to Stable Diffusion 1.x; and whatever `read_checkpoint` raises.
+    to Stable Diffusion 1.x or 2.x; and whatever `read_checkpoint` raises.
     """
     if is_vae_folder(path):
         if (kind := class_name(path)) in ADAPTERS:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from sd.checkpoints.checkpoint import CheckpointError
-from sd.checkpoints.diffusers_folder import is_diffusers_vae, vae_names
+from sd.checkpoints.diffusers_folder import OTHER_PIPELINES, is_diffusers_vae, vae_names
 from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX, POSITION_IDS, SGM_PREFIX, UNET_PREFIX, VAE_PREFIX
 from sd.checkpoints.self_description import MARKS, described, prediction_said, warn_of_unnamed_words
 from sd.config import SD2, SD2_BASE, SD2_INPAINTING, SD15, SD15_INPAINTING, SD_TURBO, ModelConfig
@@ -72,9 +72,9 @@ CONTEXT_WIDTHS = {
 
 # The input channels of the U-Net of still others.
 INPUTS = {
-    (5,): "Stable Diffusion 2's depth model, whose U-Net also takes a map of depths",
-    (7,): "Stable Diffusion 2's upscaler, whose U-Net also takes a small image",
-    (8,): "an InstructPix2Pix model, whose U-Net takes a second image",
+    (5,): OTHER_PIPELINES["Depth2Img"],
+    (7,): OTHER_PIPELINES["Upscale"],
+    (8,): OTHER_PIPELINES["InstructPix2Pix"],
 }
 # The bias by which ComfyUI tells models of SD 2.x that predict v: its standard deviation is above 0.09. Near it, there
 # is doubt.
