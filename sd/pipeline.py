@@ -91,7 +91,7 @@ def generate(
     device, idle_device     where to compute, and where to keep the networks that are not in use
     height, width           multiples of 8 (default: the size the model was trained on)
     deep_cache              2 or 3: much faster, and a slightly different image (`sd.runtime.deep_cache`)
-    control                 ControlNets and their images: [Control(net, image, strength)] (`sd.adapters.controlnet`)
+    control                 ControlNets and their images: [Control(net, image, strength)] (`sd.adapters.control`)
     clip_skip               2 leaves out the text encoder's last layer, 3 the last two (`CLIP.encode`)
     freeu                   b1, b2, s1, s2: other weights on the U-Net's way up (`sd.adapters.freeu`)
     hires_scale, hires_strength, hires_latents   draw, enlarge the image or its latents, and change that much of it
@@ -357,7 +357,7 @@ def denoise(
         unet = FreeU(models.diffusion, freeu, unet)
     steering = None
     if control:
-        from sd.adapters.controlnet import Steering
+        from sd.adapters.control import Steering
 
         steering = Steering(control, latents, inpainting and inpainting.region)
     device, dtype = device_and_dtype(models.diffusion)

@@ -53,7 +53,7 @@ class Request:
     padding_mask_crop: int | None = None
     cfg_rescale: float = 0
     deep_cache: int = 1
-    control: Sequence | None = None  # of `sd.adapters.controlnet.Control`
+    control: Sequence | None = None  # of `sd.adapters.control.Control`
     clip_skip: int = 1
     freeu: Sequence[float] | None = None
     hires_scale: float = 1
@@ -98,7 +98,7 @@ class Request:
             _check_number("seed", self.seed, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1", whole=True)
         check_size(self.height, self.width, SD15.vae.downscale)
         if self.control is not None:
-            from sd.adapters.controlnet import check_controls  # only here: most images are drawn without one
+            from sd.adapters.control import check_controls  # only here: most images are drawn without one
 
             check_controls(self.control)
         allowed = f"a whole number from 1 to {MAX_CLIP_SKIP}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from sd.adapters.controlnet import controls_from_dicts
+from sd.adapters.control import controls_from_dicts
 from sd.images import read_image, read_mask_image
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from PIL import Image
 from scripts import demo
 from scripts.benchmarks.synthetic_checkpoint import random_state
 from sd import generate, model_loader
-from sd.adapters.controlnet import Control
+from sd.adapters.control import Control
 from sd.checkpoints.files import write_checkpoint
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from sd.adapters.controlnet import Control
+    from sd.adapters.control import Control
     from sd.models import Models
     from sd.request import Request
 
@@ -79,7 +79,7 @@ def controls(options: argparse.Namespace) -> list[Control] | None:
     """What the flags say, for `Request`."""
     if not options.control:
         return None
-    from sd.adapters.controlnet import Control
+    from sd.adapters.control import Control
 
     numbers = zip(*(_for_each(options, name) for name in NUMBERS))
     return [

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd import pipeline
-from sd.adapters.controlnet import Control, Steering
+from sd.adapters.control import Control, Steering
 from sd.inpainting import InpaintingInputs, Region
 from sd.model_loader import load_models
 from sd.models import Models

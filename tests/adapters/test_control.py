@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sd import generate, model_loader, pipeline
-from sd.adapters.controlnet import MAX_CONTROLS, Control, Steering
+from sd.adapters.control import MAX_CONTROLS, Control, Steering
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import write_checkpoint
 from sd.inside.tracer import Tracer

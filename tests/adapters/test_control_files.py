@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sd.adapters.controlnet import ControlNet, load_controlnet
+from sd.adapters.controlnet import ControlNet
+from sd.adapters.controlnet_files import load_controlnet
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import write_checkpoint
 from sd.config import SD2, SD15

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sd import generate
-from sd.adapters.controlnet import Control, Steering
+from sd.adapters.control import Control, Steering
 from sd.inside.film import frames
 from sd.inside.recording import record
 from sd.inside.report import report

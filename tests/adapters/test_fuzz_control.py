@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from sd.adapters.controlnet import load_controlnet
+from sd.adapters.controlnet_files import load_controlnet
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import write_checkpoint
 from tests import ROOT

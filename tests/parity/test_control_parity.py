@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sd import generate
-from sd.adapters.controlnet import Control
+from sd.adapters.control import Control
 from sd.config import SD2, SD15, TINY
 from tests.parity import reference  # noqa: F401, skips without the libraries
 from tests.parity.test_networks_parity import assert_equal

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sd.adapters.controlnet import load_controlnet
+from sd.adapters.controlnet_files import load_controlnet
 from sd.adapters.tiny_autoencoder import load_tiny_autoencoder
 from sd.checkpoints.checkpoint import CheckpointError
 from tests.support import fuzzer, mutations

@@ -7,7 +7,8 @@ from functools import cache
 import torch
 
 from scripts.benchmarks.synthetic_checkpoint import random_weight
-from sd.adapters.controlnet import PREFIX, RULES, ControlNet
+from sd.adapters.controlnet import ControlNet
+from sd.adapters.controlnet_files import PREFIX, RULES
 from sd.checkpoints.key_rules import inverse, rename
 from sd.config import UNetConfig
 from sd.model_converter import CONVOLUTIONS_1X1, UNET_RULES, fuse_qkv, split_qkv

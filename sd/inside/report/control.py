@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sd.adapters.controlnet import Control
+from sd.adapters.control import Control
 from sd.inside.recording import Recording, Residuals
 from sd.inside.report.pictures import encode
 from sd.inside.tracer import feature_image
