@@ -12,6 +12,7 @@ start with sigma_max, which is 0.2 % less.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 
@@ -27,6 +28,7 @@ class Sampler(ABC):
     """The base of all samplers. A subclass implements `take_step`, and overrides the defaults below where needed."""
 
     default_steps = 50  # or the number of training steps, if that is less
+    max_steps: float = math.inf  # the same
     spacing = "leading"  # see `noise.space_timesteps`
     steps_offset = 0  # of leading timesteps
     whole_timesteps = True  # False: the U-Net gets fractional timesteps, between those it was trained on
@@ -59,12 +61,19 @@ class Sampler(ABC):
         """Chooses the n timesteps to visit, noisiest first (DDPM with n = 50: 980, 960, ... 20, 0).
 
         Warns if the first timestep has far less noise than a run starts from. Raises ValueError unless n is from 1 to
-        the number of training steps.
+        the number of training steps, or to `max_steps`.
         """
-        total = self.schedule.num_training_steps
-        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
-            raise ValueError(f"The number of steps should be a whole number from 1 to {total}, not {n!r}.")
+        most = min(self.max_steps, self.schedule.num_training_steps)
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
+            raise ValueError(f"The number of steps should be a whole number from 1 to {most}, not {n!r}.")
+        self.steps = n
         timesteps = self.choose_timesteps(n)
+        self.visit(timesteps)
+        _warn_of_a_late_start(timesteps, self.schedule.num_training_steps)
+
+    def visit(self, timesteps: np.ndarray) -> None:
+        """Prepares runs that visit these timesteps (n,), noisiest first, and forgets the run before."""
+        n, total = len(timesteps), self.schedule.num_training_steps
         sigmas = np.interp(timesteps, np.arange(total), self._training_sigmas)
         if self.karras:
             sigmas = karras_sigmas(n, sigmas[0], sigmas[-1])
@@ -75,7 +84,6 @@ class Sampler(ABC):
             self._all_timesteps = torch.tensor(timesteps, dtype=torch.float32)  # (n,)
         self._all_sigmas = np.append(sigmas, 0)  # (n + 1,): no noise after the last step
         self._start(0)
-        _warn_of_a_late_start(timesteps, total)
 
     def set_strength(self, strength: float) -> None:
         """Skips the noisiest steps, so that image-to-image keeps part of its image: strength 0.6 visits the last 60 %

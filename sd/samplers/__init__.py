@@ -6,8 +6,10 @@ from sd.samplers.ddim import DDIMSampler
 from sd.samplers.dpm_solver import DPMSolverSampler, DPMSolverSDESampler
 from sd.samplers.euler import EulerAncestralSampler, EulerSampler
 from sd.samplers.heun import HeunSampler
+from sd.samplers.lcm import LCMSampler
 from sd.samplers.lms import LMSSampler
 from sd.samplers.plms import PLMSSampler
+from sd.samplers.tcd import TCDSampler
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "ddpm": DDPMSampler,
@@ -24,4 +26,6 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "dpm++2m_karras": at_karras_levels(DPMSolverSampler),
     "dpm++2m_sde": DPMSolverSDESampler,
     "dpm++2m_sde_karras": at_karras_levels(DPMSolverSDESampler),
+    "lcm": LCMSampler,
+    "tcd": TCDSampler,
 }

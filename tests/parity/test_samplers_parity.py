@@ -11,6 +11,7 @@ from sd.samplers import SAMPLERS
 from sd.samplers.ddim import DDIMSampler
 from sd.samplers.euler import EulerSampler
 from sd.samplers.lms import LMSSampler
+from sd.samplers.tcd import TCDSampler
 from tests.support.marks import slow
 from tests.support.synthetic import MICRO, random_networks
 
@@ -30,7 +31,10 @@ SCHEDULERS = {
     "heun": (diffusers.HeunDiscreteScheduler, {}),
     "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}),
     "dpm++2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
 }
+FEW_STEPS = ("lcm", "tcd")  # strength leaves out timesteps, but no step
 IN_SIGMAS = tuple(SCHEDULERS[name][0] for name in ("lms", "euler", "euler_a", "heun"))  # these work on x / sqrt(a_t)
 
 # The first warning is about arrays that diffusers makes.
@@ -53,6 +57,9 @@ def make_scheduler(name, steps, strength=1.0, prediction_type="epsilon", **optio
     if karras:
         options["use_karras_sigmas"] = True
     scheduler = scheduler_class(prediction_type=prediction_type, **options)
+    if algorithm in FEW_STEPS:
+        scheduler.set_timesteps(min(steps, int(50 * strength)), strength=strength)
+        return scheduler, scheduler.timesteps
     scheduler.set_timesteps(steps)
     start = (steps - max(1, int(steps * strength))) * scheduler.order
     if algorithm == "plms" and start:
@@ -137,6 +144,36 @@ def test_trajectory(name, steps, strength, prediction_type):
     torch.testing.assert_close(sampler.timesteps.float(), timesteps.float(), rtol=0, atol=2e-3)
     latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     expected = diffusers_trajectory(scheduler, latents, timesteps, seed=3)
+    assert_same(our_trajectory(sampler, latents), expected, 2e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("steps", [3, 4, 7, 8])  # 3 and 7 do not divide the 50 timesteps; 1, 2 and 5 are above
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_few_steps(name, steps, strength, prediction_type):
+    test_trajectory(name, steps, strength, prediction_type)
+
+
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_the_choice_of_timesteps(name):
+    """For every number of steps, from image to noise and back: also where diffusers refuses, with fewer steps."""
+    for percent in (100, 80, 58, 33, 10, 1):
+        m = max(1, percent // 2)
+        for steps in range(1, 51):
+            sampler, scheduler = make_sampler(name, steps, percent / 100), SCHEDULERS[name][0]()
+            scheduler.set_timesteps(min(steps, m), strength=m / 50 + 1e-6)
+            assert sampler.timesteps.tolist() == scheduler.timesteps.tolist(), (percent, steps)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_tcd_with_other_shares_of_noise(steps, eta):
+    sampler = TCDSampler(torch.Generator().manual_seed(3), eta=eta)
+    sampler.set_inference_timesteps(steps)
+    scheduler, timesteps = make_scheduler("tcd", steps)
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = diffusers_trajectory(scheduler, latents, timesteps, seed=3, eta=eta)
     assert_same(our_trajectory(sampler, latents), expected, 2e-5)
 
 
