@@ -193,7 +193,8 @@ def test_the_usual_numbers_of_steps_do_not_warn(name):
     sampler = SAMPLERS[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for steps in (*range(2, 501), 1000):
+        usual = range(1, 51) if sampler.max_steps == 50 else (*range(2, 501), 1000)
+        for steps in usual:
             sampler.set_inference_timesteps(steps)
 
 

@@ -34,6 +34,8 @@ SAMPLER_NAMES = {
     "heun": "Heun",
     "dpm++2m": "DPM++ 2M",
     "dpm++2m_sde": "DPM++ 2M SDE",
+    "lcm": "LCM",
+    "tcd": "TCD",
 }
 PLAIN_SCHEDULES = ("Automatic", "Uniform", "Normal")  # noise levels that are not Karras's
 

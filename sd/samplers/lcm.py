@@ -62,4 +62,5 @@ class LCMSampler(Sampler):
         a_next = self.alpha_bar[i + 1]
         if a_next == 1:
             return image
-        return a_next.sqrt() * image + (1 - a_next).sqrt() * draw_noise(latents.shape, self.generator).to(latents.device)
+        noise = draw_noise(latents.shape, self.generator).to(latents.device)
+        return a_next.sqrt() * image + (1 - a_next).sqrt() * noise

@@ -72,7 +72,7 @@ def test_hundreds_of_prompts(first, text):
 def test_every_sampler_has_the_name_that_other_tools_use(name):
     options, request, _ = made_with(["x"])
     text = parameters(options, replace(request, sampler_name=name))
-    assert re.search("Sampler: (DDPM|DDIM|PLMS|LMS|Euler|Euler a|Heun|DPM[+][+] 2M( SDE)?)( Karras)?,", text)
+    assert re.search("Sampler: (DDPM|DDIM|PLMS|LMS|Euler|Euler a|Heun|DPM[+][+] 2M( SDE)?|LCM|TCD)( Karras)?,", text)
     assert ("karras" in name) == ("Karras," in text)
 
 

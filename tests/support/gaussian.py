@@ -12,6 +12,13 @@ def best_output(x, a_t):
     return (1 - a_t).sqrt() * x / (a_t * SCALE**2 + 1 - a_t)
 
 
+def consistent_output(x, a_t):
+    """What a perfect consistency model predicts for x_t: the e that leads to the x_0 at the end of the ODE through x_t,
+    which keeps x_t / sqrt(a_t SCALE^2 + 1 - a_t) constant."""
+    x_0 = SCALE * x / (a_t * SCALE**2 + 1 - a_t).sqrt()
+    return (x - a_t.sqrt() * x_0) / (1 - a_t).sqrt()
+
+
 def error(sampler, steps):
     """The relative error of a run. The exact solution of the ODE keeps x_t / sqrt(a_t SCALE^2 + 1 - a_t) constant.
 
