@@ -87,6 +87,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
     add("--cfg-scale", type=float, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5; tiny model: 5)")
     add("--sampler", metavar="NAME", help="sampling algorithm (dpm++2m)")
+    help = "trailing, leading or linspace: the sampler's timesteps; trailing for models and LoRAs of few steps"
+    add("--spacing", metavar="NAME", help=help)
     add("--deep-cache", type=int, metavar="N", help="2 or 3: faster, and a slightly different image (1)")
     add("--clip-skip", type=int, metavar="N", help="2: without the text encoder's last layer; as web UIs count (1)")
     help = "other weights on the U-Net's way up; 1.5 1.6 0.9 0.2 for SD 1.5, 1.4 1.6 0.9 0.2 for SD 2.1"
@@ -310,6 +312,7 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], list[tuple[Lor
         cfg_scale=options.cfg_scale,
         sampler_name=options.sampler,
         n_inference_steps=options.steps,
+        timestep_spacing=options.spacing,
         seed=random.randrange(2**32) if options.seed in (None, -1) else options.seed,
         height=options.height,
         width=options.width,

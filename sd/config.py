@@ -69,6 +69,7 @@ class UNetConfig:
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+SPACINGS = ("leading", "trailing", "linspace")  # see `noise.space_timesteps`
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"  # or "linear"
     prediction_type: str = "epsilon"  # one of PREDICTION_TYPES
     rescale_betas_zero_snr: bool = False  # whether the last timestep is noise alone (2305.08891)
-    timestep_spacing: str = ""  # instead of each sampler's own, see `noise.space_timesteps`
+    timestep_spacing: str = ""  # one of SPACINGS, instead of each sampler's own
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Noise is drawn and latents are kept in float32, whatever the dtype of the networ
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ def generate(
     hires_scale: float = Request.hires_scale,
     hires_strength: float = Request.hires_strength,
     hires_latents: bool = Request.hires_latents,
+    timestep_spacing: str | None = None,
 ) -> np.ndarray:
     """An image for a prompt: uint8 (height, width, 3); for a list of N prompts (N, height, width, 3).
 
@@ -86,6 +87,8 @@ def generate(
                             x `width`, and paste it back: the result has the size of `input_image`
     do_cfg, cfg_scale, cfg_rescale   guidance: how closely to follow the prompt (`guidance.classifier_free`)
     sampler_name, n_inference_steps  a key of `SAMPLERS`, and its number of steps
+    timestep_spacing        "trailing" for models and LoRAs of few steps, such as SD-Turbo or Hyper-SD, with samplers
+                            other than lcm and tcd; or "leading" or "linspace" (`noise.space_timesteps`)
     models, tokenizer       what `load_models` returns (default: the tiny model); another tokenizer for it
     seed                    makes the image repeatable; image i of a list is what `seed + i` gives for one prompt
     device, idle_device     where to compute, and where to keep the networks that are not in use
@@ -103,30 +106,8 @@ def generate(
     Raises ValueError, before any work, for an argument that is not allowed, and what `read_image` and `load_models`
     raise; OutOfMemory, with advice; NotFiniteError if a network's output has NaN or infinity.
     """
-    request = Request(
-        prompt=prompt,
-        uncond_prompt=uncond_prompt,
-        input_image=input_image,
-        mask_image=mask_image,
-        strength=strength,
-        do_cfg=do_cfg,
-        cfg_scale=cfg_scale,
-        sampler_name=sampler_name,
-        n_inference_steps=n_inference_steps,
-        seed=seed,
-        height=height,
-        width=width,
-        feather=feather,
-        padding_mask_crop=padding_mask_crop,
-        cfg_rescale=cfg_rescale,
-        deep_cache=deep_cache,
-        control=control,
-        clip_skip=clip_skip,
-        freeu=freeu,
-        hires_scale=hires_scale,
-        hires_strength=hires_strength,
-        hires_latents=hires_latents,
-    )
+    arguments = locals()  # most are the settings of a request, under the same names
+    request = Request(**{field.name: arguments[field.name] for field in fields(Request)})
     images = draw(request, models, device, idle_device, tokenizer)
     return images[0] if isinstance(prompt, str) else images
 
@@ -182,9 +163,10 @@ def draw(
 
 def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, InpaintingInputs | None]:
     """The sampler of a checked request, its first latents (B, 4, H/8, W/8), and what inpainting keeps."""
-    defaults = models.config.sampling
+    defaults, schedule = models.config.sampling, models.config.schedule
+    schedule = replace(schedule, timestep_spacing=request.timestep_spacing or schedule.timestep_spacing)
     generators = make_generators(request.seed, len(request.prompts))
-    sampler = SAMPLERS[request.sampler_name or defaults.sampler](generators, schedule=models.config.schedule)
+    sampler = SAMPLERS[request.sampler_name or defaults.sampler](generators, schedule=schedule)
     # A sampler chosen by name keeps its own default number of steps.
     if request.n_inference_steps is not None or request.sampler_name is None:
         sampler.set_inference_timesteps(int(request.n_inference_steps or defaults.steps))

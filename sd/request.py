@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from sd.config import SD15
+from sd.config import SD15, SPACINGS
 from sd.images import ImageSource, check_array, read_image, read_mask_image, warn_about_mask
 from sd.models import Models
 from sd.prompts.weights import parse
@@ -59,6 +59,7 @@ class Request:
     hires_scale: float = 1
     hires_strength: float = 0.6
     hires_latents: bool = False
+    timestep_spacing: str | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -93,6 +94,13 @@ class Request:
         _require(known, "sampler_name", self.sampler_name, f"one of {', '.join(SAMPLERS)}")
         if self.n_inference_steps is not None:
             check_steps("n_inference_steps", self.n_inference_steps)
+            if self.sampler_name is not None:
+                most = SAMPLERS[self.sampler_name].max_steps
+                allowed = f"at most {most} with the sampler {self.sampler_name}"
+                _require(self.n_inference_steps <= most, "n_inference_steps", self.n_inference_steps, allowed)
+        spacing = self.timestep_spacing
+        known = spacing is None or (isinstance(spacing, str) and spacing in SPACINGS)
+        _require(known, "timestep_spacing", spacing, f"one of {', '.join(SPACINGS)}")
         check_steps("deep_cache", self.deep_cache)
         if self.seed is not None:
             _check_number("seed", self.seed, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1", whole=True)

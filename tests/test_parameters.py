@@ -48,6 +48,7 @@ VALID = {
     | st.floats(-20, 20)
     | st.sampled_from([0, 1, np.float64(7.5), np.float16(3), Fraction(15, 2)]),
     "sampler_name": st.sampled_from([None, *SAMPLERS]),
+    "timestep_spacing": st.sampled_from([None, "leading", "trailing", "linspace"]),
     "n_inference_steps": st.sampled_from([1, 2, 3, np.int64(2), np.uint8(1)]),
     "seed": st.none() | st.integers(0, 2**63 - 1) | st.sampled_from([np.uint8(255), np.int64(2**63 - 1)]),
     "device": st.sampled_from([None, "cpu", torch.device("cpu")]),
@@ -89,6 +90,7 @@ INVALID = {
     | st.floats(min_value=1001)
     | st.integers(max_value=-1001),
     "sampler_name": st.sampled_from(["", "DDPM", "magic", 3, ["ddpm"], {}]),
+    "timestep_spacing": st.sampled_from(["", "Trailing", "karras", 3, ["trailing"], {}, b"trailing"]),
     "n_inference_steps": no_count | st.integers(min_value=1001) | st.integers(max_value=0),
     "models": nothing,
     "seed": no_count.filter(lambda value: type(value) is not int or not 0 <= value < 2**63)
@@ -218,6 +220,7 @@ FLAGS = {
     "--clip-skip": ["1", "2", "0", "99", "1.5", "x"],
     "--hires": ["1", "1.5", "2", "0.5", "9", "nan", "x"],
     "--sampler": [*SAMPLERS, "DDPM", "", "magic"],
+    "--spacing": ["trailing", "leading", "linspace", "", "Trailing"],
     "--seed": ["0", "1_000", str(2**63 - 1), str(2**63), "-1", "1.0", "9" * 5000, "x"],
     "--n": ["1", "2", "0", "-3", "1.5", "x"],
     "--width": ["8", "40", "12", "0", "-8", "8.0", "80000", "9" * 30, "x"],

@@ -36,6 +36,7 @@ from sd.request_json import PNG_URL
         ("n_inference_steps", 0, "a whole number from 1 to 1000"),
         ("n_inference_steps", 1001, "a whole number from 1 to 1000"),
         ("n_inference_steps", 2.5, "a whole number from 1 to 1000"),
+        ("timestep_spacing", "karras", "one of leading, trailing, linspace"),
         ("seed", -1, "a whole number from 0"),
         ("seed", 1.5, "a whole number from 0"),
         ("seed", 2**64, "a whole number from 0"),
@@ -66,6 +67,14 @@ def test_bad_arguments_are_named_before_any_work(monkeypatch, name, value, allow
         generate(**({"prompt": "a cat"} | {name: value}))
     assert repr(value) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_samplers_of_few_steps_say_how_many(name):
+    sentence = f"^n_inference_steps should be at most 50 with the sampler {name}, not 51.$"
+    with pytest.raises(ValueError, match=sentence):
+        Request("a cat", sampler_name=name, n_inference_steps=51).check()
+    Request("a cat", sampler_name=name, n_inference_steps=50).check()
 
 
 def test_generate_takes_every_setting_of_a_request_with_its_default():

@@ -67,6 +67,7 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--cfg-scale": request.cfg_scale,
         "--embedding": options.embedding,
         "--sampler": request.sampler_name,
+        "--spacing": request.timestep_spacing,
         "--seed": request.seed,
         "--width": request.width,
         "--height": request.height,

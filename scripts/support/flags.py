@@ -15,6 +15,7 @@ FLAGS = {
     "n_inference_steps": "--steps",
     "cfg_scale": "--cfg-scale",
     "sampler_name": "--sampler",
+    "timestep_spacing": "--spacing",
     "deep_cache": "--deep-cache",
     "seed": "--seed",
     "width": "--width",

@@ -74,6 +74,8 @@ def settings(options: argparse.Namespace, request: Request, loras: Sequence[Lora
     if options.vae:
         pairs["VAE"] = options.vae.stem
     pairs |= saved_embeddings(options, request)
+    if request.timestep_spacing:
+        pairs["Timestep spacing"] = request.timestep_spacing
     if request.deep_cache > 1:
         pairs["Deep cache"] = request.deep_cache
     if options.image:
@@ -211,6 +213,7 @@ def use_saved(options: argparse.Namespace) -> list[str]:
     take("steps", "Steps", int, "a whole number")
     take("cfg_scale", "CFG scale", float, "a number")
     take("seed", "Seed", int, "a whole number")
+    take("spacing", "Timestep spacing", str, "a text")
     if not options.report:  # it shows every stage at every step
         take("deep_cache", "Deep cache", int, "a whole number")
     take("clip_skip", "Clip skip", int, "a whole number")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.clip import ACTIVATIONS
-from sd.config import PREDICTION_TYPES, ModelConfig
+from sd.config import PREDICTION_TYPES, SPACINGS, ModelConfig
 
 
 def check_config(config: ModelConfig) -> None:
@@ -33,7 +33,7 @@ def check_config(config: ModelConfig) -> None:
         "betas that rise and stay below 1": schedule.beta_start <= schedule.beta_end < 1,
         "a known schedule": schedule.beta_schedule in ("scaled_linear", "linear")
         and schedule.prediction_type in PREDICTION_TYPES
-        and schedule.timestep_spacing in ("", "leading", "trailing", "linspace"),
+        and schedule.timestep_spacing in ("", *SPACINGS),
     }
     if broken := [rule for rule, kept in rules.items() if not kept]:
         raise CheckpointError(f"The configuration of a model should have {', and '.join(broken)}.")

@@ -16,11 +16,13 @@ class DPMSolverSampler(Sampler):
     default_steps = 20
 
     def choose_timesteps(self, n: int) -> np.ndarray:
-        """The first n of n + 1 equally spaced timesteps: the last one, 0, is replaced by the end of the run."""
-        total = self.schedule.num_training_steps
+        """The first n of n + 1 equally spaced timesteps: the last one, 0, is replaced by the end of the run. Trailing
+        timesteps do not include 0."""
+        total, spacing = self.schedule.num_training_steps, self.schedule.timestep_spacing or "linspace"
         if self.karras:
             return np.linspace(total - 1, 0, n)  # `karras_sigmas` chooses the levels between the first and the last
-        return space_timesteps(min(n + 1, total), total, "linspace").round()[:n]
+        more = spacing != "trailing"
+        return space_timesteps(min(n + more, total), total, spacing).round()[:n]
 
     def take_step(self, i: int, latents: Tensor, output: Tensor) -> Tensor:
         """x_s -> x_t (2211.01095, algorithm 2), with s one timestep, t the next, and r the one before s:

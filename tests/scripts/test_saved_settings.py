@@ -231,6 +231,14 @@ def test_a_second_pass_and_freeu_are_read_back(draw):
     ]
 
 
+def test_the_spacing_is_read_back(draw):
+    flags = ["--sampler", "euler_a", "--spacing", "trailing", "--steps", 1]
+    draw("a cat", *flags, "--width", 32, "--height", 32, "--seed", 3, "--out", "a.png")
+    assert draw("--from", "a.png", "--out", "b.png") == []
+    assert written("a.png")[-1].endswith("Timestep spacing: trailing")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
 def test_the_strength_counts_with_an_image(draw):
     write_image("a.jpg", np.zeros((40, 48, 3), np.uint8), WITH_UNUSED)
     assert "Denoising" not in draw("--from", "a.jpg", "--image", "a.jpg")[1]
