@@ -57,6 +57,7 @@ class UNetConfig:
     head_width: int | None = None  # if given, heads have this width, and wider levels have more of them
     groups: int = 32
     context_width: int = 768
+    guidance_width: int | None = None  # if given, it also reads the guidance scale, in an embedding of this width
 
     def heads_of(self, channels: int) -> int:
         """The number of attention heads at a level of so many channels."""
@@ -138,6 +139,9 @@ def _convert(default: object, value: object, where: str):
 
 
 SD15 = ModelConfig()
+
+# Latent consistency models (2310.04378): any of these, with a `guidance_width`.
+LCM_SAMPLING = SamplingConfig(sampler="lcm", steps=4, cfg_scale=8.0)
 
 # The U-Net of the inpainting checkpoint also takes the mask (1 channel) and the latents of the masked image (4).
 SD15_INPAINTING = replace(SD15, unet=replace(SD15.unet, in_channels=9))

@@ -25,6 +25,15 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, width)
 
 
+def guidance_embedding(scales: Tensor, width: int) -> Tensor:
+    """Guidance scales (B,), 1 for none -> (B, width): the encoding of w = scale - 1 for LCM's U-Net (2310.04378)."""
+    half = width // 2
+    step = torch.tensor(math.log(10000)) / (half - 1)  # rounded to float32, as in training: angles reach 10,000
+    frequencies = torch.exp(-step * torch.arange(half, device=scales.device))  # (half,)
+    angles = 1000 * (scales.float()[:, None] - 1) * frequencies  # (B, half)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (B, width)
+
+
 class GEGLU(nn.Module):
     """A linear layer; one half of its output gates the other: a * GELU(b) (2002.05202, eq. 5)."""
 
@@ -100,9 +109,14 @@ class ContractingPath(nn.Module):
                 self.skip_widths.append(width)
         self.middle = Stage(*_block(config, width, width, attends=True), *_block(config, width, width, attends=False))
 
-    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """Timesteps (B,) -> the time embedding (B, 1280) that every residual block reads."""
-        return self.time_embedding(timestep_embedding(timesteps, self.config.channels[0]).to(dtype))
+    def embed_time(self, timesteps: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
+        """Timesteps (B,), and guidance scales (B,) for an LCM's U-Net -> the time embedding (B, 1280) that every
+        residual block reads."""
+        embedding = timestep_embedding(timesteps, self.config.channels[0]).to(dtype)  # (B, 320)
+        if scales is not None:
+            guidance = guidance_embedding(scales, self.config.guidance_width).to(dtype)  # (B, 256)
+            embedding = embedding + self.guidance_projection(guidance)
+        return self.time_embedding(embedding)
 
 
 def _block(config: UNetConfig, in_channels: int, out_channels: int, attends: bool) -> list[nn.Module]:
@@ -119,6 +133,8 @@ class Diffusion(ContractingPath):
 
     def __init__(self, config: UNetConfig):
         super().__init__(config)
+        if config.guidance_width is not None:
+            self.guidance_projection = nn.Linear(config.guidance_width, config.channels[0], bias=False)
         self.up = nn.ModuleList()
         below, skips = config.channels[-1], list(self.skip_widths)
         for level, (width, attends) in reversed(list(enumerate(zip(config.channels, config.attention)))):
@@ -132,13 +148,19 @@ class Diffusion(ContractingPath):
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
 
     def forward(
-        self, latents: Tensor, context: Tensor, timesteps: Tensor, residuals: list[Tensor] | None = None
+        self,
+        latents: Tensor,
+        context: Tensor,
+        timesteps: Tensor,
+        residuals: list[Tensor] | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """latents (B, 4, h, w), context (B, 77, context_width), timesteps (B,) -> predicted noise (B, 4, h, w).
 
         `residuals` come from a ControlNet: one map for each kept map, to be added to it, and one for the middle.
+        `scales` (B,) are the guidance scales for a U-Net with a `guidance_width`.
         """
-        time = self.embed_time(timesteps, latents.dtype)  # (B, 1280)
+        time = self.embed_time(timesteps, latents.dtype, scales)  # (B, 1280)
         x, skips = latents, []
         for stage in self.down:
             x = stage(x, time, context)  # (B, 320, h, w) down to (B, 1280, h/8, w/8)

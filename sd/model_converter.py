@@ -84,6 +84,7 @@ VAE_RULES = [
 ENCODER_RULES = [("down.#.block", "levels.#.blocks"), ("down.#.downsample", "levels.#.downsample"), *VAE_RULES]
 DECODER_RULES = [("up.#.block", "levels.#.blocks"), ("up.#.upsample", "levels.#.upsample"), *VAE_RULES]
 UNET_RULES = [
+    ("time_embedding.cond_proj", "guidance_projection"),  # of LCMs, under diffusers' name in all files
     ("time_embed", "time_embedding"),
     ("input_blocks", "down"),
     ("down.#.0.op", "down.#.0.conv"),

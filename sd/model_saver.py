@@ -193,11 +193,13 @@ def _scheduler(config: ModelConfig) -> dict:
 
 
 def _scheduler_class(config: ModelConfig) -> str:
-    return "EulerDiscreteScheduler" if config.sampling.sampler == "euler" else "DDIMScheduler"
+    known = {"euler": "EulerDiscreteScheduler", "lcm": "LCMScheduler"}
+    return known.get(config.sampling.sampler, "DDIMScheduler")
 
 
 def _index(config: ModelConfig) -> dict:
     kind = "StableDiffusionInpaintPipeline" if config.unet.inpaints else "StableDiffusionPipeline"
+    kind = kind if config.unet.guidance_width is None else "LatentConsistencyModelPipeline"
     return VERSION | {
         "_class_name": kind,
         "feature_extractor": [None, None],

@@ -10,8 +10,10 @@ Noise is drawn and latents are kept in float32, whatever the dtype of the networ
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,7 +24,6 @@ from tqdm import tqdm
 
 from sd.guidance import ImageLoss, by_loss, classifier_free
 from sd.images import ImageSource, image_to_tensor, tensor_to_array
-from sd.inpainting import InpaintingInputs, get_inpainting_inputs
 from sd.models import Models
 from sd.noise import draw_noise, make_generators
 from sd.prompts.weights import join_chunks, layout, weigh
@@ -34,6 +35,9 @@ from sd.runtime.out_of_memory import explain_out_of_memory
 from sd.sampler import Sampler
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sd.inpainting import InpaintingInputs
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,31 @@ def generate(
     Raises ValueError, before any work, for an argument that is not allowed, and what `read_image` and `load_models`
     raise; OutOfMemory, with advice; NotFiniteError if a network's output has NaN or infinity.
     """
-    arguments = locals()  # most are the settings of a request, under the same names
-    request = Request(**{field.name: arguments[field.name] for field in fields(Request)})
+    request = Request(
+        prompt=prompt,
+        uncond_prompt=uncond_prompt,
+        input_image=input_image,
+        mask_image=mask_image,
+        strength=strength,
+        do_cfg=do_cfg,
+        cfg_scale=cfg_scale,
+        sampler_name=sampler_name,
+        n_inference_steps=n_inference_steps,
+        seed=seed,
+        height=height,
+        width=width,
+        feather=feather,
+        padding_mask_crop=padding_mask_crop,
+        cfg_rescale=cfg_rescale,
+        deep_cache=deep_cache,
+        control=control,
+        clip_skip=clip_skip,
+        freeu=freeu,
+        hires_scale=hires_scale,
+        hires_strength=hires_strength,
+        hires_latents=hires_latents,
+        timestep_spacing=timestep_spacing,
+    )
     images = draw(request, models, device, idle_device, tokenizer)
     return images[0] if isinstance(prompt, str) else images
 
@@ -137,7 +164,8 @@ def draw(
         raise ValueError("hires_scale should be 1 for an inpainting model.")
 
     with on_device(models.clip, device, idle_device):
-        uncond_prompt = (request.uncond_prompt or "") if request.do_cfg else None
+        guided = request.do_cfg and models.config.unet.guidance_width is None
+        uncond_prompt = (request.uncond_prompt or "") if guided else None
         context = encode_prompt(models, request.prompts, uncond_prompt, clip_skip=request.clip_skip)
     with on_device(models.encoder, device, idle_device):
         sampler, latents, inpainting = prepare(models, request)
@@ -163,6 +191,8 @@ def draw(
 
 def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, InpaintingInputs | None]:
     """The sampler of a checked request, its first latents (B, 4, H/8, W/8), and what inpainting keeps."""
+    if request.uncond_prompt and models.config.unet.guidance_width is not None:
+        warnings.warn("uncond_prompt has no effect on this model: its U-Net reads the guidance scale.", stacklevel=3)
     defaults, schedule = models.config.sampling, models.config.schedule
     schedule = replace(schedule, timestep_spacing=request.timestep_spacing or schedule.timestep_spacing)
     generators = make_generators(request.seed, len(request.prompts))
@@ -175,6 +205,8 @@ def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, Inpainti
     size, image, mask = (request.height, request.width), request.input_image, request.mask_image
     if mask is None and not models.config.unet.inpaints:
         return sampler, get_latents(models, len(generators), *size, generators, image, sampler), None
+    from sd.inpainting import get_inpainting_inputs  # only here: most images are drawn whole
+
     inpainting = get_inpainting_inputs(
         models, len(generators), *size, generators, image, mask, request.feather, request.padding_mask_crop
     )
@@ -261,7 +293,7 @@ def steps_of(
         latents,
         context,
         sampler,
-        request.cfg_scale,
+        request.cfg_scale if request.do_cfg else 1,
         inpainting,
         request.cfg_rescale,
         deep_cache=request.deep_cache,
@@ -314,7 +346,7 @@ def denoise(
     outside it, and with a context of B rows, only the prompt's prediction is used. `guidance` is a loss on images
     (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages only every n
     steps (`sd.runtime.deep_cache`). `control` are what `Control.loaded` returns, `freeu` the four
-    factors of `sd.adapters.freeu`.
+    factors of `sd.adapters.freeu`. A U-Net with a `guidance_width` reads `cfg_scale` itself, and only the prompt.
 
     Raises ValueError for latents or a context of another shape, a `deep_cache` that is not a whole number from 1 to
     1000, and an inpainting U-Net without `inpainting`; NotFiniteError, with the step, for NaN or infinity.
@@ -347,8 +379,10 @@ def denoise(
     latents, context = latents.to(device), context.to(device, dtype)
     first, last = (round(share * len(sampler.timesteps), 4) for share in cfg_interval)  # 0.07 * 100 is above 7
     timesteps = sampler.timesteps.to(device)  # in one copy: each one makes a GPU wait
+    reads_scale = models.config.unet.guidance_width is not None
     for index, timestep in enumerate(sampler.timesteps):
-        guided = len(context) > len(latents) and first <= index < last and cfg_scale != 1
+        scale = cfg_scale if first <= index < last else 1.0
+        guided = len(context) > len(latents) and scale != 1 and not reads_scale
         rows = context if guided else context[-len(latents) :]  # (2B, 77, D), or the conditional half (B, 77, D)
         inputs = latents if inpainting is None else inpainting.with_mask_channels(latents)  # (B, 4 or 9, h, w)
         inputs = inputs.to(dtype).repeat(len(rows) // len(inputs), 1, 1, 1)  # (2B, 4 or 9, h, w)
@@ -356,6 +390,8 @@ def denoise(
         if steering is not None:
             noisy = inputs[:, : latents.shape[1]]  # (2B, 4, h, w), without the channels of inpainting
             arguments.append(steering.residuals(noisy, *arguments[1:], index, len(timesteps), guided))
+        if reads_scale:  # after the residuals, or None
+            arguments += [None] * (4 - len(arguments)) + [torch.full((len(rows),), scale, device=device)]
         noise = unet(*arguments)  # (2B, 4, h, w)
         when = f" at step {index + 1} of {len(timesteps)}"
         noise = check_finite(noise, models.diffusion, "U-Net", inputs, when).float()

@@ -55,5 +55,5 @@ def test_the_pipeline_is_short():
 def test_imports_are_found():
     """`from sd import module`, `from sd.module import name`, and what a package's `__init__.py` imports."""
     assert {"sd.pipeline", "sd.config"} <= imports_of(ROOT / "sd/inside/film.py")
-    assert ROOT / "sd/samplers/tcd.py" in closure("sd.samplers")
+    assert ROOT / "sd/samplers/heun.py" in closure("sd.samplers")
     assert closure("sd.config") == {ROOT / "sd/config.py"}

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from sd import generate, load_models, pipeline
 from sd.images import alpha_mask, read_mask
-from sd.inpainting import around_mask, mask_channels, without_masked
+from sd.inpainting import around_mask, get_inpainting_inputs, mask_channels, without_masked
 from sd.request import Request
 from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_models
 
@@ -80,7 +80,7 @@ def test_grey_is_repainted_during_the_last_part_of_the_run(picture):
     sampler = pipeline.SAMPLERS["ddpm"](generators)
     sampler.set_inference_timesteps(10)
     mask = Image.new("L", (48, 32), 102)  # 0.4
-    inpainting = pipeline.get_inpainting_inputs(models, 1, 32, 48, generators, picture, mask)
+    inpainting = get_inpainting_inputs(models, 1, 32, 48, generators, picture, mask)
     latents = torch.randn(1, 4, 4, 6)
     for step in range(1, 11):
         restored = inpainting.restore_known(latents, sampler, step)
@@ -176,7 +176,7 @@ def test_the_known_region_is_at_every_noise_level(picture):
     generators = pipeline.make_generators(0, 1)
     sampler = pipeline.SAMPLERS["ddpm"](generators)
     sampler.set_inference_timesteps(4)
-    known = pipeline.get_inpainting_inputs(models, 1, 32, 48, generators, picture, half_mask())
+    known = get_inpainting_inputs(models, 1, 32, 48, generators, picture, half_mask())
     context = pipeline.encode_prompt(models, "a cat")
     latents = known.start(sampler, 1.0)
     assert torch.equal(latents, known.noise)
@@ -310,7 +310,7 @@ def test_a_region_as_large_as_the_image_is_the_usual_inpainting(models, picture)
 )
 def test_the_region_around_a_mask(box, padding, size, region, shape):
     models = random_models(MICRO)
-    inputs = pipeline.get_inpainting_inputs(models, 1, *size, 0, photo(), spot(box), padding_mask_crop=padding)
+    inputs = get_inpainting_inputs(models, 1, *size, 0, photo(), spot(box), padding_mask_crop=padding)
     assert inputs.region.box == region
     assert tuple(inputs.image.shape[2:]) == tuple(inputs.mask.shape[2:]) == shape
     assert tuple(inputs.latents.shape) == (1, 4, shape[0] // 8, shape[1] // 8)

@@ -13,11 +13,12 @@ from sd.config import SD_TURBO, TINY
 from sd.model_saver import save_folder
 from sd.prompts.added_words import TokenizerWithWords
 from tests.support.marks import slow
-from tests.support.synthetic import INPAINTING_MICRO, MICRO, SD2_INPAINTING_MICRO, SD2_MICRO, random_models
+from tests.support.synthetic import INPAINTING_MICRO, LCM_MICRO, MICRO, SD2_INPAINTING_MICRO, SD2_MICRO, random_models
 
 CONFIGS = {"sd15": MICRO, "inpainting": INPAINTING_MICRO, "sd2": SD2_MICRO, "sd2 inpainting": SD2_INPAINTING_MICRO}
 CONFIGS["zero snr"] = replace(MICRO, schedule=replace(SD2_MICRO.schedule, rescale_betas_zero_snr=True))
 CONFIGS["turbo"] = replace(SD2_MICRO, schedule=SD_TURBO.schedule, sampling=SD_TURBO.sampling)
+CONFIGS["lcm"] = LCM_MICRO
 NETWORKS = ("clip", "encoder", "decoder", "diffusion")
 
 

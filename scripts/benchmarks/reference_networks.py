@@ -17,8 +17,10 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
 from sd.checkpoints.files import read_state_dict
-from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX
+from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX
 from sd.config import SD15, ModelConfig
+
+GUIDANCE = "time_embedding.cond_proj.weight"  # of LCMs
 
 
 def unet(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
@@ -36,9 +38,13 @@ def unet(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
         use_linear_projection=config.text.is_openclip,
         norm_num_groups=c.groups,
         cross_attention_dim=c.context_width,
+        time_cond_proj_dim=c.guidance_width,
         sample_size=64,  # a default that we never use, but its pipelines require one
     )
-    return _load(model, single_file_utils.convert_ldm_unet_checkpoint(state, dict(model.config)))
+    weights = single_file_utils.convert_ldm_unet_checkpoint(state, dict(model.config))
+    if c.guidance_width is not None:  # which that converter leaves out
+        weights[GUIDANCE] = state[UNET_PREFIX + GUIDANCE]
+    return _load(model, weights)
 
 
 def vae(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:

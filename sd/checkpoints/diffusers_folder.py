@@ -29,7 +29,7 @@ from sd.checkpoints.folder_files import class_name, find_weights, read_added_wor
 from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Value, rename, without_wrappers
 from sd.checkpoints.self_description import warn_of_unnamed_words
 from sd.checkpoints.shards import read_shards
-from sd.config import PREDICTION_TYPES, SD_TURBO, ModelConfig, TextConfig, UNetConfig
+from sd.config import LCM_SAMPLING, PREDICTION_TYPES, SD_TURBO, ModelConfig, TextConfig, UNetConfig
 
 NETWORKS = ("unet", "vae", "text_encoder")
 ADAPTERS = {  # the classes of networks that are used with a model
@@ -89,6 +89,7 @@ FIELDS = {
         "heads": "attention_head_dim",  # the number of heads, in spite of its name
         "groups": "norm_num_groups",
         "context_width": "cross_attention_dim",
+        "guidance_width": "time_cond_proj_dim",
         "side": "sample_size",  # of the latents; gives the image size
     },
     "vae": {
@@ -272,6 +273,8 @@ def _read_config(path: Path, networks: list[str]) -> ModelConfig:
     turbo = config.text.is_openclip and config.schedule == SD_TURBO.schedule
     if turbo and class_name(path / "scheduler", "scheduler_config.json") == TURBO_SCHEDULER:
         config = replace(config, sampling=SD_TURBO.sampling)
+    if config.unet.guidance_width is not None:
+        config = replace(config, sampling=LCM_SAMPLING)
     return replace(config, image_size=side * config.vae.downscale) if type(side) is int and side > 0 else config
 
 

@@ -17,13 +17,14 @@ from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.diffusers_folder import OTHER_PIPELINES, is_diffusers_vae, vae_names
 from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX, POSITION_IDS, SGM_PREFIX, UNET_PREFIX, VAE_PREFIX
 from sd.checkpoints.self_description import MARKS, described, prediction_said, warn_of_unnamed_words
-from sd.config import SD2, SD2_BASE, SD2_INPAINTING, SD15, SD15_INPAINTING, SD_TURBO, ModelConfig
+from sd.config import LCM_SAMPLING, SD2, SD2_BASE, SD2_INPAINTING, SD15, SD15_INPAINTING, SD_TURBO, ModelConfig
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 TEXT_PREFIXES = (f"{CLIP_PREFIX}text_model.", OPENCLIP_PREFIX)
 NETWORK_PREFIXES = (UNET_PREFIX, *TEXT_PREFIXES, *(VAE_PREFIX + part for part in VAE_PARTS))
 NUMBER = re.compile(r"\d+")
 FIRST_WEIGHT = f"{UNET_PREFIX}input_blocks.0.0.weight"
+GUIDANCE_WEIGHT = f"{UNET_PREFIX}time_embedding.cond_proj.weight"  # (320, 256), of LCMs
 TOKEN_TABLE = re.compile(re.escape(CLIP_PREFIX) + r"(text_model\.)?embeddings\.token_embedding\.weight$")
 AVERAGED_PREFIX = "model_ema.diffusion_model"
 MAX_NAMED = 5  # tensors that the warning about unknown ones names
@@ -113,6 +114,9 @@ def recognise(
             config = SD_TURBO if turbo else _base_or_v(state, metadata, yaml)
     else:
         config = SD15_INPAINTING if channels == (9,) else SD15
+    guidance = state.get(GUIDANCE_WEIGHT, state.get(averaged_name(GUIDANCE_WEIGHT)))
+    if guidance is not None and guidance.ndim == 2:
+        config = replace(config, unet=replace(config.unet, guidance_width=guidance.shape[1]), sampling=LCM_SAMPLING)
     words = max((len(tensor) for key, tensor in state.items() if TOKEN_TABLE.match(key) and tensor.ndim), default=0)
     if words > config.text.vocab_size:
         warn_of_unnamed_words(words)

@@ -28,21 +28,24 @@ class DeepCache:
         self.controlled = False  # whether residuals went into it
 
     def __call__(
-        self, latents: Tensor, context: Tensor, timesteps: Tensor, residuals: list[Tensor] | None = None
+        self,
+        latents: Tensor,
+        context: Tensor,
+        timesteps: Tensor,
+        residuals: list[Tensor] | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """As `Diffusion.forward`."""
         # Guidance and control can begin and end during a run.
         fits = self.deep is not None and len(self.deep) == len(latents) and self.controlled == (residuals is not None)
         reuse = fits and self.calls % self.interval != 0
         run = self._first_and_last_stage if reuse else self._all_stages
-        noise = run(latents, context, timesteps, residuals)
+        noise = run(latents, context, timesteps, residuals, scales)
         self.calls += 1
         self.controlled = residuals is not None
         return noise
 
-    def _all_stages(
-        self, latents: Tensor, context: Tensor, timesteps: Tensor, residuals: list[Tensor] | None
-    ) -> Tensor:
+    def _all_stages(self, *arguments) -> Tensor:
         """The whole U-Net; keeps the input of its last stage."""
 
         def keep(_stage, args: tuple) -> None:
@@ -50,16 +53,21 @@ class DeepCache:
 
         handle = self.unet.up[-1].register_forward_pre_hook(keep)
         try:
-            return self.unet.forward(latents, context, timesteps, residuals)  # a compiled `__call__` ignores new hooks
+            return self.unet.forward(*arguments)  # a compiled `__call__` ignores new hooks
         finally:
             handle.remove()
 
     def _first_and_last_stage(
-        self, latents: Tensor, context: Tensor, timesteps: Tensor, residuals: list[Tensor] | None
+        self,
+        latents: Tensor,
+        context: Tensor,
+        timesteps: Tensor,
+        residuals: list[Tensor] | None,
+        scales: Tensor | None,
     ) -> Tensor:
         """The kept map takes the place of all stages between the first and the last."""
         unet = self.unet
-        time = unet.embed_time(timesteps, latents.dtype)  # (B, 1280)
+        time = unet.embed_time(timesteps, latents.dtype, scales)  # (B, 1280)
         first = unet.down[0](latents, time, context)  # (B, 320, h, w)
         first = first if residuals is None else first + residuals[0]
         x = unet.up[-1](torch.cat([self.deep, first], dim=1), time, context)  # (B, 320, h, w)

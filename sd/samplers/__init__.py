@@ -4,7 +4,8 @@ from sd.ddpm import DDPMSampler
 from sd.sampler import Sampler, at_karras_levels
 from sd.samplers.ddim import DDIMSampler
 from sd.samplers.dpm_solver import DPMSolverSampler, DPMSolverSDESampler
-from sd.samplers.euler import EulerAncestralSampler, EulerSampler, HeunSampler
+from sd.samplers.euler import EulerAncestralSampler, EulerSampler
+from sd.samplers.heun import HeunSampler
 from sd.samplers.lcm import LCMSampler
 from sd.samplers.lms import LMSSampler
 from sd.samplers.plms import PLMSSampler

@@ -1,8 +1,6 @@
-"""Euler's and Heun's methods, as in "Elucidating the design space of diffusion-based generative models" (2206.00364,
-algorithm 1), and Euler's ancestral variant from k-diffusion.
+"""Euler's method (2206.00364, algorithm 1), and its ancestral variant from k-diffusion.
 
-In: x and its slope at a noise level. Out: x at the next. Every step of Heun's but the last calls the U-Net twice, so
-`timesteps` has 2 n - 1 entries for n steps.
+In: x and its slope at a noise level. Out: x at the next.
 """
 
 from torch import Tensor
@@ -20,28 +18,6 @@ class EulerSampler(SigmaSampler):
         This is DDIM's step without fresh noise, written for x = x_0 + sigma e; only the timesteps differ.
         """
         return x + (self.sigmas[i + 1] - self.sigmas[i]) * slope
-
-
-class HeunSampler(SigmaSampler):
-    """Looks ahead with Euler's method, then steps by the mean of the slopes at both ends: second order."""
-
-    default_steps = 15
-
-    def visits(self, n: int) -> list[int]:
-        """0, 1, 1, 2, 2, ...: each timestep ends one step and begins the next."""
-        return sorted([*range(n), *range(1, n)])
-
-    def sigma_step(self, i: int, x: Tensor, slope: Tensor) -> Tensor:
-        """One of the two calls that make a step from sigma to sigma' (2206.00364, algorithm 1):
-
-        x' = x + (sigma' - sigma) d             and then, unless sigma' = 0, with the slope d' at this x':
-        x' = x + (sigma' - sigma) (d + d') / 2
-        """
-        if i % 2 == 0:
-            self.history = [x, slope]
-            return x + (self.sigmas[i + 1] - self.sigmas[i]) * slope
-        first_x, first_slope = self.history
-        return first_x + (self.sigmas[i] - self.sigmas[i - 1]) * (first_slope + slope) / 2
 
 
 class EulerAncestralSampler(SigmaSampler):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sd.sampler import at_karras_levels
-from sd.samplers.euler import HeunSampler
+from sd.samplers.heun import HeunSampler
 from tests.support.gaussian import order_of_convergence
 
 

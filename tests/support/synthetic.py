@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from scripts.benchmarks import synthetic_checkpoint
-from sd.config import SD2, SD15, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from sd.config import LCM_SAMPLING, SD2, SD15, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from sd.model_converter import from_compvis
 from sd.models import Models, empty_networks
 from sd.tokenizer import Tokenizer
@@ -33,6 +33,8 @@ SD2_INPAINTING_MICRO = replace(
 )
 FULL_SD2_TEXT = replace(SD2_MICRO, text=SD2.text)
 FULL_SD2_UNET = replace(SD2_MICRO, unet=SD2.unet)
+# A latent consistency model, whose U-Net reads the guidance scale.
+LCM_MICRO = replace(MICRO, unet=replace(MICRO.unet, guidance_width=256), sampling=LCM_SAMPLING)
 INPAINTING_MICRO = replace(MICRO, unet=replace(MICRO.unet, in_channels=9))
 
 # One network as wide as SD 1.5's, or half as wide. The other networks are small, to save time.
