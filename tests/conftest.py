@@ -34,12 +34,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory):
-    """A checkpoint of a very small model with random weights."""
+    """A checkpoint of a very small model with random weights, and few layers: loading builds each of them."""
     from sd.checkpoints.files import write_checkpoint
-    from tests.support.synthetic import MICRO, random_state
+    from tests.support.synthetic import FEW_LAYERS, random_state
 
     path = tmp_path_factory.mktemp("weights") / "micro.ckpt"
-    write_checkpoint(path, random_state(MICRO), MICRO.to_dict())
+    write_checkpoint(path, random_state(FEW_LAYERS), FEW_LAYERS.to_dict())
     return path
 
 

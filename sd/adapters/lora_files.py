@@ -103,7 +103,8 @@ def read_loras(loras: Iterable[Lora], config: ModelConfig, networks: dict[str, n
 
 def check_loras(loras: Iterable[Given], config: ModelConfig) -> None:
     """Raises what `load_models` would raise for these LoRAs and a model of this configuration."""
-    read_loras(map(as_lora, loras), config, empty_networks(config))
+    if loras := [as_lora(lora) for lora in loras]:
+        read_loras(loras, config, empty_networks(config))
 
 
 def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> dict[Layer, Parts]:

@@ -21,7 +21,7 @@ from sd.training import stages
 from sd.training.loop import load_state
 from tests.support.accelerator import accelerator
 from tests.support.marks import slow
-from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_state
+from tests.support.synthetic import FEW_LAYERS, INPAINTING_MICRO, MICRO, random_state
 
 CONFIGS = {"ordinary": MICRO, "inpainting": INPAINTING_MICRO}
 QUICK = {"n_inference_steps": 3, "height": 40, "width": 32, "seed": 1}
@@ -198,7 +198,7 @@ def test_training(device, tmp_path, monkeypatch):
     """Every stage trains and shows samples, the last one is resumed, and the checkpoint works on a CPU."""
     monkeypatch.setattr(stages, "denoise", lambda *args, **kwargs: islice(pipeline.denoise(*args, **kwargs), 2))
     with accelerator(device):
-        run = stages.TrainingRun(tmp_path, scenes=16, device=device, config=MICRO)
+        run = stages.TrainingRun(tmp_path, scenes=16, device=device, config=FEW_LAYERS)
         for name in ("vae", "text", "decoder", "diffusion"):
             run.train(name, minutes=1, steps=1)
         state = load_state(tmp_path / "diffusion.state")

@@ -14,14 +14,14 @@ from scripts.support.saved_settings import read, use_saved
 from sd.checkpoints.files import write_checkpoint
 from tests.scripts.test_captions import again
 from tests.support.control import cldm_state, random_controlnet
-from tests.support.synthetic import MICRO
+from tests.support.synthetic import FEW_LAYERS
 from tests.support.tiny_autoencoders import random_tiny_autoencoder, write_published
 
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
     path = tmp_path_factory.mktemp("control") / "control_canny.pth"
-    write_checkpoint(path, cldm_state(random_controlnet(MICRO.unet)))
+    write_checkpoint(path, cldm_state(random_controlnet(FEW_LAYERS.unet)))
     return path
 
 

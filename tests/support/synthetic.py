@@ -20,6 +20,11 @@ MICRO = ModelConfig(
     unet=UNetConfig(channels=(16, 16, 32, 32), heads=2, groups=8, context_width=32),
     image_size=64,
 )
+FEW_LAYERS = replace(
+    MICRO,
+    vae=replace(MICRO.vae, blocks_per_level=1),
+    unet=replace(MICRO.unet, channels=(16, 32), attention=(True, False), blocks_per_level=1),
+)
 # SD 2.x: OpenCLIP's text encoder, heads of one width, v-prediction.
 SD2_MICRO = ModelConfig(
     text=TextConfig(width=32, layers=3, heads=2, activation="gelu", zero_padding=True),

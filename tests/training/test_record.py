@@ -13,9 +13,9 @@ from sd.training import record, stages
 from sd.training.data import DataError
 from sd.training.loop import TrainingError, load_state, save_atomically
 from sd.training.stages import TrainingRun
-from tests.support.synthetic import INPAINTING_MICRO, MICRO, random_state
+from tests.support.synthetic import FEW_LAYERS, INPAINTING_MICRO, random_state
 
-SMALL = MICRO  # its latents are scaled by 0.5, so a stage that forgets the factor fails
+SMALL = FEW_LAYERS  # its latents are scaled by 0.5, so a stage that forgets the factor fails
 
 
 def make_folder(path, count=10):

@@ -26,10 +26,10 @@ from sd.training.loop import Training, TrainingError, load_state
 from sd.training.stages import TrainingRun
 from sd.training.text import TextStage, end_states, pick_captions, retrieval, shrink, silence_unknown_tokens, tokenise
 from sd.training.vae import VAEStage, encode_all, normalise_latents, psnr
-from tests.support.synthetic import MICRO, random_state
+from tests.support.synthetic import FEW_LAYERS, random_state
 
 CPU = torch.device("cpu")
-SMALL = MICRO  # its latents are scaled by 0.5, so a stage that forgets the factor fails
+SMALL = FEW_LAYERS  # its latents are scaled by 0.5, so a stage that forgets the factor fails
 
 
 @pytest.fixture(scope="module")
