@@ -3,10 +3,14 @@
     python scripts/train_tiny.py all --out runs/tiny
     python scripts/train_tiny.py all --folder my_pictures --out runs/mine
     python scripts/train_tiny.py diffusion --start data/tiny.ckpt --minutes 30 --out runs/further
+    python scripts/train_tiny.py lcm --start runs/tiny/tiny.ckpt --out runs/lcm
 
 The stages are vae, text, diffusion and decoder, in this order; `all` runs all four. To resume a run that was stopped,
 run the same command again. A run with other images, another --seed or another --start needs another --out. With
 --start, the U-Net of a finished model is trained further.
+
+Stage lcm distils a finished model, by default the tiny one: the result is a LoRA, lcm.safetensors, with which the model
+draws in one to eight steps, without guidance.
 
 Your own images need captions: those of cat.png in cat.txt, one a line, or those of all images in captions.jsonl, with
 lines such as {"file": "cat.png", "caption": "a cat"}. sd/training/README.md says more.
@@ -29,6 +33,9 @@ log = logging.getLogger("train_tiny")
 
 SHARES = {"vae": 0.28, "text": 0.12, "diffusion": 0.556, "decoder": 0.044}  # of the minutes given to `all`
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+DISTILLATION = "lcm"
+# What a run takes by default: of the four stages, and of the distillation, where the scenes are prompts.
+DEFAULTS = {"minutes": (144, 20), "scenes": (30000, 1500), "out": (Path("runs/tiny"), Path("runs/lcm"))}
 
 # Measured on two CPU cores with bfloat16.
 ENOUGH_MINUTES = 45  # a model learned to follow its prompts
@@ -38,13 +45,16 @@ IMAGES_ENCODED_PER_MINUTE = 1500
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("train_tiny.py", __doc__)
     add = parser.add_argument
-    add("stage", nargs="?", default="all", choices=[*SHARES, "all"], help="the stage to train (all)")
-    add("--minutes", type=float, default=144, metavar="N", help="training time, without drawing and encoding (144)")
+    add("stage", nargs="?", default="all", choices=[*SHARES, "all", DISTILLATION], help="the stage to train (all)")
+    add("--minutes", type=float, metavar="N", help="training time, without drawing and encoding (144; lcm: 20)")
     add("--steps", type=int, metavar="N", help="number of steps of each stage, instead of --minutes")
-    add("--out", type=Path, default=Path("runs/tiny"), metavar="DIR", help="folder for all files (runs/tiny)")
+    add("--out", type=Path, metavar="DIR", help="folder for all files (runs/tiny; lcm: runs/lcm)")
     add("--folder", type=Path, metavar="DIR", help="your own images, with captions")
-    add("--start", type=Path, metavar="FILE", help="train the U-Net of this model further (only stage diffusion)")
-    add("--scenes", type=int, default=30000, metavar="N", help="number of scenes to train on, without --folder (30000)")
+    add(
+        "--start", type=Path, metavar="FILE", help="the model whose U-Net is trained further, or distilled by stage lcm"
+    )
+    help = "number of scenes to train on, without --folder (30000); lcm: of prompts that the model draws (1500)"
+    add("--scenes", type=int, metavar="N", help=help)
     kinds = " or ".join(PREDICTION_TYPES)
     add(
         "--prediction-type",
@@ -56,14 +66,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add("--save-every", type=float, default=3, metavar="MINUTES", help="time between saved states and samples (3)")
     options = parser.parse_args(arguments)
+    distils = options.stage == DISTILLATION
+    for name, values in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, values[distils])
     for name in ("minutes", "steps", "scenes", "save_every"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:  # false for NaN too
             parser.error(f"--{name.replace('_', '-')} should be a number above 0, not {value}.")
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed should be a whole number from 0 to 2**63 - 1, not {options.seed}.")
-    if options.start and options.stage != "diffusion":
-        parser.error(f"With --start, the stage should be diffusion, not {options.stage}.")
+    if options.start and options.stage not in ("diffusion", DISTILLATION):
+        parser.error(f"With --start, the stage should be diffusion or {DISTILLATION}, not {options.stage}.")
+    if distils and options.prediction_type:
+        parser.error(f"--prediction-type should be left out of stage {DISTILLATION}: the U-Net goes on as it is.")
     if options.start and options.prediction_type:
         parser.error("--prediction-type should be used without --start: the U-Net goes on predicting the same.")
     return options
@@ -71,13 +87,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    names = list(SHARES) if options.stage == "all" else [options.stage]
     interrupted = "interrupted; run the same command again to resume from the last saved state."
-    return exit_status("train_tiny.py", lambda: train(options, names), interrupted)
+    work = distil if options.stage == DISTILLATION else train
+    return exit_status("train_tiny.py", lambda: work(options), interrupted)
 
 
-def train(options: argparse.Namespace, names: list[str]) -> None:
+def train(options: argparse.Namespace) -> None:
     """Train the stages in order. Once every network has a state, write the checkpoint."""
+    names = list(SHARES) if options.stage == "all" else [options.stage]
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from sd.config import TINY
@@ -103,6 +120,27 @@ def train(options: argparse.Namespace, names: list[str]) -> None:
             run.train(name, minutes, options.steps)
         if run.complete:
             print(run.write_checkpoint())
+
+
+def distil(options: argparse.Namespace) -> None:
+    """Train stage lcm, and write its LoRA."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from sd.training.distillation import DistillationRun
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with logging_redirect_tqdm():
+        run = DistillationRun(
+            options.out,
+            options.start,
+            options.folder,
+            options.scenes,
+            options.device,
+            options.seed,
+            options.save_every,
+        )
+        run.train(options.minutes, options.steps)
+        print(run.write_lora())
 
 
 def forecast(minutes: float, images: int, on_cpu: bool) -> str:

@@ -3,8 +3,6 @@
 In: x_t and the U-Net's output for it. Out: x at the next timestep, with fresh noise.
 """
 
-import math
-
 import numpy as np
 from torch import Tensor
 
@@ -15,10 +13,10 @@ DISTILLED_STEPS = 50  # the teacher's, whose timesteps are the only ones that th
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10
 
 
-def boundary_scalings(timestep: float) -> tuple[float, float]:
+def boundary_scalings(timestep: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
     """c_skip and c_out of the consistency function: 1 and 0 at timestep 0, where the latents are the image already."""
     t = TIMESTEP_SCALING * timestep
-    return SIGMA_DATA**2 / (t**2 + SIGMA_DATA**2), t / math.sqrt(t**2 + SIGMA_DATA**2)
+    return SIGMA_DATA**2 / (t**2 + SIGMA_DATA**2), t / (t**2 + SIGMA_DATA**2) ** 0.5
 
 
 class LCMSampler(Sampler):

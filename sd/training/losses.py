@@ -1,4 +1,5 @@
-"""The training losses: `vae_loss`, `contrastive_loss` for the text encoder and `diffusion_loss` for the U-Net.
+"""The training losses: `vae_loss`, `contrastive_loss` for the text encoder, `diffusion_loss` and `pseudo_huber_loss`
+for the U-Net.
 
 In: what a network predicted, and what it should have predicted. Out: one number to minimise.
 """
@@ -107,3 +108,11 @@ def diffusion_loss(
         snr = (alpha_bar / (1 - alpha_bar)).flatten()  # (B,)
         error = error * snr.clamp(max=min_snr) / (snr + 1 if prediction_type == "v_prediction" else snr)
     return error.mean()
+
+
+def pseudo_huber_loss(predicted: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
+    """The mean of sqrt(d^2 + c^2) - c over all differences d (2310.14189, eq. 8, with one d for each number).
+
+    Far from 0 it grows as |d| does, so that a few large differences do not outweigh the others.
+    """
+    return ((predicted - target).square() + c**2).sqrt().mean() - c

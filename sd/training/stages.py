@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -111,16 +112,7 @@ class TrainingRun:
         if training.done:
             log.info("Stage %s is finished, after %d steps.", name, training.step)
         show = {"text": self._show_text, "diffusion": self._show_diffusion}.get(name, self._show_vae)
-        with tqdm(total=training.total, initial=training.step, desc=name, mininterval=1) as bar:
-
-            def report(progress: Progress) -> None:
-                bar.total = progress.total
-                bar.set_postfix(
-                    {"loss": f"{progress.loss:.4f}", "samples/s": f"{progress.samples_per_second:.0f}"}, refresh=False
-                )
-                bar.update()
-
-            training.run(report, 60 * self.save_every, lambda: log.info(show(training)))
+        train_with_bar(training, self.save_every, show)
 
     def _stage(self, name: str) -> Stage:
         """An untrained stage. It depends only on the seed and on the files of earlier stages."""
@@ -205,7 +197,7 @@ class TrainingRun:
         images = self.test_set.batch(torch.arange(min(16, len(self.test_set)))).to(self.device)
         copies = reconstruct(encoder, training.average["decoder"], images)
         name = training.stage.name
-        self._grid(name, torch.stack([images, copies], dim=1).flatten(0, 1))
+        write_grid(self.out / f"{name}.png", torch.stack([images, copies], dim=1).flatten(0, 1))
         return f"{name}, step {training.step}: {psnr(images, copies).mean():.2f} dB on test images"
 
     @torch.no_grad()
@@ -229,7 +221,7 @@ class TrainingRun:
         latents = get_latents(models, len(prompts), seed=0)
         for step in denoise(models, latents, context, sampler, cfg_scale=5.0):
             latents = step.latents
-        self._grid("diffusion", decode_latents(models, latents))
+        write_grid(self.out / "diffusion.png", decode_latents(models, latents))
         lines = "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)
         (self.out / "diffusion.txt").write_text(lines, encoding="utf-8")
         return f"diffusion, step {training.step}: see {self.out / 'diffusion.png'}"
@@ -239,16 +231,6 @@ class TrainingRun:
         encoder, decoder = (network.to(self.device) for network in self.vae)
         clip = self.clip.to(self.device)
         return Models(clip, encoder, decoder, unet.eval(), self.tokenizer, self.config, self.device)
-
-    def _grid(self, name: str, images: Tensor | np.ndarray, columns: int = 8) -> None:
-        """Write images in rows of `columns` to `out`/`name`.png."""
-        arrays = tensor_to_array(images) if isinstance(images, Tensor) else images
-        height, width = arrays.shape[1:3]
-        rows = -(-len(arrays) // columns)
-        sheet = Image.new("RGB", (columns * width, rows * height))
-        for i, array in enumerate(arrays):
-            sheet.paste(Image.fromarray(array), (i % columns * width, i // columns * height))
-        write_png(self.out / f"{name}.png", sheet, overwrite=True)
 
     @property
     def complete(self) -> bool:
@@ -270,6 +252,32 @@ class TrainingRun:
         path = self.out / "tiny.ckpt"
         write_checkpoint(path, state, replace(self.config, schedule=schedule).to_dict())
         return path
+
+
+def train_with_bar(training: Training, save_every: float, show: Callable[[Training], str]) -> None:
+    """Train until all steps are done, with a progress bar. Every `save_every` minutes the state is saved, and what
+    `show` returns is logged. Raises what `Training.run` raises."""
+    with tqdm(total=training.total, initial=training.step, desc=training.stage.name, mininterval=1) as bar:
+
+        def report(progress: Progress) -> None:
+            bar.total = progress.total
+            bar.set_postfix(
+                {"loss": f"{progress.loss:.4f}", "samples/s": f"{progress.samples_per_second:.0f}"}, refresh=False
+            )
+            bar.update()
+
+        training.run(report, 60 * save_every, lambda: log.info(show(training)))
+
+
+def write_grid(path: Path, images: Tensor | np.ndarray, columns: int = 8) -> None:
+    """Write images, (N, 3, H, W) in [-1, 1] or uint8 (N, H, W, 3), in rows of `columns`."""
+    arrays = tensor_to_array(images) if isinstance(images, Tensor) else images
+    height, width = arrays.shape[1:3]
+    rows = -(-len(arrays) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for i, array in enumerate(arrays):
+        sheet.paste(Image.fromarray(array), (i % columns * width, i // columns * height))
+    write_png(path, sheet, overwrite=True)
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
