@@ -4,6 +4,7 @@
     python scripts/evaluate_tiny.py --checkpoint runs/tiny/tiny.ckpt --out runs/tiny
     python scripts/evaluate_tiny.py --prompts 100 --kinds short two
     python scripts/evaluate_tiny.py --kinds full --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
+    python scripts/evaluate_tiny.py --lora data/tiny-lcm.safetensors --samplers lcm --cfg-scales 1 --steps 4
 
 A small network, the judge, says what each image shows. It comes with the code; --judge-steps trains another. If the
 checkpoint is in the folder of its training run, the encoders in text.state also measure how often an image matches its
@@ -47,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("evaluate_tiny.py", __doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="the model to evaluate (default: the tiny model in data/)")
+    add("--lora", type=Path, metavar="FILE", help="a LoRA for it")
     add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"folder for the results ({FOLDER})")
     add("--prompts", type=int, default=400, metavar="N", help="prompts of each kind, seen and held out (400)")
     add(
@@ -84,7 +86,7 @@ def prepare(options: argparse.Namespace) -> Models:
     from sd import load_models
 
     check(options)
-    models = load_models(options.checkpoint, options.device)
+    models = load_models(options.checkpoint, options.device, loras=[options.lora] if options.lora else [])
     if models.config.unet.inpaints:
         raise ValueError("--checkpoint should be a text-to-image model, not an inpainting model.")
     defaults, max_steps = models.config.sampling, models.config.schedule.num_training_steps
@@ -146,6 +148,7 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"{name}: {share:.1%} of the images match their own prompt best, out of {options.prompts}.")
     result = {
         "checkpoint": str(options.checkpoint or "data/tiny.ckpt"),
+        "lora": options.lora and str(options.lora),
         "psnr": decibels,
         "prompts": options.prompts,
         "steps": options.steps,

@@ -35,7 +35,7 @@ SHARES = {"vae": 0.28, "text": 0.12, "diffusion": 0.556, "decoder": 0.044}  # of
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 DISTILLATION = "lcm"
 # What a run takes by default: of the four stages, and of the distillation, where the scenes are prompts.
-DEFAULTS = {"minutes": (144, 20), "scenes": (30000, 1500), "out": (Path("runs/tiny"), Path("runs/lcm"))}
+DEFAULTS = {"minutes": (144, 20), "scenes": (30000, 960), "out": (Path("runs/tiny"), Path("runs/lcm"))}
 
 # Measured on two CPU cores with bfloat16.
 ENOUGH_MINUTES = 45  # a model learned to follow its prompts
@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--start", type=Path, metavar="FILE", help="the model whose U-Net is trained further, or distilled by stage lcm"
     )
-    help = "number of scenes to train on, without --folder (30000); lcm: of prompts that the model draws (1500)"
+    help = "number of scenes to train on, without --folder (30000); lcm: of prompts that the model draws (960)"
     add("--scenes", type=int, metavar="N", help=help)
     kinds = " or ".join(PREDICTION_TYPES)
     add(
