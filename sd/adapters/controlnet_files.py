@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sd.adapters.controlnet import ControlNet
+from sd.adapters.other_files import what_it_is
 from sd.checkpoints import hub
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.config_rules import check_config
@@ -21,7 +22,6 @@ from sd.checkpoints.files import read_checkpoint
 from sd.checkpoints.folder_files import class_name, find_weights, read_json
 from sd.checkpoints.key_rules import inverse, rename, without_wrappers
 from sd.checkpoints.shards import INDEX, read_shards
-from sd.checkpoints.variants import other_file
 from sd.checkpoints.whole_model import name_in_errors
 from sd.config import SD2, SD15, ModelConfig, UNetConfig
 from sd.model_converter import UNET_RULES, check_fit, from_float8, fuse_qkv, split_qkv
@@ -110,7 +110,7 @@ def _read(path: Path) -> Checkpoint:
     prefix = PREFIX if any(key.startswith(PREFIX) for key in keys) else ""
     description = next((what for pattern, what in OTHER_CONTROLS if any(re.search(pattern, key) for key in keys)), None)
     if description is None and not any("zero_convs." in key or key.startswith("controlnet_down_") for key in keys):
-        description = other_file(keys) or "has no zero convolutions, as ControlNets have; it may make control images"
+        description = what_it_is(keys) or "has no zero convolutions, as ControlNets have; it may make control images"
     if description:
         raise CheckpointError(f"This file {description}; give a ControlNet of Stable Diffusion 1.x or 2.x.")
 
