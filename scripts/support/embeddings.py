@@ -25,8 +25,12 @@ SAVED = "TI hashes"
 
 def split_word(given: str) -> tuple[Path, str | None]:
     """FILE or FILE:word -> the file, and the word or None. The colon of C:\\cat.pt is part of the file's name."""
+    parts = given.split(":")
+    for count in range(len(parts), 0, -1):  # the file's own name may have colons, and so may the word
+        if Path(file := ":".join(parts[:count])).is_file():
+            return Path(file), ":".join(parts[count:]) if count < len(parts) else None
     file, colon, word = given.rpartition(":")
-    if not colon or len(file) < 2 or re.search(r"[\\/]", word) or Path(given).is_file():
+    if not colon or len(file) < 2 or re.search(r"[\\/]", word):
         return Path(given), None
     return Path(file), word
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numbers
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sd.adapters.controlnet import HINT_SCALE, ControlNet
-from sd.adapters.controlnet_files import check_family, load_controlnet
+from sd.adapters.controlnet_files import check_family, ends_in, load_controlnet
 from sd.checkpoints import hub
-from sd.images import ImageSource, check_array, image_to_tensor, read_image
+from sd.images import ImageSource, alpha_mask, check_array, fill_transparent, image_to_tensor, read_image
 from sd.models import Models
 from sd.runtime.devices import device_and_dtype
 from sd.runtime.not_finite import check_finite
@@ -35,7 +36,8 @@ MAX_CONTROLS, MAX_STRENGTH = 10, 10
 class Control:
     """A ControlNet, or the path of one, and the image that it steers by: an item of `generate(..., control=[...])`.
 
-    image            RGB, resized and cropped to the size of the result; transparent parts are black
+    image            RGB, resized and cropped to the size of the result. Transparent parts are black. For a ControlNet
+                     whose name ends in _inpaint, they are to be filled: erase them in the image to be changed
     strength         what its residuals are multiplied by, from 0 to 10
     start, end       the part of the run in which it works, as shares of the steps
     guess_mode       works without a prompt: the unconditional half of guidance gets no residuals, and residual i of
@@ -55,12 +57,34 @@ class Control:
         source = self.net.source if isinstance(self.net, ControlNet) else self.net
         return None if source is None else str(source)
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether the ControlNet fills the transparent parts of the image."""
+        return self.net.inpaints if isinstance(self.net, ControlNet) else ends_in("inpaint", self.net)
+
     def read(self) -> Control:
-        """The same with its image read. Raises what `read_image` raises, and FileNotFoundError if the path of the
-        ControlNet does not exist."""
+        """The same with its image read: a PIL image of mode RGB, or RGBA with the parts to be filled transparent.
+
+        Raises what `read_image` raises, FileNotFoundError if the path of the ControlNet does not exist, and ValueError
+        if it fills transparent parts and the image has none.
+        """
         if not (isinstance(self.net, ControlNet) or hub.is_name(self.net) or Path(self.net).exists()):
             raise FileNotFoundError(f"There is no ControlNet at {self.net}: give a file or a folder.")
-        return replace(self, image=read_image(self.image, behind="black", name="control.image"))
+        image = read_image(self.image, behind="black", name="control.image")
+        return replace(self, image=self._with_mask() if self.inpaints else image)
+
+    def _with_mask(self) -> Image.Image:
+        """The image with alpha 0 where it is to be filled, and 255 elsewhere."""
+        try:
+            mask = alpha_mask(self.image)
+        except ValueError:
+            name = Path(self.path or "ControlNet").name
+            raise ValueError(
+                f"control.image should be transparent where {name} fills it: erase these parts. It has no such parts."
+            ) from None
+        image = fill_transparent(self.image)  # so that no other colour comes in where it is resized
+        image.putalpha(mask.point([255] * 128 + [0] * 128))
+        return image
 
     def loaded(self, models: Models) -> Control:
         """The same with its ControlNet loaded. Raises what `load_controlnet` raises, and ValueError if it does not fit
@@ -98,7 +122,10 @@ def check_controls(controls: object) -> None:
     listed = isinstance(controls, (list, tuple)) and all(isinstance(one, Control) for one in controls)
     if not listed or len(controls) > MAX_CONTROLS:
         allowed = f"a list of at most {MAX_CONTROLS} Control(net, image)"
-        raise ValueError(f"control should be {allowed}, not {' '.join(repr(controls).split()):.200}.")
+        items = controls if isinstance(controls, (list, tuple)) else []
+        kinds = " and ".join(dict.fromkeys(type(one).__name__ for one in items))
+        found = f"{len(items)} of type {kinds}" if items else type(controls).__name__  # a network's repr fills pages
+        raise ValueError(f"control should be {allowed}, not {found}.")
     for one in controls:
         net, image = isinstance(one.net, (ControlNet, str, os.PathLike)), one.image
         _require(net, "net", one.net, "what load_controlnet returns, or a path")
@@ -137,7 +164,8 @@ class Steering:
         repaints, which the control images then show, too."""
         self.controls, self.features = controls, []  # features: each (1, 320, h, w)
         for control in controls:
-            image = _hint(control.image, latents.shape[2] * HINT_SCALE, latents.shape[3] * HINT_SCALE, region)
+            image = control.read().image
+            image = _hint(image, latents.shape[2] * HINT_SCALE, latents.shape[3] * HINT_SCALE, region)
             self.features.append(control.net.hint(image.to(*device_and_dtype(control.net))))
 
     def residuals(
@@ -146,6 +174,8 @@ class Steering:
         """What `Diffusion.forward` gets in step `step` of `steps`: the sum of all controls' residuals, or None if none
         is at work. The others are the U-Net's arguments, with the unconditional half first if `guided`."""
         total = None
+        if step == 0:
+            self._warn_of_idle(steps)
         for control, features in zip(self.controls, self.features):
             if not control.works(step, steps):
                 continue
@@ -155,17 +185,33 @@ class Steering:
             inputs = latents[rows].to(device, dtype), context[rows].to(device, dtype), timesteps[rows].to(device)
             residuals = control.residuals(*inputs, features)
             when = f" at step {step + 1} of {steps}"
-            check_finite(residuals[-1], control.net, "ControlNet", latents, when)  # whatever fails before reaches it
+            peaks = torch.stack(
+                [residual.abs().amax() for residual in residuals]
+            )  # checked at once: a GPU waits for it
+            check_finite(peaks, control.net, "ControlNet", latents, when)
             residuals = [residual.to(latents) for residual in residuals]
             if alone:
                 residuals = [torch.cat([torch.zeros_like(residual), residual]) for residual in residuals]
             total = residuals if total is None else [a + b for a, b in zip(total, residuals)]
         return total
 
+    def _warn_of_idle(self, steps: int) -> None:
+        for control in self.controls:
+            if not any(control.works(step, steps) for step in range(steps)):
+                share = f"{control.start:g} and {control.end:g} of the run"
+                warnings.warn(f"control has no effect: no step of {steps} lies between {share}.", stacklevel=2)
 
-def _hint(image: ImageSource, height: int, width: int, region: Region | None) -> Tensor:
-    """A control image -> float32 (1, 3, height, width) in [0, 1]."""
-    image = read_image(image, behind="black", name="control.image")
+
+def _hint(image: Image.Image, height: int, width: int, region: Region | None) -> Tensor:
+    """An image as `Control.read` returns it -> float32 (1, 3, height, width) in [0, 1], and -1 where transparent."""
+    hint = _resized(image.convert("RGB"), height, width, region)
+    if image.mode == "RGB":
+        return hint
+    return hint.masked_fill(_resized(image.getchannel("A"), height, width, region) < 0.5, -1)
+
+
+def _resized(image: Image.Image, height: int, width: int, region: Region | None) -> Tensor:
+    """An image without alpha -> float32 (1, 3, height, width) in [0, 1]: the whole, or its part in the region."""
     if region is not None:
         whole = image_to_tensor(image, *region.image.shape[:2])  # (1, 3, H, W)
         left, top, right, bottom = region.box

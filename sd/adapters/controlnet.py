@@ -26,11 +26,12 @@ HINT_SCALE = 8  # pixels of the image along one side of a latent
 
 
 class ControlNet(ContractingPath):
-    """The network. With `global_pool`, as for control_v11e_sd15_shuffle, a residual is the mean over its map."""
+    """The network. With `global_pool`, as for control_v11e_sd15_shuffle, a residual is the mean over its map. With
+    `inpaints`, as for control_v11p_sd15_inpaint, the image is -1 where it is to be filled."""
 
-    def __init__(self, config: UNetConfig, global_pool: bool = False):
+    def __init__(self, config: UNetConfig, global_pool: bool = False, inpaints: bool = False):
         super().__init__(config)
-        self.global_pool = global_pool
+        self.global_pool, self.inpaints = global_pool, inpaints
         self.source: Path | str | None = None  # the file or folder that it was loaded from
         layers: list[nn.Module] = []
         for i, (width, following) in enumerate(zip(HINT_WIDTHS, HINT_WIDTHS[1:])):

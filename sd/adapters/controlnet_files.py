@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sd.adapters.controlnet import ControlNet
+from sd.adapters.other_files import what_it_is
 from sd.checkpoints import hub
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
 from sd.checkpoints.config_rules import check_config
@@ -21,7 +22,6 @@ from sd.checkpoints.files import read_checkpoint
 from sd.checkpoints.folder_files import class_name, find_weights, read_json
 from sd.checkpoints.key_rules import inverse, rename, without_wrappers
 from sd.checkpoints.shards import INDEX, read_shards
-from sd.checkpoints.variants import other_file
 from sd.checkpoints.whole_model import name_in_errors
 from sd.config import SD2, SD15, ModelConfig, UNetConfig
 from sd.model_converter import UNET_RULES, check_fit, from_float8, fuse_qkv, split_qkv
@@ -30,6 +30,7 @@ from sd.runtime import speed
 from sd.runtime.devices import Device, best_device, best_dtype, device_and_dtype
 
 PREFIX = "control_model."  # of all keys in the published files, beside which a whole model may stand
+DIFFUSERS_FILE = "diffusion_pytorch_model"  # what diffusers calls each of its files
 DIFFERENCE, CONTROL_LORA = "difference", "lora_controlnet"  # tensors that mark two kinds of files
 # Pairs (theirs, ours) and (diffusers, theirs), in the notation of `key_rules`; the other rules are those of the U-Net.
 RULES = [("zero_convs.#.0", "zero_convs.#"), ("middle_block_out.0", "zero_middle"), ("input_hint_block", "hint")]
@@ -64,7 +65,7 @@ def load_controlnet(
     `models`: those it is for. It gets their device and dtype. Files that hold differences from a model need them.
     `device`, `dtype`: others, or without `models` the same defaults as for `load_models`.
     `global_pool`: use the mean over each residual. By default it follows from a folder's config.json, and for a file
-        from a name that ends in _shuffle.
+        from a name that ends in _shuffle. A name that ends in _inpaint means `ControlNet.inpaints`.
 
     Raises FileNotFoundError, CheckpointError for a file that is not a ControlNet or belongs to another family than the
     models, TypeError for a path of another type, ValueError for an invalid device or dtype, and what `hub.fetch`
@@ -83,7 +84,7 @@ def load_controlnet(
         checkpoint = _read(path)
         config, pools = _configuration(checkpoint, path, models)
         with torch.device("meta"), NoInitialisation():
-            network = ControlNet(config, pools if global_pool is None else global_pool)
+            network = ControlNet(config, pools if global_pool is None else global_pool, ends_in("inpaint", source))
         weights = _weights(checkpoint, network, models)
     network.source = source
     network.load_state_dict(weights, assign=True)
@@ -92,6 +93,14 @@ def load_controlnet(
     speed.place_network(network, device, dtype, pack)
     checkpoint.release()
     return network
+
+
+def ends_in(kind: str, source: str | os.PathLike) -> bool:
+    """Whether a file, folder or model on the hub has a name such as control_v11p_sd15_inpaint, or ..._inpaint_fp16.pth,
+    for the kind "inpaint"."""
+    path = Path(source)
+    name = path.parent.name if path.name.startswith(DIFFUSERS_FILE) else path.name
+    return re.search(rf"_{kind}(_fp16)?(\.[a-z]+)?(@[^:]*)?$", name, re.IGNORECASE) is not None
 
 
 def _read(path: Path) -> Checkpoint:
@@ -110,7 +119,7 @@ def _read(path: Path) -> Checkpoint:
     prefix = PREFIX if any(key.startswith(PREFIX) for key in keys) else ""
     description = next((what for pattern, what in OTHER_CONTROLS if any(re.search(pattern, key) for key in keys)), None)
     if description is None and not any("zero_convs." in key or key.startswith("controlnet_down_") for key in keys):
-        description = other_file(keys) or "has no zero convolutions, as ControlNets have; it may make control images"
+        description = what_it_is(keys) or "has no zero convolutions, as ControlNets have; it may make control images"
     if description:
         raise CheckpointError(f"This file {description}; give a ControlNet of Stable Diffusion 1.x or 2.x.")
 
@@ -128,7 +137,7 @@ def _configuration(checkpoint: Checkpoint, path: Path, models: Models | None) ->
     widths = {tensor.shape[1] for key, tensor in checkpoint.state.items() if "attn2.to_k" in key and tensor.ndim == 2}
     width = min(widths, default=None)
     folder = path if path.is_dir() else path.parent
-    pools = re.search(r"_shuffle(_fp16)?$", path.stem) is not None
+    pools = ends_in("shuffle", path)
     if _is_diffusers(checkpoint.state) and (folder / "config.json").is_file():
         values = read_json(folder / "config.json")
         order = values.get("controlnet_conditioning_channel_order", "rgb")

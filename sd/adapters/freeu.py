@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -39,9 +40,12 @@ class FreeU:
 
 
 def _change(kept: int, b: float, s: float) -> Callable:
-    """A hook that changes what a stage reads. `kept` is the number of channels of the kept map."""
+    """A hook that changes what a stage reads in this thread. `kept` is the number of channels of the kept map."""
+    thread = get_ident()
 
-    def hook(_stage, arguments: tuple) -> tuple:
+    def hook(_stage, arguments: tuple) -> tuple | None:
+        if get_ident() != thread:  # another image is drawn with the same U-Net at the same time
+            return None
         maps, *others = arguments
         x, h = maps.split([maps.shape[1] - kept, kept], dim=1)
         half = x.shape[1] // 2

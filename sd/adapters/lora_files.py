@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from sd.adapters.lora import Change, Parts, delta
 from sd.adapters.lora_names import Layer, layer_names, split_key
+from sd.adapters.other_files import what_it_is
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError, parse_config
 from sd.checkpoints.files import read_checkpoint
 from sd.checkpoints.folder_files import read_json
-from sd.checkpoints.key_rules import SGM_PREFIX, UNET_PREFIX
-from sd.checkpoints.variants import OTHER_FILES
 from sd.config import ModelConfig
 from sd.models import empty_networks
 
+IN_FOLDERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what diffusers and PEFT write
 MAX_STRENGTH = 100
 MAX_LISTED = 3  # names that an error lists of each kind of problem
 MAX_NAME = 80  # characters of a name in an error
@@ -44,6 +44,7 @@ OTHER_KINDS = {
     "VeRA": r"\bvera_\w+(\.\w+)*$",
     "in cloneofsimo's format, whose tensors have numbers for names": r"^\w+:\d+:(up|down)$",
 }
+BUNDLED = "bundle_emb."  # how the keys of embeddings begin in a file with a LoRA
 # LoRAs for other models, by the beginnings of their keys, and by how wide a context they read.
 OTHER_MODELS = {
     "Stable Diffusion XL": r"lora_te2_|text_encoder_2\.",
@@ -78,7 +79,7 @@ def as_lora(given: Given) -> Lora:
     if not isinstance(path, (str, os.PathLike)) or len(strengths) > 2:
         raise TypeError(f"A LoRA should be a path, (path, strength) or (path, unet, text), not {given!r:.80}.")
     for strength in strengths:
-        if not isinstance(strength, numbers.Real) or not abs(strength) <= MAX_STRENGTH:
+        if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not abs(strength) <= MAX_STRENGTH:
             allowed = f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}; 0.5 to 1 is usual"
             raise ValueError(f"The strength of {path} should be {allowed}, not {strength!r:.80}.")
     first, last = (float(strengths[0]), float(strengths[-1])) if strengths else (1.0, 1.0)
@@ -113,6 +114,11 @@ def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> dict[
     Raises CheckpointError, in one sentence, if the file is something else, does not fit the model, or has NaN; and what
     `read_checkpoint` raises.
     """
+    if path.is_dir():
+        inside = next((file.name for file in map(path.joinpath, IN_FOLDERS) if file.is_file()), "")
+        raise CheckpointError(
+            f"{path} should be a LoRA file, not a folder" + f": give {path / inside}" * bool(inside) + "."
+        )
     try:
         checkpoint = read_checkpoint(path)
     except FileNotFoundError:
@@ -149,16 +155,15 @@ def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> dict[
 def _check_kind(path: Path, keys: dict[str, tuple[str, str] | None], state: Parts, config: ModelConfig) -> None:
     """Raises CheckpointError, which says what the file is, for another kind of file and for a LoRA of another model."""
     others = [key for key, split in keys.items() if split is None]
+    if any(key.startswith(BUNDLED) for key in keys):
+        raise CheckpointError(f"{path} should be a LoRA alone: this one is bundled with embeddings, {_listed(others)}.")
     for kind, pattern in OTHER_KINDS.items():
         if any(re.search(pattern, key) for key in others):
             raise CheckpointError(f"{path} should be LoRA, LoCon, LoHa, LoKr, DoRA or whole differences, not {kind}.")
     if len(others) == len(keys):
-        found = (text for pattern, text in OTHER_FILES if any(re.search(pattern, key) for key in keys))
-        what = next(found, "is a LoRA")
-        if what.startswith("is a LoRA"):
+        what = what_it_is(keys)
+        if what is None or what.startswith("is a LoRA"):
             what = f"has only tensors with unknown names: {_listed(keys)}"
-        if any(key.startswith((UNET_PREFIX, SGM_PREFIX)) for key in keys):
-            what = "is a whole model: give it as the checkpoint"
         raise CheckpointError(f"{path} should be a LoRA, but it {what}.")
     other = next((model for model, names in OTHER_MODELS.items() if any(re.match(names, key) for key in keys)), None)
     for pattern, own in ((READS_CONTEXT, config.unet.context_width), (HAS_TEXT_WIDTH, config.text.width)):

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sd.adapters.other_files import what_it_is
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import read_checkpoint
 from sd.models import Models
@@ -82,6 +83,8 @@ def read_embeddings(embeddings: Iterable[GivenEmbedding]) -> list[Embedding]:
     """Reads paths and (path, word). Raises TypeError for anything else, and what `read_embedding` raises."""
     if isinstance(embeddings, (str, os.PathLike)):
         raise TypeError(f"embeddings should be a list, as in embeddings=[{str(embeddings)!r:.80}], not one path.")
+    if isinstance(embeddings, Mapping) or not isinstance(embeddings, Iterable):
+        raise TypeError(f"embeddings should be a list of paths or (path, word), not {embeddings!r:.80}.")
     read = []
     for given in embeddings:
         path, *word = given if isinstance(given, (tuple, list)) else [given]
@@ -135,6 +138,8 @@ def _only(path: Path, tensors: dict[str, Tensor | str]) -> tuple[str, Tensor]:
     if tensors.keys() >= XL:
         raise CheckpointError(f"{path} is an embedding for Stable Diffusion XL; give one for 1.x or 2.x.")
     [name, tensor], *others = tensors.items()
+    if others and (what := what_it_is(tensors)) and "embedding" not in what:
+        raise CheckpointError(f"{path} should be an embedding, but it {what}.")
     if others or not isinstance(tensor, Tensor):
         found = f"{len(tensors)}, such as {name!r:.80}" if others else tensor
         raise CheckpointError(f"{path} should have one tensor, the vectors of one word, not {found}.")

@@ -114,12 +114,13 @@ def is_tiny_autoencoder(path: str | Path) -> bool:
 
 
 def load_tiny_autoencoder(
-    path: str | Path, device: Device = None, dtype: torch.dtype | None = None
+    path: str | Path, device: Device = None, dtype: torch.dtype | None = None, argument: str = "vae"
 ) -> dict[str, nn.Module]:
     """{"encoder": TinyEncoder, "decoder": TinyDecoder}, in evaluation mode and without gradients.
 
     `path`: a folder with the two published files, taesd_encoder and taesd_decoder; one of these two, beside the other;
     a folder or file in the layout of diffusers; or its name on the hub. `device` and `dtype` as for `load_models`.
+    `argument` is what errors call it.
 
     The result lacks the encoder if there is only a decoder, which is enough for previews. Raises FileNotFoundError,
     CheckpointError for any other file and for the autoencoders of Stable Diffusion XL, 3 and FLUX, ValueError for an
@@ -129,7 +130,7 @@ def load_tiny_autoencoder(
     dtype = best_dtype(device, dtype)
     path = hub.fetch(path) if hub.is_name(path) else Path(path)
     networks = {}
-    with name_in_errors(path, argument="vae: "):
+    with name_in_errors(path, argument=f"{argument}: "):
         for name, state in _read(path).items():
             with torch.device("meta"), NoInitialisation():
                 network = NETWORKS[name]()

@@ -147,6 +147,8 @@ def keys(*names):
         (keys("controlnet_blocks.0.weight", "pos_embed.pos_embed"), "Stable Diffusion 3 or FLUX"),
         (keys("lora_unet_a.lora_down.weight"), "is a LoRA"),
         (keys("1.weight", "3.conv.0.weight"), "is TAESD"),
+        (keys("first_stage_model.decoder.conv_in.weight"), "is a VAE: give it as `vae=`"),
+        (keys("emb_params"), "is a textual inversion embedding"),
         (keys("model0.conv1_1.weight"), "has no zero convolutions, as ControlNets have; it may make control images"),
     ],
 )
@@ -162,7 +164,7 @@ def test_other_files_are_named(tmp_path, state, what):
 
 def test_a_whole_model_is_none(tmp_path):
     write_checkpoint(tmp_path / "a.ckpt", random_state(MICRO))
-    with pytest.raises(CheckpointError, match="has no zero convolutions"):
+    with pytest.raises(CheckpointError, match="This file is a whole model: give it as the checkpoint; give a ControlN"):
         load_controlnet(tmp_path / "a.ckpt")
 
 

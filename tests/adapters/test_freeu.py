@@ -1,5 +1,7 @@
 """FreeU against diffusers' U-Net with equal weights, and by its definition."""
 
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,24 @@ def test_the_four_lowest_frequencies(height, width):
         part = (h * wave.conj()).sum((2, 3), keepdim=True) * wave / (height * width)
         expected = expected + (0.2 - 1) * part
     torch.testing.assert_close(scale_low_frequencies(h.float(), 0.2).double(), expected.real, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_another_thread_uses_the_same_unet():
+    """It draws without FreeU, while this one is in the middle of the U-Net."""
+    models, others = random_models(MICRO), []
+    arguments = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 32), torch.tensor([500])
+    plain, expected = models.diffusion(*arguments), FreeU(models.diffusion, FACTORS, models.diffusion)(*arguments)
+
+    def call(*arguments):
+        thread = Thread(target=lambda: others.append(models.diffusion(*arguments)))
+        thread.start()
+        thread.join()
+        return models.diffusion(*arguments)
+
+    assert torch.equal(FreeU(models.diffusion, FACTORS, call)(*arguments), expected)
+    assert torch.equal(others[0], plain)
+    assert not torch.equal(expected, plain)
 
 
 def test_compiled_models_are_refused(monkeypatch):

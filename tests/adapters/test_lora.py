@@ -263,6 +263,14 @@ REFUSED = {
     "XL by its names": (low_rank(TEXT_FC1.replace("te", "te2", 1), 64, 16), "not for Stable Diffusion XL."),
     "FLUX": (low_rank("lora_unet_double_blocks_0_img_attn_proj", 8, 8), "not for a transformer, such as FLUX or"),
     "a model": ({f"{UNET}out.2.bias": noise(4), f"{CLIP}norm.bias": noise(4)}, "but it is a whole model: give it as"),
+    "a VAE": (
+        {"decoder.conv_in.weight": noise(4), "x": noise(4)},
+        "should be a LoRA, but it is a VAE: give it as `vae",
+    ),
+    "bundled": (
+        everywhere() | {"bundle_emb.foo.string_to_param.*": noise(2, 16)},
+        "should be a LoRA alone: this one is bundled with embeddings, bundle_emb.foo.string_to_param.*.",
+    ),
     "a ControlNet": ({"control_model.x": noise(4)}, "should be a LoRA, but it is a ControlNet,"),
     "an embedding": ({"emb_params": noise(4)}, "should be a LoRA, but it is a textual inversion embedding."),
     "nothing known": ({"x": noise(4)}, "should be a LoRA, but it has only tensors with unknown names: x."),
@@ -349,6 +357,11 @@ def test_a_refused_file_changes_nothing(models, base, file):
         ([("a", "0.8")], ValueError, "The strength of a should be a number from -100 to 100; 0.5 to 1 is usual, not"),
         ([("a", float("nan"))], ValueError, "The strength of a should be"),
         ([("a", 1, 101)], ValueError, "The strength of a should be"),
+        (
+            [("a", True)],
+            ValueError,
+            "The strength of a should be a number from -100 to 100; 0.5 to 1 is usual, not True.",
+        ),
         (["none.safetensors"], FileNotFoundError, "There is no LoRA file at none.safetensors."),
     ],
 )
@@ -356,6 +369,17 @@ def test_what_is_not_a_list_of_loras(models, loras, error, sentence):
     with pytest.raises(error) as caught:
         models.with_loras(loras)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors", None])
+def test_a_folder(models, file, tmp_path, name):
+    if name:
+        file(everywhere(), name)
+    with pytest.raises(CheckpointError) as caught:
+        models.with_loras([tmp_path])
+    assert str(caught.value) == f"{tmp_path} should be a LoRA file, not a folder" + (
+        f": give {tmp_path / name}." if name else "."
+    )
 
 
 def test_numbers_beyond_the_dtype(base, file):

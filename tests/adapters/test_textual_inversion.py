@@ -71,8 +71,17 @@ BAD_FILES = {
     ),
     "a LoRA": (
         saved({f"lora_unet_{i}.alpha": torch.zeros(()) for i in range(264)}, "safetensors"),
-        "should have one tensor, the vectors of one word, not 264, such as 'lora_unet_0.alpha'.",
+        "should be an embedding, but it is a LoRA, a small change to a model rather than a model.",
     ),
+    "a model": (
+        saved({f"{name}.{i}": torch.zeros(1) for name in ("model.diffusion_model", "first_stage_model") for i in "12"}),
+        "should be an embedding, but it is a whole model: give it as the checkpoint.",
+    ),
+    "a VAE": (
+        saved({f"decoder.{i}": torch.zeros(1) for i in "12"}),
+        "should be an embedding, but it is a VAE: give it as `vae=`.",
+    ),
+    "numbers": (saved({f"{i}": torch.zeros(1, 32) for i in range(3)}), "the vectors of one word, not 3, such as '0'."),
     "sparse": (saved({"*": torch.eye(3).to_sparse()}), "has tensor '*' of an unsupported kind _rebuild_sparse_tensor"),
     "no vectors": (
         saved(layout("tensor", torch.zeros(0, 32))),
@@ -130,6 +139,9 @@ def test_words_that_no_prompt_can_have(cat, word):
 def test_arguments_of_other_types(models, cat):
     with pytest.raises(TypeError, match="embeddings should be a list"):
         with_embeddings(models, cat)
+    for given in (None, 3, {cat: "word"}):
+        with pytest.raises(TypeError, match=r"^embeddings should be a list of paths or \(path, word\), not "):
+            with_embeddings(models, given)
     for given in (None, 3, (cat, 3), (cat, "a", "b"), [None, "a"]):
         with pytest.raises(TypeError, match=r"An embedding should be a path or \(path, word\), not "):
             with_embeddings(models, [given])

@@ -214,6 +214,8 @@ def test_other_files_are_named(tmp_path, demo_checkpoint, networks):
         load_tiny_autoencoder(demo_checkpoint)
     with pytest.raises(FileNotFoundError, match=r"^vae: There is no file or folder at "):
         load_tiny_autoencoder(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"^--preview: There is no file or folder at "):
+        load_tiny_autoencoder(tmp_path / "none", argument="--preview")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="should hold taesd_encoder and taesd_decoder, or an AutoencoderTiny"):
         load_tiny_autoencoder(tmp_path / "empty")

@@ -63,6 +63,8 @@ def test_a_file_with_a_colon_in_its_name(tmp_path):
     path = write(tmp_path / "cat:2.pt", "web ui")
     assert split_word(str(path)) == (path, None)
     assert split_word(f"{path}:dog") == (path, "dog")
+    assert split_word(f"{path}:dog:2/3") == (path, "dog:2/3")
+    assert split_word(f"{path}:") == (path, "")
 
 
 def test_the_embedding_flag(run_demo, folder):

@@ -14,21 +14,22 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from scripts.support import loras
-from scripts.support.loras import flag_value, given_loras
+from scripts.support.loras import find, flag_value, given_loras, hash_notes, hashes
+from sd.prompts.other_tools import take_loras
 from tests.scripts.test_demo_prompts import said
 from tests.support.demo_results import names
 
 LAYERS = {"unet": "lora_unet_mid_block_attentions_0_proj_in", "te": "lora_te_text_model_encoder_layers_0_mlp_fc2"}
 
 
-def write(path, seed=0, ins=(32, 128)):
+def write(path, seed=0, ins=(32, 128), metadata=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, width in zip(LAYERS.values(), ins):
         state[f"{name}.lora_up.weight"] = torch.randn(32, 4, generator=generator)
         state[f"{name}.lora_down.weight"] = torch.randn(4, width, generator=generator)
-    save_file(state, path)
+    save_file(state, path, metadata)
     return path
 
 
@@ -100,8 +101,10 @@ def test_a_picture_whose_lora_is_elsewhere(run_demo, folder, tmp_path):
     moved = folder.rename(tmp_path / "elsewhere") / "style.safetensors"
     code, _, err = run_demo("--from", "a.png", "--out", "without.png")
     assert code == 0
-    assert said(err) == [f"<lora:style:0.8> is left out: there is no 'style' in {folder}, which has none."]
-    assert run_demo("--from", "a.png", "--lora", f"{moved}:0.8", "--out", "again.png")[0] == 0
+    assert said(err) == [
+        f"<lora:style:0.8> is left out: there is no 'style' in {folder}, which has none; --lora gives a file elsewhere."
+    ]
+    assert run_demo("--from", "a.png", "--lora", moved, "--out", "again.png")[0] == 0
     assert not differ("a.png", "again.png")
     other = write(tmp_path / "other" / "style.safetensors", seed=9)
     _, _, err = run_demo("--from", "a.png", "--lora", other, "--out", "other.png")
@@ -142,12 +145,22 @@ def test_the_report(run_demo, folder):
     [
         (
             ["a", "--lora", "none.safetensors:0.8"],
-            "--lora should be FILE, FILE:STRENGTH or FILE:UNET:TEXT: there is no file",
+            "--lora should be FILE, FILE:STRENGTH or FILE:UNET:TEXT: 'none.safetensors' is not a file here.",
         ),
         (
             ["a", "--lora", "style.safetensors:much"],
-            "--lora should be FILE, FILE:STRENGTH or FILE:UNET:TEXT: there is no file",
+            "--lora should be FILE, FILE:STRENGTH or FILE:UNET:TEXT, with numbers such as 0.8, not 'style.safetensors:",
         ),
+        (
+            ["a", "--lora", "style.safetensors:1:1:1"],
+            "FILE:UNET:TEXT, with numbers such as 0.8, not 'style.safetensors:1",
+        ),
+        (
+            ["a", "--lora", "style.safetensors:nan"],
+            "FILE:UNET:TEXT, with numbers such as 0.8, not 'style.safetensors:nan",
+        ),
+        (["a", "--lora", ":0.5"], "--lora should be FILE, FILE:STRENGTH or FILE:UNET:TEXT: '' is not a file here."),
+        (["a", "--lora", "data:0.5"], "FILE:UNET:TEXT: 'data' is a folder: give the file in it."),
         (["a", "--lora", "style.safetensors:200"], "The strength of style.safetensors should be a number from -100 to"),
         (["a", "--lora", "wide.safetensors"], "wide.safetensors does not fit this model: another shape or rank: "),
         (["a <lora:style>", "b <lora:wide>"], "wide.safetensors does not fit this model: another shape or rank: "),
@@ -169,7 +182,8 @@ def test_errors_are_one_sentence(run_demo, folder, arguments, sentence):
 def test_tags_that_have_no_effect(run_demo, folder):
     _, _, err = run_demo("a cat <lora:stile:1>", "--negative", "blurry <lora:style:1>", "--steps", 1)
     assert said(err) == [
-        f"<lora:stile:1> is left out: there is no 'stile' in {folder}, which has detail, style.",
+        f"<lora:stile:1> is left out: there is no 'stile' in {folder}, which has detail, style; --lora gives a file "
+        "elsewhere.",
         "<lora:style:1> in --negative is left out: a LoRA belongs in the prompt.",
     ]
     assert written("picture.png")[:2] == ["a cat", "Negative prompt: blurry"]
@@ -178,14 +192,15 @@ def test_tags_that_have_no_effect(run_demo, folder):
 @pytest.mark.parametrize(
     "text, path, unet, te",
     [
-        ("a.safetensors", "a.safetensors", 1, 1),
+        ("a.safetensors", "a.safetensors", None, None),
         ("a.safetensors:0.8", "a.safetensors", 0.8, 0.8),
         ("a.safetensors:-1:.5", "a.safetensors", -1, 0.5),
+        ("a.safetensors:0:1", "a.safetensors", 0, 1),
         ("a.safetensors:1e-3", "a.safetensors", 0.001, 0.001),
-        (r"C:\loras\a.safetensors", r"C:\loras\a.safetensors", 1, 1),
+        (r"C:\loras\a.safetensors", r"C:\loras\a.safetensors", None, None),
         (r"C:\loras\a.safetensors:0.8", r"C:\loras\a.safetensors", 0.8, 0.8),
         (r"C:a.safetensors:0.8:0.6", "C:a.safetensors", 0.8, 0.6),
-        ("odd:2", "odd:2", 1, 1),
+        ("odd:2", "odd:2", None, None),
         ("odd:2:0.5", "odd:2", 0.5, 0.5),
     ],
 )
@@ -193,4 +208,50 @@ def test_a_path_and_its_strengths(monkeypatch, text, path, unet, te):
     monkeypatch.setattr(Path, "is_file", lambda self: str(self) == path)
     (lora,) = given_loras(Namespace(lora=[text]))
     assert lora == (Path(path), unet, te)
-    assert given_loras(Namespace(lora=[flag_value(lora)])) == [lora]
+    if unet is not None:
+        assert given_loras(Namespace(lora=[flag_value(lora)])) == [lora]
+
+
+def picked(folder, tag, *given):
+    found, notes = find(take_loras(f"a cat {tag}")[1], given)
+    assert bool(found) != bool(notes)
+    return [(path.relative_to(folder).as_posix(), *strengths) for path, *strengths in found]
+
+
+def test_names_that_a_tag_may_have(folder):
+    write(folder / "people" / "D\u00e9j\u00e0 Vu v1.2.safetensors")
+    write(folder / "trained.safetensors", metadata={"ss_output_name": "Ann's Style"})
+    for epoch in (1, 2):
+        write(folder / f"bob-{epoch}.safetensors", metadata={"ss_output_name": "bob"})
+    write(folder / "Style.safetensors")
+    (folder / "empty.safetensors").touch()
+    for tag, name in {
+        "style": "style",
+        "Style": "Style",
+        "STYLE": "Style",
+        "style.safetensors": "style",
+        "d\u00c9j\u00e0 vu V1.2": "people/D\u00e9j\u00e0 Vu v1.2",
+        "De\u0301ja\u0300 Vu v1.2": "people/D\u00e9j\u00e0 Vu v1.2",
+        "people/D\u00e9j\u00e0 Vu v1.2": "people/D\u00e9j\u00e0 Vu v1.2",
+        "people\\D\u00e9j\u00e0 Vu v1.2": "people/D\u00e9j\u00e0 Vu v1.2",
+        "ann's style": "trained",
+    }.items():
+        assert picked(folder, f"<lora:{tag}:0.5>") == [(f"{name}.safetensors", 0.5, 0.5)], tag
+    for tag in ("bob", "tyle", "le", "other/style", "safetensors"):  # both epochs are called bob
+        assert picked(folder, f"<lora:{tag}:0.5>") == [], tag
+
+
+def test_a_tag_has_the_strength_if_the_flag_has_none(folder):
+    style = write(folder / "a:b.safetensors", metadata={"ss_output_name": "other"})
+    for name in ("a_b", "other"):
+        for strengths, expected in [((None, None), (0.3, 0.7)), ((1.0, 1.0), (1.0, 1.0)), ((0.0, 2.0), (0.0, 2.0))]:
+            found = picked(folder, f"<lora:{name}:unet=0.3:te=0.7>", (style, *strengths))
+            assert found == [("a:b.safetensors", *expected)]
+    assert picked(folder, "", (style, None, None)) == [("a:b.safetensors", 1.0, 1.0)]
+
+
+def test_hashes_under_the_name_in_the_metadata(folder):
+    path = write(folder / "v2.safetensors", metadata={"ss_output_name": "ann"})
+    right = hashes([(path, 1, 1)]).removeprefix("v2: ")
+    for saved, notes in [(f"ann: {right}", 0), (f"ann: {right.upper()}", 0), ("ann: 0123456789ab", 1), ("bob: 01", 0)]:
+        assert len(hash_notes([(path, 1, 1)], saved, Path("a.png"))) == notes, saved
