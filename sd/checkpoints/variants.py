@@ -24,7 +24,8 @@ TEXT_PREFIXES = (f"{CLIP_PREFIX}text_model.", OPENCLIP_PREFIX)
 NETWORK_PREFIXES = (UNET_PREFIX, *TEXT_PREFIXES, *(VAE_PREFIX + part for part in VAE_PARTS))
 NUMBER = re.compile(r"\d+")
 FIRST_WEIGHT = f"{UNET_PREFIX}input_blocks.0.0.weight"
-GUIDANCE_WEIGHT = f"{UNET_PREFIX}time_embedding.cond_proj.weight"  # (320, 256), of LCMs
+GUIDANCE_WEIGHT = f"{UNET_PREFIX}time_embedding.cond_proj.weight"  # of LCMs
+GUIDANCE_WIDTH = 256  # of the published ones
 TOKEN_TABLE = re.compile(re.escape(CLIP_PREFIX) + r"(text_model\.)?embeddings\.token_embedding\.weight$")
 AVERAGED_PREFIX = "model_ema.diffusion_model"
 MAX_NAMED = 5  # tensors that the warning about unknown ones names
@@ -115,8 +116,9 @@ def recognise(
     else:
         config = SD15_INPAINTING if channels == (9,) else SD15
     guidance = state.get(GUIDANCE_WEIGHT, state.get(averaged_name(GUIDANCE_WEIGHT)))
-    if guidance is not None and guidance.ndim == 2:
-        config = replace(config, unet=replace(config.unet, guidance_width=guidance.shape[1]), sampling=LCM_SAMPLING)
+    if guidance is not None:
+        width = guidance.shape[1] if guidance.ndim == 2 else GUIDANCE_WIDTH  # which the converter will miss
+        config = replace(config, unet=replace(config.unet, guidance_width=width), sampling=LCM_SAMPLING)
     words = max((len(tensor) for key, tensor in state.items() if TOKEN_TABLE.match(key) and tensor.ndim), default=0)
     if words > config.text.vocab_size:
         warn_of_unnamed_words(words)

@@ -1,5 +1,7 @@
 """The variants of checkpoints that people share are read, and errors say what other files are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,8 +15,8 @@ from sd.checkpoints.variants import (
     vae_layout,
     warn_of_unknown,
 )
-from sd.config import SD15, SD15_INPAINTING
-from sd.model_converter import from_compvis
+from sd.config import LCM_SAMPLING, SD15, SD15_INPAINTING
+from sd.model_converter import compvis_shapes, from_compvis
 from tests.support.synthetic import MICRO, random_state
 
 CLIP = "cond_stage_model.transformer."
@@ -24,6 +26,10 @@ VAE = "first_stage_model."
 
 def random_vae():
     return {key: tensor for key, tensor in random_state(MICRO).items() if key.startswith(VAE)}
+
+
+def state_of(config):
+    return {key: torch.empty(shape, device="meta") for key, shape in compvis_shapes(config).items()}
 
 
 def same(state, other):
@@ -124,6 +130,21 @@ def test_recognises_the_inpainting_variant_by_its_shape():
     assert recognise({first: torch.empty(320, 9, 3, 3)}) == SD15_INPAINTING
     with pytest.raises(CheckpointError, match="InstructPix2Pix"):
         recognise({first: torch.empty(320, 8, 3, 3)})
+
+
+def test_recognises_a_latent_consistency_model_by_its_projection():
+    """(320, 256) in the published files, under the same name in all of them."""
+    first, name = UNET + "input_blocks.0.0.weight", UNET + "time_embedding.cond_proj.weight"
+    lcm = replace(SD15, unet=replace(SD15.unet, guidance_width=256), sampling=LCM_SAMPLING)
+    state = {first: torch.empty(320, 4, 3, 3), name: torch.empty(320, 256)}
+    assert recognise(state) == recognise({averaged_name(key): tensor for key, tensor in state.items()}) == lcm
+    assert compvis_shapes(lcm).keys() - compvis_shapes(SD15).keys() == {name}
+    assert compvis_shapes(lcm)[name] == (320, 256)
+    with pytest.raises(CheckpointError, match=r"cond_proj.weight has shape \(320,\), expected \(320, 256\)"):
+        from_compvis(
+            {key: torch.empty(shape, device="meta") for key, shape in compvis_shapes(SD15).items()}
+            | {name: torch.empty(320)}
+        )
 
 
 def test_recognises_v_prediction_by_its_mark():
