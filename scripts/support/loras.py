@@ -66,7 +66,7 @@ def find(tags: Iterable[LoraTag], given: Sequence[GivenLora]) -> tuple[tuple[Lor
 
     A tag that names a file of --lora stands for that one. The strengths are those of --lora, or else the tag's.
     """
-    files = _files(folder())
+    files = [*_files(folder()), *_shipped()]
     found, notes, strengths = [], {}, {}
     for tag in tags:
         if path := _named(tag.name, [path for path, _, _ in given]):
@@ -85,6 +85,13 @@ def find(tags: Iterable[LoraTag], given: Sequence[GivenLora]) -> tuple[tuple[Lor
 def _files(folder: Path) -> list[Path]:
     """The LoRA files in a folder and the folders in it."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _shipped() -> list[Path]:
+    """The tiny model's own LoRAs."""
+    from sd.files import DATA
+
+    return sorted(DATA.glob("tiny-*.safetensors"))
 
 
 def _named(name: str, paths: Sequence[Path]) -> Path | None:
