@@ -214,6 +214,6 @@ def _warn_of_a_late_start(timesteps: np.ndarray, total: int) -> None:
     if first + (first - timesteps[1] if n > 1 else 1) < 2 / 3 * total:
         warnings.warn(
             f"With {n} step{'s' * (n > 1)} this sampler starts at timestep {first:.4g}, where the U-Net expects less "
-            f"noise than a run starts from: take 2 to {total // 2} or {total} steps.",
+            f"noise than a run starts from: take 2 to {total // 2} or {total} steps, or a trailing timestep_spacing.",
             stacklevel=3,
         )

@@ -12,7 +12,9 @@ from sd.checkpoints.files import write_checkpoint
 from sd.inside.recording import record
 from sd.model_converter import to_compvis
 from sd.request import Request
+from tests.support.accelerator import accelerator
 from tests.support.control import random_controlnet
+from tests.support.marks import slow
 from tests.support.synthetic import LCM_MICRO, MICRO, random_models
 
 SIZE = {"height": 32, "width": 32}
@@ -97,7 +99,7 @@ def test_a_recording_is_the_same_image(models):
     assert np.array_equal(record(request, models).image, pipeline.draw(request, models)[0])
 
 
-@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("suffix", [slow("ckpt"), "safetensors"])
 def test_a_file_with_the_configuration(models, tmp_path, suffix):
     path = tmp_path / f"lcm.{suffix}"
     write_checkpoint(path, to_compvis(models), LCM_MICRO.to_dict())
@@ -120,3 +122,19 @@ def test_the_scale_in_16_bits(models):
     )
     images = [generate("a cat", models=each, seed=1, **SIZE).astype(int) for each in (models, half)]
     assert np.abs(images[0] - images[1]).mean() < 4
+
+
+@pytest.mark.parametrize("sampler", ["lcm", slow("tcd")])
+def test_on_a_simulated_gpu(models, tmp_path, sampler):
+    """The image is that of the CPU, which waits for the GPU once in each step: to check for NaN."""
+    path, request = tmp_path / "lcm.ckpt", Request("a cat", seed=1, sampler_name=sampler, **SIZE)
+    write_checkpoint(path, to_compvis(models), LCM_MICRO.to_dict())
+    with accelerator("cuda:0") as active:
+        there = load_models(path, "cuda:0", torch.float32)
+        context = pipeline.encode_prompt(there, "a cat", None)
+        stepper, latents, _ = pipeline.prepare(there, request)
+        active.waits.clear()
+        *_, last = pipeline.denoise(there, latents, context, stepper)
+        assert sum(active.waits.values()) == 4
+        image = pipeline.decode_latents(there, last.latents)[0]
+    assert np.abs(image.astype(int) - pipeline.draw(request, models)[0]).max() <= 1

@@ -166,7 +166,7 @@ def test_a_run_that_starts_with_less_noise_than_there_is_warns(name, steps, firs
     plural = "" if steps == 1 else "s"
     sentence = (
         f"^With {steps} step{plural} this sampler starts at timestep {first}, where the U-Net expects less noise than "
-        "a run starts from: take 2 to 500 or 1000 steps.$"
+        "a run starts from: take 2 to 500 or 1000 steps, or a trailing timestep_spacing.$"
     )
     sampler = SAMPLERS[name]()
     with pytest.warns(UserWarning, match=sentence) as caught:
@@ -184,7 +184,7 @@ def test_the_demo_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     said = [line for line in capsys.readouterr().err.split("\n") if line.startswith("demo.py: ")]
     assert said == [
         "demo.py: With 1 step this sampler starts at timestep 0, where the U-Net expects less noise than a run starts "
-        "from: take 2 to 500 or 1000 steps."
+        "from: take 2 to 500 or 1000 steps, or a trailing --spacing."
     ]
 
 

@@ -42,7 +42,7 @@ def unet(config: ModelConfig, state: dict[str, Tensor]) -> nn.Module:
         sample_size=64,  # a default that we never use, but its pipelines require one
     )
     weights = single_file_utils.convert_ldm_unet_checkpoint(state, dict(model.config))
-    if c.guidance_width is not None:  # which that converter leaves out
+    if c.guidance_width is not None:  # the converter of diffusers leaves it out
         weights[GUIDANCE] = state[UNET_PREFIX + GUIDANCE]
     return _load(model, weights)
 

@@ -117,7 +117,7 @@ def recognise(
         config = SD15_INPAINTING if channels == (9,) else SD15
     guidance = state.get(GUIDANCE_WEIGHT, state.get(averaged_name(GUIDANCE_WEIGHT)))
     if guidance is not None:
-        width = guidance.shape[1] if guidance.ndim == 2 else GUIDANCE_WIDTH  # which the converter will miss
+        width = guidance.shape[1] if guidance.ndim == 2 else GUIDANCE_WIDTH  # the converter names the wrong shape
         config = replace(config, unet=replace(config.unet, guidance_width=width), sampling=LCM_SAMPLING)
     words = max((len(tensor) for key, tensor in state.items() if TOKEN_TABLE.match(key) and tensor.ndim), default=0)
     if words > config.text.vocab_size:

@@ -15,7 +15,7 @@ class TCDSampler(LCMSampler):
     """Strategic stochastic sampling: goes further than the next timestep, then back to it with fresh noise.
 
     `eta`, the paper's gamma, from 0 to 1, says how much further: with 0 there is no fresh noise, with 1 each step goes
-    to the image, as LCM does. More steps need more. Raises ValueError for another `eta`.
+    to the image, as LCM does. More is better for more steps. Raises ValueError for another `eta`.
 
     The timesteps are LCM's. Like the published scheduler, a run ends at a_0, with 3 % of the predicted noise.
     """

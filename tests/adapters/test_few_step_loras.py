@@ -46,6 +46,7 @@ def test_all_its_layers_change_and_nothing_else(files):
     assert not any(key.endswith("bias") for key in changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["lcm", "tcd", "euler_a"])
 def test_it_draws(files, sampler):
     checkpoint, lora, _ = files

@@ -33,7 +33,7 @@ def test_strength_starts_later_and_takes_as_many_steps(name):
     sampler = SAMPLERS[name]()
     sampler.set_strength(0.5)
     assert (sampler.timesteps.tolist(), sampler.skipped) == ([499, 379, 259, 139], 25)
-    sampler.set_strength(0.04)  # of which there are two timesteps
+    sampler.set_strength(0.04)  # only two timesteps are left
     assert (sampler.timesteps.tolist(), sampler.skipped) == ([39, 19], 48)
     sampler.set_strength(0.001)
     assert (sampler.timesteps.tolist(), sampler.skipped) == ([19], 49)
