@@ -34,6 +34,7 @@ PROMPTS = [
     "sand dunes at sunset, with clouds",
 ]
 SAMPLER_STEPS = (5, 10, 20, 50)
+FEW_STEPS = ("lcm", "tcd")  # samplers for a model that was distilled, and without guidance
 
 
 def prompts_sheet(models: Models) -> Image.Image:
@@ -93,12 +94,33 @@ def samplers_sheet(models: Models, prompt: str = PROMPTS[2]) -> Image.Image:
     from sd.inside.contact_sheet import contact_sheet
     from sd.samplers import SAMPLERS
 
-    rows, labels = [], []
+    rows, labels, distilled = [], [], with_few_steps(models)
     for name in SAMPLERS:
         options = {"models": models, "seed": 0, "sampler_name": name}
+        if name in FEW_STEPS:
+            options |= {"models": distilled, "do_cfg": False}
         rows.append([generate(prompt, n_inference_steps=steps, **options) for steps in SAMPLER_STEPS])
         labels.append([f"{name}, {steps} steps" for steps in SAMPLER_STEPS])
     return contact_sheet(rows, labels)
+
+
+def few_steps_sheet(models: Models) -> Image.Image:
+    """Three prompts: 20 and 4 guided steps of the tiny model, and 8, 4, 2 and 1 of the one distilled from it."""
+    from sd import generate
+    from sd.inside.contact_sheet import contact_sheet
+
+    distilled = {"models": with_few_steps(models), "do_cfg": False, "sampler_name": "lcm"}
+    ways = {f"{n} steps, guided": {"models": models, "n_inference_steps": n} for n in (20, 4)}
+    ways |= {f"distilled, {n}": distilled | {"n_inference_steps": n} for n in (8, 4, 2, 1)}
+    rows = [[generate(prompt, seed=0, **way) for way in ways.values()] for prompt in PROMPTS[:3]]
+    return contact_sheet(rows, [list(ways), *([""] * len(ways) for _ in rows[1:])])
+
+
+def with_few_steps(models: Models) -> Models:
+    """The tiny model with the LoRA that was distilled from it."""
+    from sd.files import DATA
+
+    return models.with_loras([DATA / "tiny-lcm.safetensors"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,6 +138,7 @@ def make(out: Path) -> None:
 
     models = load_models()
     sheets = {"steps": steps_sheet, "changes": changes_sheet, "prompts": prompts_sheet, "samplers": samplers_sheet}
+    sheets["few_steps"] = few_steps_sheet
     for name, draw in sheets.items():
         write_png(out / f"{name}.png", draw(models), overwrite=True)
         print(out / f"{name}.png")

@@ -252,7 +252,9 @@ def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
         text += f"It does this twice, {other} and with the prompt. The difference, what the prompt adds, is multiplied "
         text += f"by {recording.cfg_scale:g}, the CFG scale. "
     else:
-        panels.append(("cond", title, "With the prompt, without guidance"))
+        reads_scale = recording.models.config.unet.guidance_width is not None  # a latent consistency model
+        how = f"at CFG scale {recording.cfg_scale:g}" if reads_scale else "without guidance"
+        panels.append(("cond", title, f"With the prompt, {how}"))
     text += "The prediction gives the expected image, and the step moves the latents part of the way towards it."
     figures = []
     for name, heading, caption in panels:
