@@ -89,6 +89,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--fast", action="store_true", help="draw with the tiny model in 4 steps instead of 20; 1, 2 or 8 by --steps")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the sampler's own)")
     add("--cfg-scale", type=float, metavar="S", help="how closely to follow the prompt, 1 to 14 (7.5; tiny model: 5)")
+    help = "the part of the run that follows the prompt that closely; other steps take half the time (0 1)"
+    add("--cfg-interval", type=float, nargs=2, metavar=("FROM", "TO"), help=help)
     add("--sampler", metavar="NAME", help="sampling algorithm (dpm++2m)")
     help = "trailing, leading or linspace: the sampler's timesteps; trailing for models and LoRAs of few steps"
     add("--spacing", metavar="NAME", help=help)
@@ -314,6 +316,7 @@ def read_options(options: argparse.Namespace) -> tuple[list[str], list[tuple[Lor
         mask_image=read_mask(options),
         strength=Request.strength if options.strength is None else options.strength,
         cfg_scale=options.cfg_scale,
+        cfg_interval=options.cfg_interval,
         sampler_name=options.sampler,
         n_inference_steps=options.steps,
         timestep_spacing=options.spacing,

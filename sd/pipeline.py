@@ -73,6 +73,7 @@ def generate(
     feather: float = Request.feather,
     padding_mask_crop: int | None = None,
     cfg_rescale: float = Request.cfg_rescale,
+    cfg_interval: Sequence[float] | None = None,
     deep_cache: int = Request.deep_cache,
     control: Sequence | None = None,
     clip_skip: int = Request.clip_skip,
@@ -90,6 +91,7 @@ def generate(
     padding_mask_crop       repaint only the masked part of a large image, with this many pixels around it, at `height`
                             x `width`, and paste it back: the result has the size of `input_image`
     do_cfg, cfg_scale, cfg_rescale   guidance: how closely to follow the prompt (`guidance.classifier_free`)
+    cfg_interval            the part of the run that is guided, such as (0, 0.6): other steps take half the time
     sampler_name, n_inference_steps  a key of `SAMPLERS`, and its number of steps
     timestep_spacing        "trailing" for models and LoRAs of few steps, such as SD-Turbo or Hyper-SD, with samplers
                             other than lcm and tcd; or "leading" or "linspace" (`noise.space_timesteps`)
@@ -126,6 +128,7 @@ def generate(
         feather=feather,
         padding_mask_crop=padding_mask_crop,
         cfg_rescale=cfg_rescale,
+        cfg_interval=cfg_interval,
         deep_cache=deep_cache,
         control=control,
         clip_skip=clip_skip,
@@ -296,6 +299,7 @@ def steps_of(
         request.cfg_scale if request.do_cfg else 1,
         inpainting,
         request.cfg_rescale,
+        request.cfg_interval or (0, 1),
         deep_cache=request.deep_cache,
         control=control,
         freeu=request.freeu,
@@ -333,7 +337,7 @@ def denoise(
     cfg_scale: float | None = None,
     inpainting: InpaintingInputs | None = None,
     cfg_rescale: float = 0,
-    cfg_interval: tuple[float, float] = (0, 1),
+    cfg_interval: Sequence[float] = (0, 1),
     guidance: ImageLoss | None = None,
     deep_cache: int = 1,
     control: Sequence = (),

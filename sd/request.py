@@ -52,6 +52,7 @@ class Request:
     feather: float = 0
     padding_mask_crop: int | None = None
     cfg_rescale: float = 0
+    cfg_interval: Sequence[float] | None = None
     deep_cache: int = 1
     control: Sequence | None = None  # of `sd.adapters.control.Control`
     clip_skip: int = 1
@@ -90,6 +91,10 @@ class Request:
         _check_number("cfg_scale", scale, -math.inf, math.inf, "a number; 1 to 14 is usual")
         _require(abs(scale) <= MAX_SCALE, "cfg_scale", scale, f"from -{MAX_SCALE} to {MAX_SCALE}")
         _check_number("cfg_rescale", self.cfg_rescale, 0, 1, "a number from 0 to 1")
+        if self.cfg_interval is not None:
+            fine = _are_numbers(self.cfg_interval, 2, 1) and self.cfg_interval[0] <= self.cfg_interval[1]
+            allowed = "two numbers from 0 to 1, the smaller first, such as (0, 0.6)"
+            _require(fine, "cfg_interval", self.cfg_interval, allowed)
         known = self.sampler_name is None or (isinstance(self.sampler_name, str) and self.sampler_name in SAMPLERS)
         _require(known, "sampler_name", self.sampler_name, f"one of {', '.join(SAMPLERS)}")
         if self.n_inference_steps is not None:
@@ -112,8 +117,7 @@ class Request:
         allowed = f"a whole number from 1 to {MAX_CLIP_SKIP}"
         _check_number("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP, allowed, whole=True)
         if self.freeu is not None:
-            four = isinstance(self.freeu, (list, tuple)) and len(self.freeu) == 4
-            fine = four and all(_is_number(factor, 0, MAX_FACTOR) for factor in self.freeu)
+            fine = _are_numbers(self.freeu, 4, MAX_FACTOR)
             _require(fine, "freeu", self.freeu, f"four numbers from 0 to {MAX_FACTOR}, such as (1.5, 1.6, 0.9, 0.2)")
         _check_number("hires_scale", self.hires_scale, 1, MAX_HIRES, f"a number from 1 to {MAX_HIRES}")
         _check_number("hires_strength", self.hires_strength, 0, 1, "a number above 0 and at most 1", above=True)
@@ -250,6 +254,12 @@ def _is_number(value: object, low: float = -math.inf, high: float = math.inf, wh
         return math.isfinite(value) and bool(low <= value <= high)
     except OverflowError:  # an int that no float can hold
         return False
+
+
+def _are_numbers(values: object, count: int, high: float) -> bool:
+    """Whether these are so many numbers from 0 to `high`, in a list or a tuple."""
+    listed = isinstance(values, (list, tuple)) and len(values) == count
+    return listed and all(_is_number(value, 0, high) for value in values)
 
 
 def _is_image(value: object) -> bool:

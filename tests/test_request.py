@@ -31,6 +31,7 @@ from sd.request_json import PNG_URL
         ("sampler_name", "magic", "one of ddpm"),
         ("sampler_name", ["ddpm"], "one of ddpm"),
         ("cfg_rescale", 1.5, "a number from 0 to 1"),
+        ("cfg_interval", (0.5, 0.2), "two numbers from 0 to 1, the smaller first"),
         ("deep_cache", 0, "a whole number from 1 to 1000"),
         ("feather", -1, "a number of pixels"),
         ("n_inference_steps", 0, "a whole number from 1 to 1000"),

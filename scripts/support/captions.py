@@ -88,6 +88,8 @@ def command(options: argparse.Namespace, request: Request, models: Models) -> st
         "--device": device,
         "--dtype": dtype,
     }
+    if request.cfg_interval is not None:
+        arguments += ["--cfg-interval", *(f"{share:g}" for share in request.cfg_interval)]
     if request.freeu is not None:
         arguments += ["--freeu", *(f"{factor:g}" for factor in request.freeu)]
     for lora in models.loras:

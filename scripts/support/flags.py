@@ -14,6 +14,7 @@ FLAGS = {
     "strength": "--strength",
     "n_inference_steps": "--steps",
     "cfg_scale": "--cfg-scale",
+    "cfg_interval": "--cfg-interval",
     "sampler_name": "--sampler",
     "timestep_spacing": "--spacing",
     "deep_cache": "--deep-cache",

@@ -74,6 +74,8 @@ def settings(options: argparse.Namespace, request: Request, loras: Sequence[Lora
     if options.vae:
         pairs["VAE"] = options.vae.stem
     pairs |= saved_embeddings(options, request)
+    if request.cfg_interval is not None:
+        pairs["CFG interval"] = " ".join(f"{share:g}" for share in request.cfg_interval)
     if request.timestep_spacing:
         pairs["Timestep spacing"] = request.timestep_spacing
     if request.deep_cache > 1:
@@ -212,6 +214,7 @@ def use_saved(options: argparse.Namespace) -> list[str]:
         options.negative = saved.negative
     take("steps", "Steps", int, "a whole number")
     take("cfg_scale", "CFG scale", float, "a number")
+    take("cfg_interval", "CFG interval", lambda text: [float(share) for share in text.split()], "two numbers")
     take("seed", "Seed", int, "a whole number")
     take("spacing", "Timestep spacing", str, "a text")
     if not options.report:  # it shows every stage at every step

@@ -154,6 +154,15 @@ def test_the_image_is_that_of_generate(models, made, page):
     assert np.array_equal(picture, generate("a red cat", "a dog", models=models, **OPTIONS))
 
 
+def test_only_some_steps_are_guided(models):
+    recorded, text = make(models, cfg_interval=(0, 0.5), n_inference_steps=4)
+    assert [moment.noise_uncond is None for moment in recorded.moments] == [False, False, True, True]
+    assert "Some steps have no guidance" in text
+    assert "ran 4 times, 2 times on a batch of two: with and without the prompt" in " ".join(text.split())
+    steps = Page(text).data["steps"]
+    assert steps[2]["push"] == steps[3]["push"] != steps[0]["push"]
+
+
 def test_without_guidance_there_is_one_prediction(models):
     _, text = make(models, uncond_prompt="a dog", do_cfg=False)
     page = Page(text)

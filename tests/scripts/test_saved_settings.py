@@ -231,6 +231,14 @@ def test_a_second_pass_and_freeu_are_read_back(draw):
     ]
 
 
+def test_the_guided_part_is_read_back(draw):
+    flags = ["--cfg-interval", 0, 0.5, "--width", 32, "--height", 32, "--seed", 3]
+    draw("a cat", *flags, "--out", "a.png")
+    assert draw("--from", "a.png", "--out", "b.png") == []
+    assert written("a.png")[-1].endswith("CFG interval: 0 0.5")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
 def test_the_spacing_is_read_back(draw):
     flags = ["--sampler", "euler_a", "--spacing", "trailing", "--steps", 1]
     draw("a cat", *flags, "--width", 32, "--height", 32, "--seed", 3, "--out", "a.png")

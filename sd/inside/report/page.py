@@ -16,6 +16,7 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sd.files import write_whole
@@ -113,7 +114,7 @@ def _prompt_parts(recording: Recording, tokens: list[Token]) -> dict[str, str]:
     if len(tokens) == MAX_TOKENS + 2:
         note += f" Only the first {MAX_TOKENS} tokens are shown."
     negative = ""
-    if recording.uncond_prompt and recording.moments[0].noise_uncond is not None:
+    if recording.uncond_prompt and _is_guided(recording.moments):
         negative = f"<p class='negative'>Negative prompt: <bdi>{escape(recording.uncond_prompt)}</bdi></p>\n"
     kind = "long" if len(prompt) > LONG_PROMPT else "short"
     return {
@@ -194,13 +195,20 @@ def _steps(recording: Recording, frames: list[np.ndarray]) -> tuple[list[dict], 
 def _maps(moments: list[Moment]) -> list[dict[str, Tensor]]:
     """What the small images of each step show, under the names of the panels: all (1, 4, h, w)."""
     maps = [{"latents": moment.latents, "cond": moment.noise_cond} for moment in moments]
-    if moments[0].noise_uncond is None:
+    if not _is_guided(moments):
         return maps
-    pushes = [moment.noise_cond - moment.noise_uncond for moment in moments]
+    nothing = torch.zeros_like(moments[0].noise_cond)  # in steps without guidance
+    unconds = [nothing if moment.noise_uncond is None else moment.noise_uncond for moment in moments]
+    pushes = [nothing if moment.noise_uncond is None else moment.noise_cond - moment.noise_uncond for moment in moments]
     strongest = max(push.std().item() for push in pushes) or 1  # scales the strongest to the strength of noise
-    for each, moment, push in zip(maps, moments, pushes):
-        each |= {"uncond": moment.noise_uncond, "push": push / strongest}
+    for each, uncond, push in zip(maps, unconds, pushes):
+        each |= {"uncond": uncond, "push": push / strongest}
     return maps
+
+
+def _is_guided(moments: list[Moment]) -> bool:
+    """Whether any step had guidance."""
+    return any(moment.noise_uncond is not None for moment in moments)
 
 
 def _mixture(recording: Recording, timestep: float) -> tuple[float, float]:
@@ -225,7 +233,7 @@ def _slider_parts(steps: list[dict]) -> dict[str, str]:
 
 
 def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
-    guided = recording.moments[0].noise_uncond is not None
+    guided = _is_guided(recording.moments)
     noise = recording.sampler.schedule.prediction_type == "epsilon"
     title = "Predicted noise" if noise else "Predicted v"
     other = "with the negative prompt" if recording.uncond_prompt else "without the prompt"
@@ -251,6 +259,8 @@ def _step_parts(recording: Recording, shown: dict) -> dict[str, str]:
         ]
         text += f"It does this twice, {other} and with the prompt. The difference, what the prompt adds, is multiplied "
         text += f"by {recording.cfg_scale:g}, the CFG scale. "
+        if any(moment.noise_uncond is None for moment in recording.moments):
+            text += "Some steps have no guidance: they use only the prediction with the prompt. "
     else:
         reads_scale = recording.models.config.unet.guidance_width is not None  # a latent consistency model
         how = f"at CFG scale {recording.cfg_scale:g}" if reads_scale else "without guidance"
@@ -290,9 +300,12 @@ def _unet_parts(trace: Tracer) -> dict[str, str]:
         f'<tr><th scope="row">{name}</th>{"".join(f"<td>{size}</td>" for size in shape[1:])}</tr>\n'
         for name, shape in shapes
     ]
-    calls, batch = len(runs_of_unet), shapes[0][1][0]
+    calls = len(runs_of_unet)
+    guided = sum(next(iter(call.shapes.values()))[0] > 1 for call in runs_of_unet)  # the size of the batch
     runs = f"{calls} times" if calls > 1 else "once"
-    runs += f"{', each time' * (calls > 1)} on a batch of two: with and without the prompt" if batch > 1 else ""
+    if guided:
+        often = "" if calls == 1 else ", each time" if guided == calls else f", {guided} times"
+        runs += f"{often} on a batch of two: with and without the prompt"
     return {"unet": unet_svg(shapes, set(trace.attention)), "shapes": "".join(rows), "runs": runs}
 
 
