@@ -41,7 +41,7 @@ def _given(text: str) -> GivenLora:
     if path is None:
         missing = re.sub(f"{STRENGTHS.pattern}$", "", text, flags=re.IGNORECASE)
         kind = "is a folder: give the file in it" if missing and Path(missing).is_dir() else "is not a file here"
-        raise ValueError(f"--lora should be {FORMS}: {missing!r} {kind}.")
+        raise ValueError(f"--lora should be {FORMS}: '{missing}' {kind}.")
     match = STRENGTHS.fullmatch(text, len(path))
     if match is None and path != text:
         raise ValueError(f"--lora should be {FORMS}, with numbers such as 0.8, not {text!r}.")
