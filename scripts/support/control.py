@@ -89,20 +89,21 @@ def controls(options: argparse.Namespace) -> list[Control] | None:
 
 
 def ready(options: argparse.Namespace, request: Request, models: Models) -> Request:
-    """The request, whose images were read and whose size is known, with its ControlNets loaded, once for all images,
-    and with edges where --control-from asks for them."""
+    """The request, whose images were read and whose size is known, with each of its ControlNets loaded once, and with
+    edges where --control-from asks for them."""
     if not request.control:
         return request
     from sd.images import image_to_tensor, tensor_to_array
 
-    made = []
+    made, nets = [], {}
     for control, source in zip(request.control, _for_each(options, "control_from")):
         if source == CANNY:
             image = control.image
             if request.padding_mask_crop is None:  # in the size of the result: smaller copies of lines vanish
                 image = tensor_to_array(image_to_tensor(image, request.height, request.width))[0]
             control = replace(control, image=canny(image))
-        made.append(control.loaded(models))
+        made.append(replace(control, net=nets.get(control.path, control.net)).loaded(models))
+        nets[control.path] = made[-1].net
     return replace(request, control=made)
 
 

@@ -77,7 +77,7 @@ def find(tags: Iterable[LoraTag], given: Sequence[GivenLora]) -> tuple[tuple[Lor
             names = sorted({path.stem for path in files})
             known = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
             where = f"which has {known or 'none'}; --lora gives a file elsewhere"
-            notes[tag.text] = f"{tag.text} is left out: there is no {tag.name!r} in {folder()}, {where}."
+            notes[tag.text] = f"{tag.text:.80} is left out: there is no {tag.name!r:.80} in {folder()}, {where}."
     ours = [(path, *(strengths.get(path, (1.0, 1.0)) if unet is None else (unet, te))) for path, unet, te in given]
     return (*ours, *found), notes
 
