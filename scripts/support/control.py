@@ -39,7 +39,9 @@ def add_control_flags(add: Callable) -> None:
     """Adds the flags to a parser, whose `add_argument` this takes."""
     paths = {"action": "append", "type": Path, "metavar": "PATH"}
     add("--control", help="a ControlNet, which follows --control-image: a file, a folder or owner/name", **paths)
-    add("--control-image", help="an image of edges, poses or depths, as the ControlNet expects it", **paths)
+    help = "an image of edges, poses or depths, as the ControlNet expects it; for one whose name ends in _inpaint, an "
+    help += "image with the parts to fill erased (transparent)"
+    add("--control-image", help=help, **paths)
     numbers = {"action": "append", "type": float, "metavar": "S"}
     add("--control-strength", help="how strongly to follow it, 0 to 10 (1)", **numbers)
     add("--control-start", help="the share of the steps after which it begins (0)", **numbers)
