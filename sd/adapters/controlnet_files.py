@@ -166,8 +166,9 @@ def check_family(config: UNetConfig, unet: UNetConfig) -> None:
         return sizes.context_width, sizes.channels, sizes.attention, sizes.blocks_per_level, sizes.out_channels
 
     def described(sizes: UNetConfig) -> str:
-        family = FAMILIES.get(sizes.context_width, "another model")
-        return f"{family} (context of {sizes.context_width}, channels {', '.join(map(str, sizes.channels))})"
+        family = FAMILIES.get(sizes.context_width, "a model")
+        channels = f", channels {', '.join(map(str, sizes.channels))}" if config.channels != unet.channels else ""
+        return f"{family} (context of {sizes.context_width}{channels})"
 
     if shape(config) != shape(unet):
         raise CheckpointError(
