@@ -100,7 +100,7 @@ def ends_in(kind: str, source: str | os.PathLike) -> bool:
     for the kind "inpaint"."""
     path = Path(source)
     name = path.parent.name if path.name.startswith(DIFFUSERS_FILE) else path.name
-    return re.search(rf"_{kind}(_fp16)?(\.[a-z]+)?(@[^:]*)?$", name, re.IGNORECASE) is not None
+    return re.search(rf"_{kind}(_fp16)?(\.\w+)*(@[^:]*)?$", name, re.IGNORECASE) is not None
 
 
 def _read(path: Path) -> Checkpoint:
