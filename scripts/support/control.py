@@ -39,7 +39,9 @@ def add_control_flags(add: Callable) -> None:
     """Adds the flags to a parser, whose `add_argument` this takes."""
     paths = {"action": "append", "type": Path, "metavar": "PATH"}
     add("--control", help="a ControlNet, which follows --control-image: a file, a folder or owner/name", **paths)
-    add("--control-image", help="an image of edges, poses or depths, as the ControlNet expects it", **paths)
+    help = "an image of edges, poses or depths, as the ControlNet expects it; for one whose name ends in _inpaint, an "
+    help += "image with the parts to fill erased (transparent)"
+    add("--control-image", help=help, **paths)
     numbers = {"action": "append", "type": float, "metavar": "S"}
     add("--control-strength", help="how strongly to follow it, 0 to 10 (1)", **numbers)
     add("--control-start", help="the share of the steps after which it begins (0)", **numbers)
@@ -89,20 +91,21 @@ def controls(options: argparse.Namespace) -> list[Control] | None:
 
 
 def ready(options: argparse.Namespace, request: Request, models: Models) -> Request:
-    """The request, whose images were read and whose size is known, with its ControlNets loaded, once for all images,
-    and with edges where --control-from asks for them."""
+    """The request, whose images were read and whose size is known, with each of its ControlNets loaded once, and with
+    edges where --control-from asks for them."""
     if not request.control:
         return request
     from sd.images import image_to_tensor, tensor_to_array
 
-    made = []
+    made, nets = [], {}
     for control, source in zip(request.control, _for_each(options, "control_from")):
         if source == CANNY:
             image = control.image
             if request.padding_mask_crop is None:  # in the size of the result: smaller copies of lines vanish
                 image = tensor_to_array(image_to_tensor(image, request.height, request.width))[0]
             control = replace(control, image=canny(image))
-        made.append(control.loaded(models))
+        made.append(replace(control, net=nets.get(control.path, control.net)).loaded(models))
+        nets[control.path] = made[-1].net
     return replace(request, control=made)
 
 

@@ -41,7 +41,7 @@ def _given(text: str) -> GivenLora:
     if path is None:
         missing = re.sub(f"{STRENGTHS.pattern}$", "", text, flags=re.IGNORECASE)
         kind = "is a folder: give the file in it" if missing and Path(missing).is_dir() else "is not a file here"
-        raise ValueError(f"--lora should be {FORMS}: {missing!r} {kind}.")
+        raise ValueError(f"--lora should be {FORMS}: '{missing}' {kind}.")
     match = STRENGTHS.fullmatch(text, len(path))
     if match is None and path != text:
         raise ValueError(f"--lora should be {FORMS}, with numbers such as 0.8, not {text!r}.")
@@ -77,7 +77,7 @@ def find(tags: Iterable[LoraTag], given: Sequence[GivenLora]) -> tuple[tuple[Lor
             names = sorted({path.stem for path in files})
             known = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
             where = f"which has {known or 'none'}; --lora gives a file elsewhere"
-            notes[tag.text] = f"{tag.text} is left out: there is no {tag.name!r} in {folder()}, {where}."
+            notes[tag.text] = f"{tag.text:.80} is left out: there is no {tag.name!r:.80} in {folder()}, {where}."
     ours = [(path, *(strengths.get(path, (1.0, 1.0)) if unet is None else (unet, te))) for path, unet, te in given]
     return (*ours, *found), notes
 

@@ -76,14 +76,16 @@ class Control:
     def _with_mask(self) -> Image.Image:
         """The image with alpha 0 where it is to be filled, and 255 elsewhere."""
         try:
-            mask = alpha_mask(self.image)
-        except ValueError:
+            alpha = alpha_mask(self.image).point([255] * 128 + [0] * 128)
+        except ValueError:  # without transparency
+            alpha = None
+        if alpha is None or alpha.getextrema()[0] != 0:
             name = Path(self.path or "ControlNet").name
             raise ValueError(
                 f"control.image should be transparent where {name} fills it: erase these parts. It has no such parts."
-            ) from None
+            )
         image = fill_transparent(self.image)  # so that no other colour comes in where it is resized
-        image.putalpha(mask.point([255] * 128 + [0] * 128))
+        image.putalpha(alpha)
         return image
 
     def loaded(self, models: Models) -> Control:

@@ -3,7 +3,7 @@
 In: what the U-Net gets, latents (B, 4, h, w), context (B, 77, D) and timesteps (B,), and an image (B, 3, 8h, 8w) in
 [0, 1]. Out: 13 residuals, which `Diffusion.forward` adds to its 12 kept maps and to the output of its middle.
 
-The ControlNet is a copy of the U-Net's way down, trained further, between two kinds of new layers Z (eq. 2):
+The ControlNet is a copy of the U-Net's way down, trained further, with new layers Z before and after it (eq. 2):
 
     y = F(x; W) + Z(F(x + Z(c; W_z1); W_c); W_z2)
 

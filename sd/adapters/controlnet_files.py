@@ -100,7 +100,7 @@ def ends_in(kind: str, source: str | os.PathLike) -> bool:
     for the kind "inpaint"."""
     path = Path(source)
     name = path.parent.name if path.name.startswith(DIFFUSERS_FILE) else path.name
-    return re.search(rf"_{kind}(_fp16)?(\.[a-z]+)?(@[^:]*)?$", name, re.IGNORECASE) is not None
+    return re.search(rf"_{kind}(_fp16)?(\.\w+)*(@[^:]*)?$", name, re.IGNORECASE) is not None
 
 
 def _read(path: Path) -> Checkpoint:
@@ -166,8 +166,9 @@ def check_family(config: UNetConfig, unet: UNetConfig) -> None:
         return sizes.context_width, sizes.channels, sizes.attention, sizes.blocks_per_level, sizes.out_channels
 
     def described(sizes: UNetConfig) -> str:
-        family = FAMILIES.get(sizes.context_width, "another model")
-        return f"{family} (context of {sizes.context_width}, channels {', '.join(map(str, sizes.channels))})"
+        family = FAMILIES.get(sizes.context_width, "a model")
+        channels = f", channels {', '.join(map(str, sizes.channels))}" if config.channels != unet.channels else ""
+        return f"{family} (context of {sizes.context_width}{channels})"
 
     if shape(config) != shape(unet):
         raise CheckpointError(

@@ -5,8 +5,8 @@ In: a weight W (out, in), or (out, in, k, k) of a convolution, and the tensors o
     W' = W + s (alpha / r) B A        B (out, r), A (r, in), with r far smaller than both        (section 4.1)
 
 for a strength s. W' takes the place of W, so a step costs no more than before. Several LoRAs add their changes. All are
-computed from the checkpoint's own W, so their order does not matter. A negative s removes what the LoRA adds. The
-numbers are float32, and are rounded once, to the dtype of the run.
+computed from the checkpoint's own W, so their order changes nothing but the rounding of float32. A negative s removes
+what the LoRA adds. The sum is rounded once, to the dtype of the run.
 
 `lora_files` reads the files, `lora_names` finds the layer of each tensor.
 """
@@ -98,7 +98,7 @@ def lokr(p: Parts) -> tuple[int | None, Tensor]:
 
 
 def _factor(b: Tensor, a: Tensor, core: Tensor | None = None) -> Tensor:
-    """B A, from B (out, r) and A (r, in k k); with a core from B (r, out) and A (r, in)."""
+    """B A, with B (out, r) and A (r, in k k). In Tucker's form, with a core, B is (r, out) and A (r, in)."""
     return b @ a if core is None else _tucker(core, b.mT, a)
 
 
@@ -110,10 +110,10 @@ def _tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def dora(p: Parts, weight: Tensor, change: Tensor) -> Tensor:
-    """m V / |V| - W with V = W + B A (2402.09353, eq. 5): m is the length of each row, V / |V| its direction.
+    """m V / |V| - W with V = W + B A (2402.09353, eq. 5): m has the length of each row, V / |V| its direction.
 
-    A row is what one output reads; in files with m (1, in), what one input sends. At strength s this gives
-    W' = W + s (m V / |V| - W), as in ComfyUI: there is no agreement on strengths other than 1.
+    A row has the weights of one output. In files with m (1, in), it is each column, with the weights of one input. At
+    strength s the result is W' = W + s (m V / |V| - W), as in ComfyUI. Other programs differ at strengths other than 1.
     """
     v = weight + change
     if "magnitude" in p:  # (out,) or (1, out, 1, 1), from PEFT

@@ -36,7 +36,7 @@ def replace_modules(
 ) -> None:
     """Replaces modules of a network by those with the checkpoint's `weights` and `changes`, which may be none.
 
-    `blank` is an empty network of the same configuration, whose modules are used up. `place` and `pack` are as in
+    `blank` is an empty network of the same configuration. Its modules go into the network. `place` and `pack` are as in
     `speed.place_weights`. Raises CheckpointError if a changed weight is too large for the network's dtype.
     """
     device, dtype = device_and_dtype(network)

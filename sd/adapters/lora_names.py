@@ -5,8 +5,9 @@
     down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight    diffusers in 2023
 
 A name has three parts: the network, the path of the layer in diffusers' U-Net or in transformers' text encoder, and the
-tensor's part in the formula. Kohya's path has underscores in place of dots, and `to_out_0` shows that no rule can undo
-them. So we walk our own layers, write each one's name in every way that files have it, and look names up.
+tensor's part in the formula. Kohya's path has underscores in place of dots, and no rule can undo that: `to_out_0` is
+to_out.0, and not to.out.0. So we walk our own layers, write each one's name in every way that files have it, and look
+names up.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Layer:
 def layer_names(networks: dict[str, nn.Module], config: UNetConfig) -> dict[str, Layer]:
     """All names that files have for the layers of `networks`, {"clip": ..., "diffusion": ...}, perhaps without memory.
 
-    They are whole names with dots, and kohya's with underscores, after diffusers' U-Net or the original one.
+    They are names with dots, and kohya's with underscores. Both follow the layers of diffusers' U-Net, and those
+    of the original one.
     """
     names = {}
     for network in ("clip", "diffusion"):

@@ -285,7 +285,9 @@ def test_missing_files_are_named_before_any_work(monkeypatch, net, tmp_path):
 def test_another_family_is_refused_before_any_work(monkeypatch, net):
     models = random_models(replace(SD2_MICRO, unet=replace(SD2_MICRO.unet, context_width=48)))
     monkeypatch.setattr(pipeline, "encode_prompt", lambda *_: pytest.fail("worked before checking"))
-    with pytest.raises(CheckpointError, match=r"^The ControlNet should be one for another model \(context of 48"):
+    with pytest.raises(
+        CheckpointError, match=r"one for a model \(context of 48\), like the model, not for a model \(context of 32\)\."
+    ):
         draw(models, Control(net, HINT))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sd.adapters.controlnet import ControlNet
-from sd.adapters.controlnet_files import load_controlnet
+from sd.adapters.controlnet_files import check_family, load_controlnet
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import write_checkpoint
 from sd.config import SD2, SD15
@@ -190,6 +190,14 @@ def test_another_family_is_one_sentence(tmp_path):
         ours, theirs = families[other.unet.context_width], families[own.unet.context_width]
         with pytest.raises(CheckpointError, match=f"should be one for {ours} .*, like the model, not for {theirs}"):
             load_controlnet(tmp_path / "net.pth", models)
+
+
+def test_other_channels_are_named():
+    config = replace(MICRO.unet, channels=(8, 8, 8, 8))
+    with pytest.raises(
+        CheckpointError, match=r"\(context of 32, channels 16, 16, 32, 32\), .* channels 8, 8, 8, 8\)\.$"
+    ):
+        check_family(config, MICRO.unet)
 
 
 @pytest.mark.parametrize(

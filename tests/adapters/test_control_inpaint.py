@@ -109,6 +109,7 @@ def test_the_part_of_an_image_that_is_repainted(net):
         ("lllyasviel/control_v11p_sd15_inpaint@main", True),
         ("lllyasviel/ControlNet-v1-1:control_v11p_sd15_inpaint.pth", True),
         ("a/control_v11p_sd15_inpaint/diffusion_pytorch_model.fp16.safetensors", True),
+        ("control_v11p_sd15_inpaint.fp16.safetensors", True),
         ("a_inpaint/control_v11p_sd15_canny.pth", False),
         ("control_sd15_inpaint_depth_hand_fp16.safetensors", False),
         ("inpaint.pth", False),
@@ -135,9 +136,11 @@ def test_a_file_with_this_name(tmp_path, net):
 def test_an_image_without_transparent_parts(tmp_path, net):
     """Before any work, and by the name of the file."""
     (tmp_path / "my_inpaint.pth").touch()
+    faint = erased(mask=Image.new("L", (64, 64), 100))
     for own, name in ((tmp_path / "my_inpaint.pth", "my_inpaint.pth"), (net, "ControlNet")):
-        with pytest.raises(ValueError, match=f"^control.image should be transparent where {name} fills it: erase"):
-            Request("a", control=[Control(own, PICTURE)]).read_images()
+        for image in (PICTURE, faint):
+            with pytest.raises(ValueError, match=f"^control.image should be transparent where {name} fills it: erase"):
+                Request("a", control=[Control(own, image)]).read_images()
     with pytest.raises(FileNotFoundError, match=r"^There is no file .*none\.png"):
         Control(net, tmp_path / "none.png").read()
 

@@ -267,6 +267,7 @@ REFUSED = {
         {"decoder.conv_in.weight": noise(4), "x": noise(4)},
         "should be a LoRA, but it is a VAE: give it as `vae",
     ),
+    "an IP-Adapter": ({"ip_adapter.1.to_k_ip.weight": noise(4)}, "should be a LoRA, but it is an IP-Adapter, which is"),
     "bundled": (
         everywhere() | {"bundle_emb.foo.string_to_param.*": noise(2, 16)},
         "should be a LoRA alone: this one is bundled with embeddings, bundle_emb.foo.string_to_param.*.",

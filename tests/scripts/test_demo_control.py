@@ -11,6 +11,8 @@ from PIL import Image
 from scripts.demo import parse
 from scripts.support import control as flags
 from scripts.support.saved_settings import read, use_saved
+from sd.adapters import control
+from sd.adapters.controlnet_files import load_controlnet
 from sd.checkpoints.files import write_checkpoint
 from tests.scripts.test_captions import again
 from tests.support.control import cldm_state, random_controlnet
@@ -115,6 +117,30 @@ def test_edges_by_opencv(monkeypatch, run_demo, net, edges):
     options = parse(["--from", "a.png", "--control", str(net), "--control-image", str(edges)])
     use_saved(options)
     assert options.control_from == ["canny"]
+
+
+def test_one_controlnet_with_two_images_is_loaded_once(monkeypatch, run_demo, net, edges):
+    loaded = []
+    monkeypatch.setattr(control, "load_controlnet", lambda *given: loaded.append(given[0]) or load_controlnet(*given))
+    more = ["--control", net, "--control-image", edges] * 2
+    assert run_demo("a cat", "a dog", "--steps", 1, "--seed", 3, *more)[0] == 0
+    assert loaded == [net]
+
+
+def test_an_image_with_erased_parts(run_demo, net, edges, tmp_path):
+    path = tmp_path / "control_inpaint.pth"
+    path.symlink_to(net)
+    erased = Image.open(edges).convert("RGBA")
+    erased.paste((0, 0, 0, 0), (8, 8, 24, 24))
+    erased.save("erased.png")
+    given = ["a cat", "--seed", 3, "--control", path, "--control-image"]
+    code, _, errors = run_demo(*given, edges)
+    assert code == 2
+    assert errors.splitlines()[-1].startswith(
+        "demo.py: --control-image should be transparent where control_inpaint.pth"
+    )
+    given += ["erased.png", "--image", "erased.png", "--mask-from-alpha", "--report", "a.html"]
+    assert run_demo(*given)[0] == 0
 
 
 def test_real_edges():

@@ -241,6 +241,18 @@ def test_names_that_a_tag_may_have(folder):
         assert picked(folder, f"<lora:{tag}:0.5>") == [], tag
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["", "[]", '{"a": 1}', '{"__metadata__": "ann"}', '{"__metadata__": {"ss_output_name": 1e999}}', "[" * 9**5],
+)
+def test_damaged_files_have_no_other_name(folder, header):
+    for length in (len(header), 2**63):
+        (folder / "odd.safetensors").write_bytes(length.to_bytes(8, "little") + header.encode())
+        loras._alias.cache_clear()
+        assert picked(folder, "<lora:ann>") == []
+        assert picked(folder, "<lora:odd>") == [("odd.safetensors", 1, 1)]
+
+
 def test_a_tag_has_the_strength_if_the_flag_has_none(folder):
     style = write(folder / "a:b.safetensors", metadata={"ss_output_name": "other"})
     for name in ("a_b", "other"):
