@@ -397,7 +397,7 @@ def load_preview(options: argparse.Namespace, models: Models) -> nn.Module | Non
         return None
     from sd.adapters.tiny_autoencoder import load_tiny_autoencoder
 
-    return load_tiny_autoencoder(options.preview, models.device)["decoder"]
+    return load_tiny_autoencoder(options.preview, models.device, argument="--preview")["decoder"]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ anything: weights are read from the disk when they are first used, and there is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -205,6 +205,8 @@ class _Source:
 def _as_loras(loras: Iterable[Given]) -> tuple[Lora, ...]:
     if isinstance(loras, (str, Path)):
         raise TypeError(f"loras should be a list, as in loras=[{str(loras)!r:.80}], not one path.")
+    if isinstance(loras, Mapping) or not isinstance(loras, Iterable):
+        raise TypeError(f"loras should be a list of paths or (path, strength), not {loras!r:.80}.")
     return tuple(as_lora(given) for given in loras)
 
 

@@ -68,4 +68,6 @@ def _from_png_url(name: str, text: object) -> Image.Image | None:
     except ValueError:
         raise ValueError(f"{name} should be a PNG data URL in base64, and this one is damaged.") from None
     file = io.BytesIO(content)
-    return read_mask_image(file) if name == "mask_image" else read_image(file, name=name)
+    image = read_mask_image(file) if name == "mask_image" else read_image(file, name=name)
+    # `Control.read` reads it again: some ControlNets fill its transparent parts.
+    return Image.open(file) if name == "control.image" else image

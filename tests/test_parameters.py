@@ -32,7 +32,9 @@ from tests.support.synthetic import MICRO, random_models
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 MASK = Image.new("L", (40, 24), 100)
 MASK.paste(200, (4, 6, 18, 20))
-pytestmark = pytest.mark.filterwarnings("ignore:With 1 step this sampler starts", "ignore:feather is wider")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:With 1 step this sampler starts", "ignore:feather is wider", "ignore:control has no effect"
+)
 
 TOKENIZER = Tokenizer()
 NET = random_controlnet(MICRO.unet)

@@ -239,6 +239,7 @@ def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises CheckpointError if there are none.
     """
+    keys = list(state)
     embedders = [key for key in state if key.startswith("conditioner.embedders.")]  # SD-Turbo has them too
     if _context_widths(state) & CONTEXT_WIDTHS.keys() or any(not key.startswith(SGM_PREFIX) for key in embedders):
         raise CheckpointError("This file is a Stable Diffusion XL checkpoint, whose VAE makes other latents.")
@@ -248,6 +249,8 @@ def vae_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {VAE_PREFIX + key: tensor for key, tensor in state.items() if key.startswith(VAE_PARTS)}
     state = standard_layout({key: tensor for key, tensor in state.items() if key.startswith(VAE_PREFIX)})
     if f"{VAE_PREFIX}decoder.conv_in.weight" not in state:
+        if description := other_file(keys):
+            raise CheckpointError(f"This file {description}; give a VAE of Stable Diffusion 1.x or 2.x.")
         raise CheckpointError("This file has no VAE in the layout of Stable Diffusion 1.x.")
     return state
 

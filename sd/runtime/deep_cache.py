@@ -7,6 +7,8 @@ changes the images slightly.
 
 from __future__ import annotations
 
+from threading import get_ident
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,9 +49,11 @@ class DeepCache:
 
     def _all_stages(self, *arguments) -> Tensor:
         """The whole U-Net; keeps the input of its last stage."""
+        thread = get_ident()
 
         def keep(_stage, args: tuple) -> None:
-            self.deep = args[0][:, : -self.unet.config.channels[0]]  # without the first stage's map beside it
+            if get_ident() == thread:  # another image may be drawn with the same U-Net at the same time
+                self.deep = args[0][:, : -self.unet.config.channels[0]]  # without the first stage's map beside it
 
         handle = self.unet.up[-1].register_forward_pre_hook(keep)
         try:

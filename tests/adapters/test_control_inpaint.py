@@ -1,5 +1,6 @@
 """ControlNets that fill the transparent parts of their image, such as control_v11p_sd15_inpaint."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -151,3 +152,12 @@ def test_reading_twice_changes_nothing(net):
     assert np.array_equal(once.read().image.getchannel("A"), once.image.getchannel("A"))
     assert torch.equal(hints(once), hints(Control(net, erased())))
     assert replace(once, net=random_controlnet(MICRO.unet)).read().image.mode == "RGB"
+
+
+def test_a_request_travels_as_json(net, tmp_path):
+    net.source = tmp_path
+    request = Request("a", control=[Control(net, erased())]).read_images()
+    back = Request.from_dict(json.loads(json.dumps(request.to_dict()))).control[0]
+    assert torch.equal(hints(replace(back, net=net)), hints(request.control[0]))
+    with pytest.raises(ValueError, match="^control.image is not an image that can be read"):
+        Request.from_dict({"prompt": "a", "control": [{"net": "a", "image": "data:image/png;base64,AAAA"}]})

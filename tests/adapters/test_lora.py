@@ -353,6 +353,8 @@ def test_a_refused_file_changes_nothing(models, base, file):
     "loras, error, sentence",
     [
         ("a.safetensors", TypeError, "loras should be a list, as in loras=['a.safetensors'], not one path."),
+        ({"a": 1}, TypeError, "loras should be a list of paths or (path, strength), not {'a': 1}."),
+        (None, TypeError, "loras should be a list of paths or (path, strength), not None."),
         ([3], TypeError, "A LoRA should be a path, (path, strength) or (path, unet, text), not 3."),
         ([("a", 1, 2, 3)], TypeError, "A LoRA should be a path, (path, strength) or"),
         ([("a", "0.8")], ValueError, "The strength of a should be a number from -100 to 100; 0.5 to 1 is usual, not"),

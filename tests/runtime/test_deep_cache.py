@@ -1,5 +1,7 @@
 """The U-Net whose deep stages run only at some of the steps."""
 
+from threading import Thread
+
 import pytest
 import torch
 
@@ -37,3 +39,19 @@ def test_a_deep_cache_starts_anew_when_guidance_ends(unet):
     cached(torch.randn(2, 4, 8, 8), context, torch.tensor([500, 500]))
     latents, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([450])
     torch.testing.assert_close(cached(latents, context[1:], timesteps), unet(latents, context[1:], timesteps))
+
+
+def test_another_thread_that_uses_the_same_unet_is_left_alone(unet):
+    inputs = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 32), torch.tensor([500])
+    alone, shared = DeepCache(unet, 2), DeepCache(unet, 2)
+    alone(*inputs)
+
+    def meanwhile(*_):
+        hook.remove()  # before the other thread comes here, too
+        other = Thread(target=unet, args=(torch.zeros(1, 4, 8, 8), *inputs[1:]))
+        other.start()
+        other.join()
+
+    hook = unet.conv_out.register_forward_pre_hook(meanwhile)  # after the map was kept
+    shared(*inputs)
+    assert torch.equal(shared.deep, alone.deep)

@@ -191,6 +191,11 @@ def test_without_opencv(monkeypatch, run_demo, net, edges):
             ["--control", "NET", "--control-image", "EDGES", "--control-start", "0.7", "--control-end", "0.5"],
             "--control-start should be less than the end, 0.5, not 0.7.",
         ),
+        (["--film", "a.webp", "--preview", "NET"], "--preview: NET: This file has no tiny autoencoder: give taesd_enc"),
+        (
+            ["--vae", "NET"],
+            "vae: NET: This file is a ControlNet, which steers a model: give it as --control; give a VAE",
+        ),
         (["--preview", "NET"], "--film or --report should be given with --preview"),
         (["--control", "EDGES", "--control-image", "EDGES"], "control: EDGES is a PNG image"),
     ],
@@ -199,7 +204,7 @@ def test_mistakes_are_one_sentence(run_demo, net, edges, arguments, message):
     places = {"NET": str(net), "EDGES": str(edges)}
     code, _, errors = run_demo("a cat", *(places.get(argument, argument) for argument in arguments))
     assert code == 2
-    expected = message.replace("EDGES", str(edges))
+    expected = message.replace("EDGES", str(edges)).replace("NET", str(net))
     last = errors.strip().split("\n")[-1]
     assert last.startswith("demo.py: " + expected), last
 
