@@ -6,6 +6,7 @@ import torch
 
 import sd
 from sd.config import TINY
+from sd.files import DATA
 from sd.model_loader import TINY_CHECKPOINT
 from sd.training import evaluation
 from sd.training.judge import load_judge
@@ -26,10 +27,16 @@ def models():
     return sd.load_models(device="cpu", dtype=torch.float32)
 
 
-def accuracy(models, judge, count, held_out):
+@pytest.fixture(scope="module")
+def distilled(models):
+    """The model that draws in a few steps."""
+    return models.with_loras([DATA / "tiny-lcm.safetensors"])
+
+
+def accuracy(models, judge, count, held_out, sampler="ddpm", steps=20, cfg_scale=5.0):
     """The shares of images that show what full prompts say. "attributes": the mean share of the seven attributes."""
     prompts = evaluation.make_prompts("full", count, held_out)
-    images = evaluation.draw_prompts(models, [prompt.text for prompt in prompts], "ddpm", 20, 5.0)
+    images = evaluation.draw_prompts(models, [prompt.text for prompt in prompts], sampler, steps, cfg_scale)
     shares = evaluation.shares([evaluation.marks(*pair) for pair in zip(prompts, judge.look(images))])
     shares = {name: share for name, (share, _) in shares.items()}
     return shares | {"attributes": sum(shares[name] for name in ATTRIBUTES) / len(ATTRIBUTES)}
@@ -54,6 +61,13 @@ def test_200_prompts_are_followed(models, judge, held_out, mean, everything, lig
     assert shares["attributes"] > mean
     assert shares["all"] > everything
     assert shares["light"] > lights
+
+
+def test_the_distilled_model_is_small_and_follows_16_prompts_in_four_steps(distilled, judge):
+    assert (DATA / "tiny-lcm.safetensors").stat().st_size <= 1.5e6
+    shares = accuracy(distilled, judge, 16, False, "lcm", 4, 1.0)
+    assert shares["attributes"] > 0.96
+    assert shares["light"] > 0.9
 
 
 def test_pictures_come_back_from_latents(models):
