@@ -346,11 +346,11 @@ def denoise(
     """Takes the noise out of latents (B, 4, h, w), step by step, and yields a `Step` after each.
 
     With a context (2B, 77 k, D), one batch of 2B gives both predictions for classifier-free guidance: see
-    `guidance.classifier_free` for `cfg_scale` and `cfg_rescale`. `cfg_interval` is the part of the run that is guided;
-    outside it, and with a context of B rows, only the prompt's prediction is used. `guidance` is a loss on images
-    (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages only every n
-    steps (`sd.runtime.deep_cache`). `control` are what `Control.loaded` returns, `freeu` the four
-    factors of `sd.adapters.freeu`. A U-Net with a `guidance_width` reads `cfg_scale` itself, and only the prompt.
+    `guidance.classifier_free` for `cfg_scale` and `cfg_rescale`. `cfg_interval` is the part of the run that is guided
+    (2404.07724); outside it, and with a context of B rows, only the prompt's prediction is used. `guidance` is a loss
+    on images (`guidance.by_loss`). `inpainting` holds what must stay. `deep_cache=n` runs the U-Net's deep stages only
+    every n steps (`sd.runtime.deep_cache`). `control` are what `Control.loaded` returns, `freeu` the four factors of
+    `sd.adapters.freeu`. A U-Net with a `guidance_width` reads `cfg_scale` itself, and only the prompt.
 
     Raises ValueError for latents or a context of another shape, a `deep_cache` that is not a whole number from 1 to
     1000, and an inpainting U-Net without `inpainting`; NotFiniteError, with the step, for NaN or infinity.

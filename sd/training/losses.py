@@ -111,7 +111,8 @@ def diffusion_loss(
 
 
 def pseudo_huber_loss(predicted: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
-    """The mean of sqrt(d^2 + c^2) - c over all differences d (2310.14189, eq. 8, with one d for each number).
+    """The mean of sqrt(d^2 + c^2) - c over all differences d (2310.14189, section 3.3, with one d for
+    each number).
 
     Far from 0 it grows as |d| does, so that a few large differences do not outweigh the others.
     """
