@@ -59,6 +59,19 @@ def delta(parts: Parts, weight: Tensor) -> Tensor:
     return dora(parts, weight, change) if "magnitude" in parts or "dora_scale" in parts else change
 
 
+def check_shapes(parts: Parts, shape: Sequence[int]) -> None:
+    """Raises an error unless the change fits a weight of this shape. The formulas run without numbers."""
+    empty = {name: torch.empty(part.shape, device="meta") for name, part in parts.items()}
+    if parts.keys() - {"alpha", "diff_b"} == {"up", "down"}:
+        # The usual kind is checked by hand: to multiply without numbers, torch imports its compiler, for seconds.
+        up, down = empty["up"].flatten(1), empty["down"].flatten(1)
+        if up.shape[1] != len(down):
+            raise ValueError("B and A should have one rank.")
+        _in_shape(torch.empty(len(up), *parts["down"].shape[1:], device="meta"), shape)
+    else:
+        delta(empty, torch.empty(shape, device="meta"))
+
+
 def _product(parts: Parts) -> tuple[int | None, Tensor]:
     """The rank r, and B A or what another kind has in its place. The rank is None where alpha has no effect."""
     if "up" in parts:

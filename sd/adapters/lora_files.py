@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sd.adapters.lora import Change, Parts, delta
+from sd.adapters.lora import Change, Parts, check_shapes
 from sd.adapters.lora_names import Layer, layer_names, split_key
 from sd.adapters.other_files import what_it_is
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError, parse_config
@@ -184,7 +184,7 @@ def _numbers_problem(part: str, tensor: Tensor) -> str:
 
 
 def _shapes_problem(layer: Layer, parts: Parts) -> str:
-    """What is wrong with the tensors of a layer, or nothing. The formulas run without numbers."""
+    """What is wrong with the tensors of a layer, or nothing."""
     kind = {*parts} - ADDED
     if kind not in KINDS and (kind or {*parts} != {"diff_b"}):
         return "tensors missing, or of two kinds"
@@ -194,8 +194,7 @@ def _shapes_problem(layer: Layer, parts: Parts) -> str:
         return "a bias that the model lacks, or of another shape"
     try:
         if kind:
-            empty = {name: torch.empty(part.shape, device="meta") for name, part in parts.items()}
-            delta(empty, torch.empty(layer.shape, device="meta"))
+            check_shapes(parts, layer.shape)
     except (ValueError, RuntimeError, IndexError, TypeError):  # what torch raises for shapes and axes
         return "another shape or rank"
     return ""

@@ -44,7 +44,8 @@ def replace_modules(
         whole = name.removesuffix(".proj")  # a GEGLU is packed as a whole
         whole = whole if isinstance(blank.get_submodule(whole), GEGLU) else name
         new = nn.Sequential(blank.get_submodule(whole))
-        state = {key: tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
+        keys = (f"{name}.{part}" for part in ("weight", "bias"))
+        state = {key: weights[key] for key in keys if key in weights}
         if of_module:
             parts = {key.removeprefix(f"{name}."): tensor.to(device) for key, tensor in state.items()}
             merged = merge(parts, of_module)
