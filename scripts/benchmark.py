@@ -112,9 +112,10 @@ def alternate(
     """Repeats one measure, each time for every contestant. `contestants` are functions that return the figure."""
     results.probe(measure)
     for _ in range(runs_of(measure, options)):
-        figures = {who: run_once() for who, run_once in contestants.items()}
-        for who, figure in figures.items():
-            results.add(measure, who, figure)
+        figures = {}
+        for who, run_once in contestants.items():
+            figures[who] = run_once()
+            results.add(measure, who, figures[who])
         results.probe(measure)
         if options.quick and measure not in SMALL and max(figures.values()) > SLOW:
             break
@@ -224,11 +225,14 @@ def throughput(options: argparse.Namespace, started: list[Worker], results: Resu
     """Measures images per second for each batch size that fits into memory."""
     for worker in started:
         for count in BATCHES:
+            measure = f"{MEASURES['throughput']}, {count} at once"
             worker.ask("prepare", "picture", 1, count)
+            results.probe(measure)
             seconds = worker.ask("picture", options.steps, count)["seconds"]
+            results.probe(measure)
             if seconds == math.inf:
                 break
-            results.add(f"{MEASURES['throughput']}, {count} at once", worker.name, count / seconds)
+            results.add(measure, worker.name, count / seconds)
 
 
 def few_steps(options: argparse.Namespace, dtypes: list[str], checkpoint: Path, results: Results) -> None:
@@ -253,7 +257,8 @@ def seconds_of(worker: Worker, *command: object) -> float:
 
 def from_cold(options: argparse.Namespace, dtype: str, checkpoint: Path, folder: str, results: Results) -> None:
     """Measures a demo with one step and a TAESD, beside a process that only imports torch and reads the whole file."""
-    flags = ["--steps", 1, "--sampler", "euler", "--spacing", "trailing", "--cfg-scale", 1, "--width", 512]
+    flags = ["--steps", 1, "--sampler", "euler", "--spacing", "trailing", "--cfg-scale", 1]
+    flags += ["--width", 512, "--height", 512]
     code = "import sys, torch\nwith open(sys.argv[1], 'rb') as file:\n while file.read(1 << 24): pass"
 
     def reading() -> float:

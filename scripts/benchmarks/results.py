@@ -1,7 +1,7 @@
 """The benchmark's figures, their tables, and whether the machine was quiet enough to compare them.
 
 Contestants take turns. So run i of one and run i of another are neighbours in time, and a machine that slows down
-affects both. Around all runs, a product of matrices is measured, too: it is always the same work, so its rate shows how
+affects both. A product of matrices is measured around all runs, too. It is always the same work, so its rate shows how
 much the machine itself varied.
 """
 
@@ -39,7 +39,7 @@ class Results:
             self.products.setdefault(measure, []).append(rate)
 
     def variation(self, measure: str) -> float:
-        """How much faster the fastest product of a measure was than the slowest: 0.2 is 20 %."""
+        """How much faster the fastest product of a measure was than the slowest: 0.2 is 20 %. Without products, 0."""
         rates = self.products.get(measure, [1])
         return max(rates) / min(rates) - 1
 
@@ -59,9 +59,11 @@ class Results:
             "|---|---|---|---:|---:|---:|---:|",
         ]
         for measure, row in self.figures.items():
+            if measure not in self.products and "memory" not in measure:
+                continue  # computed from other measures
             for who, other in pairs(measure, list(row)):
                 one, two = row[who], row[other]
-                columns = ["too noisy to judge", f"products varied by {self.variation(measure):.0%}", ""]
+                columns = ["too noisy to judge", f"products varied by {100 * self.variation(measure):.0f} %", ""]
                 if self.variation(measure) <= TOO_NOISY:
                     ratios = (median(one) / median(two), self._best(measure, one) / self._best(measure, two))
                     turns = [a / b for a, b in zip(one, two)]
@@ -98,7 +100,7 @@ def pairs(measure: str, contestants: list[str]) -> list[tuple[str, str]]:
 
 
 def quartiles(figures: list[float], form: str) -> str:
-    """ "1.9 to 2.2", or nothing for a single figure."""
+    """As in 1.9 to 2.2, or nothing for a single figure."""
     if len(figures) < 2:
         return ""
     low, _, high = quantiles(figures, n=4, method="inclusive")

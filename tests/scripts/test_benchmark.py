@@ -110,10 +110,20 @@ def test_a_noisy_machine_gets_no_ratios():
     results = results_of(1.0, 1.1, 0.9, 1.0)  # 22 % between the fastest and the slowest
     add_runs(results, "step", sd_bf16=[1.0, 1.0, 1.0], diffusers_bf16=[2.0, 2.0, 2.0])
     assert results.ratios().splitlines()[2] == (
-        f"| {MEASURES['step']} | sd bf16 | diffusers bf16 | too noisy to judge | products varied by 22% |  | 3 |"
+        f"| {MEASURES['step']} | sd bf16 | diffusers bf16 | too noisy to judge | products varied by 22 % |  | 3 |"
     )
     assert "0.50" not in results.ratios()
     assert "| diffusers bf16 | 2 |" in results.table()
+
+
+def test_only_measured_times_and_memory_have_ratios():
+    """The share of the GEMM rate is computed from times: it would show the ratio that noise forbids."""
+    results = results_of()
+    for who, figure in {"sd fp32": 1.0, "diffusers fp32": 2.0}.items():
+        results.add("step, share of the GEMM rate", who, figure)
+        results.add("peak resident memory after a step, GB", who, figure)
+    (row,) = results.ratios().splitlines()[2:-2]
+    assert row == "| peak resident memory after a step, GB | sd fp32 | diffusers fp32 | 0.50 | 0.50 |  | 1 |"
 
 
 def test_noise_in_one_measure_does_not_affect_another():
