@@ -1,6 +1,7 @@
 """The benchmark: its table, its workers and its error messages. The figures themselves are not tested."""
 
 import io
+import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -311,6 +312,18 @@ def test_ways_take_turns(monkeypatch):
 def test_few_steps_are_all_or_added():
     assert parse(["--few-steps"]).only == []
     assert parse(["--few-steps", "--only", "step"]).only == ["step"]
+
+
+@pytest.mark.slow
+def test_a_whole_benchmark(checkpoint, tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    flags = ["--only", "step", "--alone", "--runs", "2", "--device", "cpu", "--dtypes", "fp32"]
+    assert main([*flags, "--checkpoint", str(checkpoint), "--json", str(path)]) == 0
+    printed, written = capsys.readouterr().out, json.loads(path.read_text())
+    assert f"| {MEASURES['step']} | sd fp32 |" in printed
+    assert {who: len(runs) for who, runs in written["figures"]["step"].items()} == {"sd fp32": 2}
+    assert len(written["products"]["step"]) == 3  # before, between and after the runs
+    assert all(line in printed for line in written["not measured"])
 
 
 @pytest.mark.slow
