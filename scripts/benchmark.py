@@ -1,28 +1,29 @@
-"""Measures the speed and memory of this project and, if installed, of diffusers. Prints a table; --json writes a file.
+"""Measures the speed and memory of this project and, if installed, of diffusers and, on CPUs, of OpenVINO.
 
     python scripts/benchmark.py --quick                 # the main figures, in the default precision
     python scripts/benchmark.py                         # everything; or --only step decode
+    python scripts/benchmark.py --few-steps             # the fast ways to an image, side by side
     python scripts/benchmark.py --device cuda --compiled --steps 50 --only step decode picture throughput memory
 
-Both libraries use the same weights: those of --checkpoint, or random ones of the real size, which are made once in
---cache (8.5 GB). Each library runs in a separate process. They take turns, so that a machine that slows down affects
-both. A figure is the median of its runs. A ratio compares two medians from the same benchmark.
+It prints tables of the figures and of their ratios; --json writes a file. All libraries use the same weights: those of
+--checkpoint, or random ones of the real size, which are made once in --cache (8.5 GB, and 3.6 GB for OpenVINO). Each
+library runs in a separate process. They take turns, so that a machine that slows down affects all. A product of
+matrices is measured before, between and after the runs: if it varies by more than 20 %, there are no ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -30,6 +31,8 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.benchmarks.processes import Worker, run, workers
+from scripts.benchmarks.results import ENOUGH_RUNS, FEW_STEPS, Results
 from scripts.support.command_line import Parser, exit_status
 from scripts.support.output_files import check_different_files, check_folder, write_json
 
@@ -38,6 +41,7 @@ MEASURES = {
     "tokenizer": "tokenizer, prompts a second",
     "tiny": "tiny model, cold process to picture, s",
     "load": "load, after all imports, s",  # also prints the time of the imports
+    "convert": "load in bfloat16, after all imports, s",
     "first": "cold process to the first step, s",
     "step": "U-Net step, batch of 2 at 64x64, s",
     "decode": "VAE decode, 512x512, s",
@@ -48,10 +52,15 @@ MEASURES = {
 }
 QUICK = ["import", "tokenizer", "tiny", "load", "step", "decode", "memory"]
 USUAL = [name for name in MEASURES if name != "throughput"]
+SMALL = {"import", "tokenizer", "tiny"}
 LARGE = {"step", "decode", "encode", "picture", "memory"}  # measured in turns, with all contestants loaded
-SLOW = 5  # seconds: with --quick, a run that takes longer is not repeated
+OF_OPENVINO = {"step", "decode", "picture", "memory"}
+IMPORTS, TO_THE_END = "imports beyond torch, s", "to the end of that step, s"
+RUNS = {"load": 3, "picture": 1}  # "first" is measured with "load"; all others: ENOUGH_RUNS
+QUICK_RUNS, SLOW = 2, 5  # seconds: with --quick, a run that takes longer is not repeated
 BATCHES = (1, 2, 4, 8, 16)
 TERAFLOPS = {"step": 1.607, "decode": 2.515, "encode": 1.117}  # 1e12 operations; a multiply-add counts as two
+CONVERTERS = {"diffusers": "reference_networks.py", "openvino": "openvino_networks.py"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,11 +69,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help=f"only {', '.join(QUICK)}; default precision, fewer runs")
     what = f"any of {', '.join(MEASURES)} (default: all but throughput, which is for GPUs)"
     add("--only", nargs="+", choices=MEASURES, metavar="WHAT", help=what)
+    add("--few-steps", action="store_true", help="the fast ways to an image; alone, or with those of --only")
     add("--dtypes", nargs="+", choices=["fp32", "fp16", "bf16"], help="precisions (default: fp32 and the 16-bit one)")
-    add("--alone", action="store_true", help="only this project, even if diffusers is installed")
+    add("--alone", action="store_true", help="only this project, even if diffusers or OpenVINO is installed")
     add("--compiled", action="store_true", help="also both with torch.compile, whose first step takes minutes")
     add("--steps", type=int, default=20, metavar="N", help="sampling steps of an image (20)")
-    add("--runs", type=int, metavar="N", help="repetitions, except of images (5; with --quick 2, or 1 if slow)")
+    runs = f"repetitions ({ENOUGH_RUNS}; load and first 3, picture 1; with --quick {QUICK_RUNS}, or 1 if slow)"
+    add("--runs", type=int, metavar="N", help=runs)
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)")
     add("--checkpoint", type=Path, metavar="FILE", help="Stable Diffusion 1.5 weights (default: random ones)")
     add("--cache", type=Path, default=ROOT / "runs/benchmark", metavar="DIR", help="for the weights (runs/benchmark)")
@@ -83,98 +94,61 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             check_different_files({"--checkpoint": options.checkpoint}, {"--json": options.json})
         except ValueError as error:
             parser.error(str(error))
-    options.runs = options.runs or (2 if options.quick else 5)
-    options.only = options.only or (QUICK if options.quick else USUAL)
+    options.only = options.only or ([] if options.few_steps else QUICK if options.quick else USUAL)
+    options.cache = options.cache.absolute()  # `run` works in another folder
+    options.checkpoint = options.checkpoint and options.checkpoint.absolute()
     return options
 
 
-class Worker:
-    """A process that runs one library. `ask` sends it a command and waits for the answer."""
-
-    def __init__(self, library: str, dtype: str, device: str, path: Path, compiled: bool = False):
-        how = ["compiled"] if compiled else []
-        self.name = " ".join([library, dtype, *how])
-        command = [sys.executable, ROOT / "scripts/benchmarks/worker.py", library, dtype, device, path, *how]
-        self.started, pipe = time.perf_counter(), subprocess.PIPE
-        # A new session, so that Ctrl-C reaches only this process, which then ends the workers.
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
-
-    def ask(self, *command: object) -> dict[str, float]:
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise ChildProcessError(f"{self.name} ended during {command[0]}: see above.")
-        answer = json.loads(answer)
-        if command[0] == "load" and answer["seconds"] == math.inf:
-            raise ChildProcessError(f"{self.name} does not fit into memory with the others: choose fewer --dtypes.")
-        return answer
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def runs_of(measure: str, options: argparse.Namespace) -> int:
+    """How often a measure is repeated."""
+    usual = RUNS.get(measure, ENOUGH_RUNS)
+    return options.runs or (min(usual, QUICK_RUNS) if options.quick else usual)
 
 
-@contextmanager
-def workers(contestants: list[tuple]) -> Iterator[list[Worker]]:
-    """Starts all workers at once. Idle workers cost only memory."""
-    started = [Worker(*contestant) for contestant in contestants]
-    try:
-        yield started
-    finally:
-        for worker in started:
-            worker.close()
-
-
-class Results:
-    """All figures, by measure and contestant."""
-
-    def __init__(self):
-        self.figures: dict[str, dict[str, list[float]]] = {}
-
-    def add(self, measure: str, contestant: str, figure: float) -> None:
-        self.figures.setdefault(measure, {}).setdefault(contestant, []).append(figure)
-        print(f"{measure:10} {contestant:24} {figure:10.3f}", file=sys.stderr)
-
-    def table(self) -> str:
-        """A Markdown table: each median with its ratio to diffusers in the same precision, and to diffusers in fp32."""
-        lines = ["| what | who | median | / diffusers, same | / diffusers fp32 |", "|---|---|---:|---:|---:|"]
-        for measure, row in self.figures.items():
-            for who, figures in row.items():
-                value = median(figures)
-                same = row.get(who.replace("sd ", "diffusers ", 1)) if who.startswith("sd ") else None
-                plain = row.get("diffusers fp32") if who != "diffusers fp32" else None
-                ratios = " | ".join(f"{value / median(other):.2f}" if other else "" for other in (same, plain))
-                lines.append(f"| {MEASURES.get(measure, measure)} | {who} | {value:.3g} | {ratios} |")
-        return "\n".join(lines)
+def alternate(
+    options: argparse.Namespace, measure: str, contestants: dict[str, Callable[[], float]], results: Results
+) -> None:
+    """Repeats one measure, each time for every contestant. `contestants` are functions that return the figure."""
+    results.probe(measure)
+    for _ in range(runs_of(measure, options)):
+        figures = {}
+        for who, run_once in contestants.items():
+            figures[who] = run_once()
+            results.add(measure, who, figures[who])
+        results.probe(measure)
+        if options.quick and measure not in SMALL and max(figures.values()) > SLOW:
+            break
 
 
 def small_things(options: argparse.Namespace, results: Results) -> None:
     """Measures what does not need full-size weights."""
-    for _ in range(options.runs):
-        if "import" in options.only:
-            code = "import torch, time; t = time.perf_counter(); import sd; print(time.perf_counter() - t)"
-            results.add("import", "sd", float(run(sys.executable, "-c", code)))
-        if "tokenizer" in options.only:
-            code = (
-                "import time; from sd.tokenizer import Tokenizer; t = Tokenizer(); s = time.perf_counter();"
-                "[t.encode(f'a photograph of {i} red houses on the hill, oil on canvas') for i in range(5000)];"
-                "print(5000 / (time.perf_counter() - s))"
-            )
-            results.add("tokenizer", "sd", float(run(sys.executable, "-c", code)))
-        if "tiny" in options.only:
-            with tempfile.TemporaryDirectory() as folder:
-                started = time.perf_counter()
-                run(sys.executable, "scripts/demo.py", "--seed", "0", "--out", folder, "--device", options.device)
-                results.add("tiny", "sd", time.perf_counter() - started)
+    functions = {"import": import_seconds, "tokenizer": prompts_a_second, "tiny": partial(demo_seconds, options.device)}
+    for measure, function in functions.items():
+        if measure in options.only:
+            alternate(options, measure, {"sd": function}, results)
 
 
-def run(*command: str | Path) -> str:
-    """The output of a command. Raises ChildProcessError if it fails."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise ChildProcessError(f"{' '.join(map(str, command[:3]))} failed: {done.stderr.strip()[-500:]}")
-    return done.stdout
+def import_seconds() -> float:
+    code = "import torch, time; t = time.perf_counter(); import sd; print(time.perf_counter() - t)"
+    return float(run(sys.executable, "-c", code))
+
+
+def prompts_a_second() -> float:
+    code = (
+        "import time; from sd.tokenizer import Tokenizer; t = Tokenizer(); s = time.perf_counter();"
+        "[t.encode(f'a photograph of {i} red houses on the hill, oil on canvas') for i in range(5000)];"
+        "print(5000 / (time.perf_counter() - s))"
+    )
+    return float(run(sys.executable, "-c", code))
+
+
+def demo_seconds(device: str, *flags: object) -> float:
+    """Seconds from a cold process to a PNG: without other flags, of the tiny model."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        run(sys.executable, "scripts/demo.py", "--seed", "0", "--out", folder, "--device", device, *flags)
+        return time.perf_counter() - started
 
 
 def cold_starts(options: argparse.Namespace, contestants: list[tuple], results: Results) -> None:
@@ -182,18 +156,33 @@ def cold_starts(options: argparse.Namespace, contestants: list[tuple], results: 
 
     The weight files are in the system's file cache. Memory-mapped weights are read from it during the first step.
     """
-    for _ in range(min(3, options.runs)):
+    loading, first = "load" in options.only, "first" in options.only
+    measures = [IMPORTS, "load"] * loading + ["first", TO_THE_END] * first
+    results.probe(*measures)
+    for _ in range(runs_of("load", options)):
         for contestant in contestants:
             with workers([contestant]) as (worker,):
-                imports, loading = worker.ask("imports")["seconds"], worker.ask("load")["seconds"]
-                if "load" in options.only:
-                    results.add("imports beyond torch, s", worker.name, imports)
-                    results.add("load", worker.name, loading)
-                if "first" in options.only:
+                imports, seconds = worker.ask("imports")["seconds"], worker.load()
+                if loading:
+                    results.add(IMPORTS, worker.name, imports)
+                    results.add("load", worker.name, seconds)
+                if first:
                     worker.ask("read")
                     results.add("first", worker.name, time.perf_counter() - worker.started)
                     worker.ask("step")
-                    results.add("to the end of that step, s", worker.name, time.perf_counter() - worker.started)
+                    results.add(TO_THE_END, worker.name, time.perf_counter() - worker.started)
+        results.probe(*measures)
+
+
+def convert(options: argparse.Namespace, checkpoint: Path, results: Results) -> None:
+    """Measures loading in bfloat16, each time in a new process, beside a loop that only copies the weights."""
+
+    def load(library: str) -> float:
+        with workers([(library, "bf16", "cpu", checkpoint)]) as (worker,):
+            worker.ask("imports")
+            return worker.load()
+
+    alternate(options, "convert", {f"{name} bf16": partial(load, name) for name in ("sd", "copies")}, results)
 
 
 def large_things(options: argparse.Namespace, contestants: list[tuple], results: Results) -> None:
@@ -201,14 +190,15 @@ def large_things(options: argparse.Namespace, contestants: list[tuple], results:
     with workers(contestants) as started:
         rates = {worker.name: worker.ask("gemm")["rate"] for worker in started}
         for worker in started:
-            worker.ask("load")
+            worker.load()
         for measure in ("step", "picture", "decode", "encode"):
             if measure in options.only or (measure == "step" and "memory" in options.only):
-                take_turns(options, measure, started, results)
+                taking_part = [one for one in started if one.library != "openvino" or measure in OF_OPENVINO]
+                take_turns(options, measure, taking_part, results)
             if measure in options.only and measure in TERAFLOPS:
-                for name, rate in rates.items():
-                    reached = TERAFLOPS[measure] * 1e12 / median(results.figures[measure][name])
-                    results.add(f"{measure}, share of the GEMM rate", name, reached / rate)
+                for name, seconds in results.figures[measure].items():
+                    reached = TERAFLOPS[measure] * 1e12 / median(seconds)
+                    results.add(f"{measure}, share of the GEMM rate", name, reached / rates[name])
         for name, rate in rates.items():
             results.add("GEMM rate, TFLOP/s", name, rate / 1e12)
 
@@ -216,14 +206,15 @@ def large_things(options: argparse.Namespace, contestants: list[tuple], results:
 def take_turns(options: argparse.Namespace, measure: str, started: list[Worker], results: Results) -> None:
     """Repeats one measure, each time for every contestant, then adds the peak memory of each so far."""
     steps = [options.steps] if measure == "picture" else []
+    answers = {}
+
+    def ask(worker: Worker) -> float:
+        answers[worker.name] = worker.ask(measure, *steps)
+        return answers[worker.name]["seconds"]
+
     for worker in started:
         worker.ask("prepare", measure)
-    for _ in range(1 if steps else options.runs):
-        answers = {worker.name: worker.ask(measure, *steps) for worker in started}
-        for name, answer in answers.items():
-            results.add(measure, name, answer["seconds"])
-        if options.quick and max(answer["seconds"] for answer in answers.values()) > SLOW:
-            break
+    alternate(options, measure, {worker.name: partial(ask, worker) for worker in started}, results)
     if "memory" in options.only and measure in ("step", "picture"):
         for name, answer in answers.items():
             for kind in sorted({"resident", "device"} & answer.keys(), reverse=True):
@@ -234,26 +225,104 @@ def throughput(options: argparse.Namespace, started: list[Worker], results: Resu
     """Measures images per second for each batch size that fits into memory."""
     for worker in started:
         for count in BATCHES:
+            measure = f"{MEASURES['throughput']}, {count} at once"
             worker.ask("prepare", "picture", 1, count)
+            results.probe(measure)
             seconds = worker.ask("picture", options.steps, count)["seconds"]
+            results.probe(measure)
             if seconds == math.inf:
                 break
-            results.add(f"{MEASURES['throughput']}, {count} at once", worker.name, count / seconds)
+            results.add(measure, worker.name, count / seconds)
 
 
-def make_weights(options: argparse.Namespace, reference: bool) -> tuple[Path, Path]:
-    """The checkpoint, and a folder with the same weights in diffusers' format. Makes them if they are missing."""
+def few_steps(options: argparse.Namespace, dtypes: list[str], checkpoint: Path, results: Results) -> None:
+    """Measures the fast ways to an image, and the fastest of them from a cold process."""
+    from scripts.benchmarks.few_steps import WAYS
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(sys.executable, "scripts/benchmarks/few_steps.py", checkpoint, folder)
+        for dtype in dtypes:
+            with workers([("few", dtype, options.device, checkpoint, False, folder)]) as (worker,):
+                worker.load()
+                for way in WAYS:
+                    worker.ask("prepare", "way", way, 3)
+                ways = {way: partial(seconds_of, worker, "way", way, options.steps) for way in WAYS}
+                alternate(options, f"{FEW_STEPS}{dtype}, s", ways, results)
+            from_cold(options, dtype, checkpoint, folder, results)
+
+
+def seconds_of(worker: Worker, *command: object) -> float:
+    return worker.ask(*command)["seconds"]
+
+
+def from_cold(options: argparse.Namespace, dtype: str, checkpoint: Path, folder: str, results: Results) -> None:
+    """Measures a demo with one step and a TAESD, beside a process that only imports torch and reads the whole file."""
+    flags = ["--steps", 1, "--sampler", "euler", "--spacing", "trailing", "--cfg-scale", 1]
+    flags += ["--width", 512, "--height", 512]
+    code = "import sys, torch\nwith open(sys.argv[1], 'rb') as file:\n while file.read(1 << 24): pass"
+
+    def reading() -> float:
+        started = time.perf_counter()
+        run(sys.executable, "-c", code, checkpoint)
+        return time.perf_counter() - started
+
+    drawing = partial(
+        demo_seconds, options.device, "--checkpoint", checkpoint, "--vae", folder, "--dtype", dtype, *flags
+    )
+    measure = f"cold process to a PNG in 1 step with TAESD, {dtype}, s"
+    alternate(options, measure, {"sd": drawing, "importing torch, reading the file": reading}, results)
+    for whole, part in zip(*results.figures[measure].values()):
+        results.add(f"{measure}: the difference", "sd", whole - part)
+
+
+def take_part(options: argparse.Namespace, dtypes: list[str], fast: str, results: Results) -> list[tuple[str, str]]:
+    """The library and the precision of each contestant. Adds a line to the results for what is not measured."""
+    import torch
+
+    def leave_out(what: str, why: str) -> None:
+        results.not_measured.append(f"Not measured: {what}, because {why}.")
+
+    on_cpu, only = options.device == "cpu", set(options.only)
+    if on_cpu and not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        leave_out("a GPU", "torch can use none here")
+    if on_cpu and fast != "bf16" and "bf16" not in dtypes:
+        leave_out("bfloat16", "this CPU does not multiply it natively, as far as its flags say")
+    pairs = [("sd", dtype) for dtype in dtypes]
+    if not options.alone and only & {"load", "first", "throughput", *LARGE}:
+        if find_spec("diffusers") and find_spec("transformers"):
+            pairs += [("diffusers", dtype) for dtype in dtypes]
+        else:
+            leave_out("diffusers", "it is not installed: `pip install -r requirements-dev.txt`")
+    if not options.alone and on_cpu and only & OF_OPENVINO:
+        if find_spec("openvino"):
+            usable = [dtype for dtype in dtypes if dtype == "fp32" or dtype == fast]
+            pairs += [("openvino", dtype) for dtype in usable]
+            for dtype in dtypes:
+                if dtype not in usable:
+                    leave_out(f"OpenVINO in {dtype}", "this CPU does not multiply it natively")
+        else:
+            leave_out("OpenVINO", "it is not installed: `pip install -r requirements-benchmark.txt`")
+    return sorted(pairs, key=lambda pair: dtypes.index(pair[1]))  # all libraries of a precision together
+
+
+def make_weights(options: argparse.Namespace, libraries: list[str]) -> tuple[Path, dict[str, Path]]:
+    """The checkpoint, and a folder with its weights in the format of each library. Makes them if they are missing."""
     checkpoint = options.checkpoint or options.cache / "sd15.safetensors"
     if not checkpoint.exists():
         run(sys.executable, "scripts/benchmarks/synthetic_checkpoint.py", checkpoint)
-    folder = options.cache / f"diffusers-{checkpoint.stem}-{checkpoint.stat().st_mtime_ns}"
-    if reference and not folder.exists():
-        run(sys.executable, "scripts/benchmarks/reference_networks.py", checkpoint, folder)
-    for file in (checkpoint, *folder.rglob("*.safetensors")):
+    stamp = f"{checkpoint.stem}-{checkpoint.stat().st_mtime_ns}"
+    folders = {library: options.cache / f"{library}-{stamp}" for library in libraries}
+    for library, folder in folders.items():
+        if not folder.exists():
+            run(sys.executable, f"scripts/benchmarks/{CONVERTERS[library]}", checkpoint, folder)
+    weights = (
+        file for folder in folders.values() for kind in ("*.safetensors", "*.bin") for file in folder.rglob(kind)
+    )
+    for file in (checkpoint, *weights):
         with open(file, "rb") as opened:  # read it into the system's file cache
             while opened.read(1 << 24):
                 pass
-    return checkpoint, folder
+    return checkpoint, folders
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -262,33 +331,45 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def benchmark(options: argparse.Namespace) -> None:
-    """Measures what the options select, prints the table, and writes the JSON file."""
+    """Measures what the options select, prints the tables, and writes the JSON file."""
+    from scripts.benchmarks.timing import steady_gemm
     from sd.runtime.devices import best_device, best_dtype
 
-    results = Results()
-    options.device = str(device := best_device(options.device))
+    device = best_device(options.device)
+    results = Results(MEASURES, partial(steady_gemm, device, best_dtype(device)))
+    options.device = str(device)
     fast = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(best_dtype(device))]
-    dtypes = options.dtypes or ([fast] if options.quick else sorted({"fp32", fast}, reverse=True))
+    short = options.quick or options.few_steps
+    dtypes = options.dtypes or ([fast] if short else sorted({"fp32", fast}, reverse=True))
     small_things(options, results)
-    if {"load", "first", "throughput", *LARGE} & set(options.only):
-        reference = not options.alone and find_spec("diffusers") is not None and find_spec("transformers") is not None
-        checkpoint, folder = make_weights(options, reference)
-        libraries = [("sd", checkpoint)] + ([("diffusers", folder)] if reference else [])
-        contestants = [(library, dtype, options.device, path) for dtype in dtypes for library, path in libraries]
+    if {"load", "convert", "first", "throughput", *LARGE} & set(options.only) or options.few_steps:
+        taking_part = take_part(options, dtypes, fast, results)
+        checkpoint, folders = make_weights(options, [name for name in CONVERTERS if name in dict(taking_part)])
+        contestants = [
+            (library, dtype, options.device, checkpoint, False, folders.get(library)) for library, dtype in taking_part
+        ]
+        torch_only = [contestant for contestant in contestants if contestant[0] != "openvino"]
         if {"load", "first"} & set(options.only):
-            cold_starts(options, contestants, results)
+            cold_starts(options, torch_only, results)
+        if "convert" in options.only:
+            convert(options, checkpoint, results)
         if options.compiled:
-            contestants += [(library, fast, options.device, path, True) for library, path in libraries]
+            libraries = dict.fromkeys(contestant[0] for contestant in torch_only)
+            compiled = [(name, fast, options.device, checkpoint, True, folders.get(name)) for name in libraries]
+            contestants, torch_only = contestants + compiled, torch_only + compiled
         if LARGE & set(options.only):
             large_things(options, contestants, results)
-        for contestant in contestants if "throughput" in options.only else ():
+        for contestant in torch_only if "throughput" in options.only else ():
             with workers([contestant]) as started:  # one at a time, because each keeps the memory of its peak
-                started[0].ask("load")
+                started[0].load()
                 throughput(options, started, results)
+        if options.few_steps:
+            few_steps(options, dtypes, checkpoint, results)
     machine = describe_machine(options.device)
-    print(f"{machine}\n\n{results.table()}")
+    print(f"{machine}\n\n{results.report()}")
     if options.json:
-        write_json(options.json, {"machine": machine, "figures": results.figures})
+        content = {"machine": machine, "figures": results.figures, "products": results.products}
+        write_json(options.json, {**content, "not measured": results.not_measured})
 
 
 def describe_machine(device: str) -> str:
@@ -299,8 +380,9 @@ def describe_machine(device: str) -> str:
     names = re.findall(r"model name\s*: (.*)", known.read_text()) if known.exists() else []
     processor = names[0] if names else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "openvino") if find_spec(name))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{time.strftime('%Y-%m-%d')}, {processor}, {cores} cores{gpu}, torch {torch.__version__}"
+    return f"{time.strftime('%Y-%m-%d')}, {processor}, {cores} cores{gpu}, {libraries}"
 
 
 if __name__ == "__main__":
