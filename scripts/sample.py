@@ -203,7 +203,7 @@ def read_prompts(options: argparse.Namespace) -> Read:
     return read_items(options.prompts, common, options.seed, given_loras(options))
 
 
-def describe_job(options: argparse.Namespace, digest: str) -> dict[str, str]:
+def describe_job(options: argparse.Namespace, digest: str) -> dict[str, str | None]:
     """What a later run in the same folder must have in common with this one, and all ranks with each other."""
     flags = {
         f"--{option.replace('_', '-')}": getattr(options, option) for option in [*COMMON.values(), "seed", "dtype"]
@@ -213,7 +213,7 @@ def describe_job(options: argparse.Namespace, digest: str) -> dict[str, str]:
     size = f" ({checkpoint.stat().st_size} bytes)" if checkpoint and checkpoint.is_file() else ""
     flags["--checkpoint"] = checkpoint and f"{checkpoint.name}{size}"
     flags["the content of --prompts"] = digest
-    return {flag: str(value) for flag, value in flags.items() if value not in (None, "")}
+    return {flag: None if value in (None, "") else str(value) for flag, value in flags.items()}
 
 
 def find_problem(said: list[dict]) -> str | None:

@@ -28,7 +28,7 @@ MAX_QUOTED = 40  # characters of a value in an error
 PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def check_folder(folder: Path, job: dict[str, str]) -> None:
+def check_folder(folder: Path, job: dict[str, str | None]) -> None:
     """Makes the folder if it is missing, and checks that `job`, texts by their names, may write there.
 
     Raises ValueError for a folder with another job or with other files, and OSError for one that cannot be written to.
@@ -53,7 +53,7 @@ def check_folder(folder: Path, job: dict[str, str]) -> None:
         )
 
 
-def claim(folder: Path, job: dict[str, str]) -> None:
+def claim(folder: Path, job: dict[str, str | None]) -> None:
     """Writes which job the folder belongs to. Raises OSError."""
     write_json(folder / JOB, job)
 

@@ -66,13 +66,15 @@ class Ranks:
         self._put(f"{name}/{self.rank}", json.dumps(mine))
         if self.rank == 0:
             try:
-                reason = decide([json.loads(self._get(f"{name}/{rank}", rank)) for rank in range(self.count)])
+                reason = decide(
+                    [json.loads(self._get(f"{name}/{rank}", rank, self.wait)) for rank in range(self.count)]
+                )
             except (ValueError, OSError) as error:
                 reason = str(error)
             if reason:
                 self.say(reason)  # before any rank exits: torchrun then stops the others
             self._put(f"{name}/decision", reason or "")
-        if self._get(f"{name}/decision", 0):
+        if self._get(f"{name}/decision", 0, 2 * self.wait):  # rank 0 may itself wait for another one
             self.leave()
             raise Refused
 
@@ -102,7 +104,7 @@ class Ranks:
 
     def leave(self) -> None:
         """Says that this rank needs the store no longer. Rank 0 waits a little for the others to say so."""
-        limit = time.monotonic() + LAST_WAIT
+        limit = time.monotonic() + min(self.wait, LAST_WAIT)
         left = self._add("left", 1)
         while self.rank == 0 and left < self.count and time.monotonic() < limit:
             time.sleep(PAUSE)
@@ -113,12 +115,12 @@ class Ranks:
             self.store.set(key, text)
         self._add(f"{key}/there", 1)
 
-    def _get(self, key: str, rank: int) -> str:
+    def _get(self, key: str, rank: int, wait: float) -> str:
         """The value that `rank` puts. It looks again and again: waiting inside the store would delay Ctrl-C."""
-        limit = time.monotonic() + self.wait
+        limit = time.monotonic() + wait
         while not self._add(f"{key}/there", 0):
             if time.monotonic() > limit:
-                raise TimeoutError(f"rank {rank} did not come within {self.wait:g} s (--wait): see what stopped it.")
+                raise TimeoutError(f"rank {rank} did not come within {wait:g} s (--wait): see what stopped it.")
             time.sleep(PAUSE)
         with _store_errors():
             return self.store.get(key).decode()
