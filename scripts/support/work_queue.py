@@ -10,12 +10,17 @@ nothing else, and no operation waits for all of them, so a rank that dies or is 
         ranks.finish(pictures)
 
 Without torchrun there is one rank, and a dict is its store.
+
+After a failure, torchrun (with --max-restarts) starts all ranks again, but its store still has what they left there. So
+rank 0 begins the names of all keys with a random number. A rank that starts writes a random number of its own under
+hello/RANK, and finds the number of rank 0 under welcome/ITS NUMBER.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -56,6 +61,9 @@ class Ranks:
 
     def __init__(self, store, rank: int, count: int, wait: float, say: Callable[[str], None]):
         self.store, self.rank, self.count, self.wait, self.say = store, rank, count, wait, say
+        self.number = secrets.token_hex(8)
+        self.start = self.number if rank == 0 else ""  # how the names of all keys of this start begin
+        self.welcomed: set[str] = set()
 
     def agree(self, name: str, mine: dict, decide: Callable[[Sequence[dict]], str | None]) -> None:
         """Returns once all ranks have given their dict for JSON, and `decide`, which runs on rank 0 with all of them,
@@ -63,28 +71,30 @@ class Ranks:
 
         Raises TimeoutError if a rank does not come.
         """
-        self._put(f"{name}/{self.rank}", json.dumps(mine))
+        if not self.start:
+            self._put(f"hello/{self.rank}", self.number)
+            self.start = self._get(f"welcome/{self.number}", 0)
+        self._put(self._key(name, self.rank), json.dumps(mine))
         if self.rank == 0:
             try:
-                reason = decide(
-                    [json.loads(self._get(f"{name}/{rank}", rank, self.wait)) for rank in range(self.count)]
-                )
+                said = [json.loads(self._get(self._key(name, rank), rank)) for rank in range(self.count)]
+                reason = decide(said)
             except (ValueError, OSError) as error:
                 reason = str(error)
             if reason:
                 self.say(reason)  # before any rank exits: torchrun then stops the others
-            self._put(f"{name}/decision", reason or "")
-        if self._get(f"{name}/decision", 0, 2 * self.wait):  # rank 0 may itself wait for another one
+            self._put(self._key(name, "decision"), reason or "")
+        if self._get(self._key(name, "decision"), 0):
             self.leave()
             raise Refused
 
     def take(self) -> int:
         """The number, from 0, of the next piece of work. No two ranks get the same."""
-        return self._add("next", 1) - 1
+        return self._add(self._key("next"), 1) - 1
 
     def finish(self, count: int) -> int:
         """Counts pictures as finished, and returns how many are, in the whole job."""
-        return self._add("finished", count)
+        return self._add(self._key("finished"), count)
 
     def wait_for(self, total: int, watch: Callable[[int], None]) -> None:
         """Waits until `total` pictures are finished, and calls `watch` with their number. Raises TimeoutError if their
@@ -105,25 +115,41 @@ class Ranks:
     def leave(self) -> None:
         """Says that this rank needs the store no longer. Rank 0 waits a little for the others to say so."""
         limit = time.monotonic() + min(self.wait, LAST_WAIT)
-        left = self._add("left", 1)
+        left = self._add(self._key("left"), 1)
         while self.rank == 0 and left < self.count and time.monotonic() < limit:
             time.sleep(PAUSE)
-            left = self._add("left", 0)
+            left = self._add(self._key("left"), 0)
+
+    def _key(self, *parts: object) -> str:
+        return "/".join(map(str, (self.start, *parts)))
 
     def _put(self, key: str, text: str) -> None:
         with _store_errors():
             self.store.set(key, text)
         self._add(f"{key}/there", 1)
 
-    def _get(self, key: str, rank: int, wait: float) -> str:
+    def _get(self, key: str, rank: int) -> str:
         """The value that `rank` puts. It looks again and again: waiting inside the store would delay Ctrl-C."""
+        wait = self.wait if self.rank == 0 else 2 * self.wait  # rank 0 may itself wait for another one
         limit = time.monotonic() + wait
         while not self._add(f"{key}/there", 0):
             if time.monotonic() > limit:
                 raise TimeoutError(f"rank {rank} did not come within {wait:g} s (--wait): see what stopped it.")
+            if self.rank == 0:
+                self._welcome()
             time.sleep(PAUSE)
         with _store_errors():
             return self.store.get(key).decode()
+
+    def _welcome(self) -> None:
+        """Answers the ranks that have said hello, and perhaps some of an earlier start, which nobody reads."""
+        for rank in range(1, self.count):
+            if self._add(f"hello/{rank}/there", 0):
+                with _store_errors():
+                    number = self.store.get(f"hello/{rank}").decode()
+                if number not in self.welcomed:
+                    self.welcomed.add(number)
+                    self._put(f"welcome/{number}", self.start)
 
     def _add(self, key: str, amount: int) -> int:
         with _store_errors():

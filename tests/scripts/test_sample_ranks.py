@@ -64,6 +64,17 @@ def test_ranks_that_disagree_are_refused_and_one_says_why():
     assert said == ["all ranks should have the same arguments: --steps is 2 on rank 0 and 3 on rank 1."]
 
 
+def test_ranks_start_again_with_the_same_store():
+    """As torchrun does after a failure."""
+    store, seen = HashStore(), []
+    for start in range(3):
+        both, _ = ranks(2, store=store)
+        all_at_once(lambda one, start=start: one.agree("a", {"start": start, "rank": one.rank}, seen.append), both)
+        assert seen.pop() == [{"start": start, "rank": 0}, {"start": start, "rank": 1}]
+        assert [one.take() for one in both] == [0, 1]
+        assert both[1].finish(5) == 5
+
+
 def test_a_problem_of_one_rank():
     one, other = ({"problem": problem, "arguments": {}} for problem in ("", "the disk is full."))
     assert sample.find_problem([one, one]) is None
@@ -85,6 +96,7 @@ def test_each_piece_is_taken_once():
     many, _ = ranks(4)
 
     def work(one):
+        one.agree("begin", {}, lambda said: None)
         taken = []
         while (number := one.take()) < 50:
             taken.append(number)
