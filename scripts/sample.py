@@ -84,10 +84,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first available; a GPU for each rank)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
     add("--batch", type=int, metavar="N", help=f"pictures at a time, of equal settings ({CUDA_BATCH} on CUDA, else 1)")
+    help = "also pack the pictures into tar files of WebDataset, N to each, in FOLDER/shards"
+    add("--shards", type=int, metavar="N", help=help)
     help = f"time limit for other ranks; longer than the slowest batch ({WAIT})"
     add("--wait", type=float, default=WAIT, metavar="SECONDS", help=help)
     options = parser.parse_args(arguments)
-    for name in ("batch", "wait"):
+    for name in ("batch", "shards", "wait"):
         if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name} should be above 0, not {value:g}.")
     return options
@@ -130,8 +132,9 @@ def sample(options: argparse.Namespace | None, problem: str = "") -> int:
     if problem and not launched():
         raise ValueError(problem)  # before torch, which takes seconds to import
     import_torch()
-    from scripts.support.manifest import JOB, Folder, check_folder, claim
+    from scripts.support.manifest import JOB, MANIFEST, Folder, check_folder, claim
     from scripts.support.prompts_files import NOTHING
+    from scripts.support.shards import SHARDS, write_shards
 
     ranks = connect(options.wait if options else WAIT, say)
     _show_warnings_once(ranks.rank == 0)
@@ -161,7 +164,13 @@ def sample(options: argparse.Namespace | None, problem: str = "") -> int:
 
     items = [with_model_defaults(item, models) for item in read.items]
     folder = Folder(options.out, items, ranks.rank, lambda item: describe_picture(options, item))
-    return draw_all(folder, models, batch, ranks)
+    failed = draw_all(folder, models, batch, ranks)
+    if ranks.rank == 0 and options.shards:
+        print(f"{options.out / SHARDS}  {write_shards(options.out, options.shards)} shards", flush=True)
+    if failed:
+        say(f"{failed} of {len(items)} pictures failed: {options.out / MANIFEST} says why.")
+    ranks.leave()
+    return 2 if failed else 0
 
 
 def _show_warnings_once(shown: bool) -> None:
@@ -257,11 +266,10 @@ def describe_picture(options: argparse.Namespace, item: Item) -> str:
 
 def draw_all(folder: Folder, models: Models, batch: int, ranks: Ranks) -> int:
     """Draws batches from the queue until it is empty. Rank 0 then waits for the others and writes the manifest. Returns
-    the exit status."""
+    how many pictures failed; 0 on other ranks."""
     from tqdm import tqdm
 
     from scripts.support.batches import make_batches
-    from scripts.support.manifest import MANIFEST
 
     batches = make_batches(folder.items, batch, models)
     total, started = sum(map(len, batches)), time.perf_counter()
@@ -275,14 +283,11 @@ def draw_all(folder: Folder, models: Models, batch: int, ranks: Ranks) -> int:
             show(ranks.finish(len(batches[number])))
         if ranks.rank == 0:
             ranks.wait_for(total, show)
-    failed = 0
-    if ranks.rank == 0:
-        failed, count = folder.merge(), len(folder.items)
-        print(f"{folder.path}  {count - failed} pictures  {time.perf_counter() - started:.1f} s", flush=True)
-        if failed:
-            say(f"{failed} of {count} pictures failed: {folder.path / MANIFEST} says why.")
-    ranks.leave()
-    return 2 if failed else 0
+    if ranks.rank > 0:
+        return 0
+    failed, count = folder.merge(), len(folder.items)
+    print(f"{folder.path}  {count - failed} pictures  {time.perf_counter() - started:.1f} s", flush=True)
+    return failed
 
 
 def draw_missing(batch: list[Item], models: Models, folder: Folder) -> Models:

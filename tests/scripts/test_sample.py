@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 import warnings
 from dataclasses import replace
 
@@ -89,32 +90,51 @@ def test_a_text_file(run, tmp_path, models):
     assert np.array_equal(pixels("o/00000-s7.png"), pipeline.draw(request, models)[0])
 
 
-def test_rows_and_objects_give_the_same_pictures(run, tmp_path):
-    lora = write_lora(tmp_path / "style.safetensors")
+def write_rows_and_objects(folder):
+    """The same three pictures in p.csv and p.jsonl, one with a LoRA."""
+    lora = str(write_lora(folder / "style.safetensors"))
     write(
-        "p.csv",
+        folder / "p.csv",
         "prompt,seed,width,sampler_name,cfg_scale,lora",
         '"a house, red",5,48,euler_a,3,',
-        "a cat,,,,,style.safetensors:0.5",
+        f"a cat,,,,,{lora}:0.5",
         '"two\nlines",9,,ddim,,',
     )
     first = {"prompt": "a house, red", "seed": 5, "width": 48, "sampler_name": "euler_a", "cfg_scale": 3.0}
-    others = (
-        {"prompt": "a cat", "loras": [[str(lora), 0.5]]},
-        {"prompt": "two\nlines", "seed": 9, "sampler_name": "ddim"},
-    )
-    write("p.jsonl", *map(json.dumps, (first, *others)))
+    others = {"prompt": "a cat", "loras": [[lora, 0.5]]}, {"prompt": "two\nlines", "seed": 9, "sampler_name": "ddim"}
+    write(folder / "p.jsonl", *map(json.dumps, (first, *others)))
+
+
+def test_rows_and_objects_give_the_same_requests(tmp_path):
+    write_rows_and_objects(tmp_path)
+    common = {"width": 32, "cfg_scale": 7.0}
+    rows, objects = (read_items(tmp_path / name, common, seed=100).items for name in ("p.csv", "p.jsonl"))
+    assert rows == [replace(item, line=row.line) for item, row in zip(objects, rows)]
+    assert [row.line for row in rows] == [2, 3, 4]
+    requests = [row.request for row in rows]
+    assert requests[0] == Request("a house, red", seed=5, width=48, sampler_name="euler_a", cfg_scale=3.0)
+    assert requests[1] == Request("a cat", seed=101, width=32, cfg_scale=7.0)
+    assert requests[2] == Request("two\nlines", seed=9, width=32, sampler_name="ddim", cfg_scale=7.0)
+    assert [row.loras for row in rows] == [(), ((tmp_path / "style.safetensors", 0.5, 0.5),), ()]
+
+
+@pytest.mark.slow
+def test_loras_of_a_line_and_of_all(run, tmp_path):
+    write_rows_and_objects(tmp_path)
+    style = write_lora(tmp_path / "other" / "detail.safetensors", seed=1)
     assert run("--prompts", "p.csv", "--out", "a") == (0, [])
     assert run("--prompts", "p.jsonl", "--out", "b") == (0, [])
-    assert list(contents(tmp_path / "a")) == list(contents(tmp_path / "b"))
+    assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()
     for one, other in zip(records("a"), records("b")):
         assert one | {"seconds": 0, "line": 0} == other | {"seconds": 0, "line": 0}
         assert np.array_equal(pixels(f"a/{one['file']}"), pixels(f"b/{one['file']}"))
-    made = records("a")
-    assert [one["seed"] for one in made] == [5, 1, 9]
-    assert "Sampler: Euler a" in made[0]["parameters"]
-    assert "Size: 48x40" in made[0]["parameters"]
-    assert made[1]["parameters"].startswith("a cat <lora:style:0.5>")
+    assert records("a")[1]["parameters"].startswith("a cat <lora:style:0.5>")
+    assert run("--prompts", "p.csv", "--out", "c", "--lora", f"{style}:0.3") == (0, [])
+    both = records("c")
+    assert both[0]["parameters"].startswith("a house, red <lora:detail:0.3>")
+    assert both[1]["parameters"].startswith("a cat <lora:detail:0.3> <lora:style:0.5>")
+    for one in both:
+        assert not np.array_equal(pixels(f"a/{one['file']}"), pixels(f"c/{one['file']}"))
 
 
 def test_lines_of_equal_settings_share_batches(models):
@@ -353,15 +373,36 @@ def test_folders_that_cannot_be_written_to(run, tmp_path):
         assert (code, lines) == (2, ["--out locked cannot be written to (Permission denied)."])
 
 
-def test_many_pictures_go_into_folders_of_1000(tmp_path, monkeypatch):
+def test_many_pictures_go_into_folders_of_1000(tmp_path):
     item = Item(1234, 1, "a", 7)
     folder = manifest.Folder(tmp_path, [item], 0, lambda item: "")
     assert folder.name(item) == "01234-s7.png"
-    monkeypatch.setattr(manifest, "FLAT", 0)
+    folder.items = [item] * 1001
     assert folder.name(item) == "0001/01234-s7.png"
     assert not folder.has(item)
     folder.write(item, np.zeros((8, 8, 3), np.uint8), 1.0)
     assert folder.has(item)
+
+
+def test_shards(run, tmp_path):
+    write("p.txt", "a house", "a (cat", "a tree", "a dog", "日本")
+    code, lines = run("--prompts", "p.txt", "--out", "o", "--shards", 3)
+    assert (code, lines) == (2, ["1 of 5 pictures failed: o/manifest.jsonl says why."])
+    assert sorted(os.listdir("o/shards")) == ["00000.tar", "00001.tar"]
+    read = {}
+    for name in ("00000.tar", "00001.tar"):
+        with tarfile.open(f"o/shards/{name}") as tar:
+            read[name] = {member.name: tar.extractfile(member).read() for member in tar}
+    assert [name for names in read.values() for name in names] == [
+        name for key in ("00000-s0", "00002-s2", "00003-s3", "00004-s4") for name in (f"{key}.png", f"{key}.json")
+    ]
+    assert len(read["00000.tar"]) == 6
+    made = contents(tmp_path / "o")
+    for one in records("o"):
+        if one["file"]:
+            shard = read["00001.tar"] if one["index"] == 4 else read["00000.tar"]
+            assert shard[one["file"]] == made[one["file"]]
+            assert json.loads(shard[one["file"].replace(".png", ".json")]) == one
 
 
 def test_too_many_pictures(tmp_path, monkeypatch):
