@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -42,7 +43,7 @@ from scripts.support.work_queue import Refused, connect, launched
 
 PROGRAM = "sample.py"
 WAIT = 1800  # seconds, as in torch.distributed
-CUDA_BATCH = 8  # a larger batch hardly saves time per picture on a GPU; on a CPU it saves none
+CUDA_BATCH = 8  # `benchmark.py --only throughput` measures others; one picture at a time keeps a CPU busy
 
 # Settings of `Request` that all lines share -> the options that give them.
 COMMON = {
@@ -132,14 +133,36 @@ def sample(options: argparse.Namespace | None, problem: str = "") -> int:
     if problem and not launched():
         raise ValueError(problem)  # before torch, which takes seconds to import
     import_torch()
-    from scripts.support.manifest import JOB, MANIFEST, Folder, check_folder, claim
-    from scripts.support.prompts_files import NOTHING
+    from scripts.support.manifest import MANIFEST, Folder
     from scripts.support.shards import SHARDS, write_shards
 
     ranks = connect(options.wait if options else WAIT, say)
     _show_warnings_once(ranks.rank == 0)
+    read, models, batch = begin(options, problem, ranks)
+    items = [with_model_defaults(item, models) for item in read.items]
+    folder, started = Folder(options.out, items, ranks.rank, partial(describe_picture, options)), time.perf_counter()
+    draw_all(folder, models, batch, ranks)
+    if ranks.rank > 0:
+        return 0
+    failed = folder.merge()
+    print(f"{options.out}  {len(items) - failed} pictures  {time.perf_counter() - started:.1f} s", flush=True)
+    if options.shards:
+        print(f"{options.out / SHARDS}  {write_shards(options.out, options.shards)} shards", flush=True)
+    if failed:
+        say(f"{failed} of {len(items)} pictures failed: {options.out / MANIFEST} says why.")
+    return 2 if failed else 0
 
-    read, job, batch, device = NOTHING, {}, 0, None
+
+def begin(options: argparse.Namespace | None, problem: str, ranks: Ranks) -> tuple[Read, Models, int]:
+    """What the file of prompts says, the models, and the size of batches, once all ranks have them and agree. From then
+    on, the folder belongs to this job.
+
+    Raises Refused, on all ranks, if anything is wrong on one of them, and ValueError if they do not share the folder.
+    """
+    from scripts.support.manifest import JOB, check_folder, claim
+    from scripts.support.prompts_files import NOTHING
+
+    read, models, device, batch, job = NOTHING, None, None, 0, {}
     if not problem:
         try:
             device = own_device(options)
@@ -147,11 +170,9 @@ def sample(options: argparse.Namespace | None, problem: str = "") -> int:
             job = describe_job(options, read.digest)
             batch = options.batch or (CUDA_BATCH if device.type == "cuda" else 1)
         except (ValueError, OSError) as error:
-            problem = with_flags(str(error))
+            problem = str(error)
     mine = {"problem": problem, "arguments": job | {"--out": str(options and options.out), "--batch": batch}}
     ranks.agree("job", mine, lambda said: find_problem(said) or check_folder(options.out, job))
-
-    models = None
     try:
         models = load(options, device)
     except (ValueError, OSError, MemoryError, ImportError) as error:
@@ -161,16 +182,7 @@ def sample(options: argparse.Namespace | None, problem: str = "") -> int:
         raise ValueError(f"--out should be a folder that all ranks share: {options.out / JOB} is missing here.")
     for line in read.notes if ranks.rank == 0 else ():
         say(line)
-
-    items = [with_model_defaults(item, models) for item in read.items]
-    folder = Folder(options.out, items, ranks.rank, lambda item: describe_picture(options, item))
-    failed = draw_all(folder, models, batch, ranks)
-    if ranks.rank == 0 and options.shards:
-        print(f"{options.out / SHARDS}  {write_shards(options.out, options.shards)} shards", flush=True)
-    if failed:
-        say(f"{failed} of {len(items)} pictures failed: {options.out / MANIFEST} says why.")
-    ranks.leave()
-    return 2 if failed else 0
+    return read, models, batch
 
 
 def _show_warnings_once(shown: bool) -> None:
@@ -197,7 +209,10 @@ def own_device(options: argparse.Namespace) -> torch.device:
         if local >= count:
             raise ValueError(f"torchrun's --nproc-per-node should be at most {count} here, a rank for each GPU.")
         return torch.device("cuda", local)
-    return best_device(options.device)
+    try:
+        return best_device(options.device)
+    except ValueError as error:
+        raise ValueError(with_flags(str(error))) from None
 
 
 def read_prompts(options: argparse.Namespace) -> Read:
@@ -208,7 +223,10 @@ def read_prompts(options: argparse.Namespace) -> Read:
 
     common = {name: getattr(options, option) for name, option in COMMON.items()}
     common = {name: value for name, value in common.items() if value is not None}
-    Request("", seed=options.seed, **common).check()
+    try:
+        Request("", seed=options.seed, **common).check()
+    except ValueError as error:
+        raise ValueError(with_flags(str(error))) from None
     return read_items(options.prompts, common, options.seed, given_loras(options))
 
 
@@ -218,9 +236,9 @@ def describe_job(options: argparse.Namespace, digest: str) -> dict[str, str | No
         f"--{option.replace('_', '-')}": getattr(options, option) for option in [*COMMON.values(), "seed", "dtype"]
     }
     flags["--lora"] = ", ".join(map(flag_value, find((), given_loras(options))[0]))
-    checkpoint = options.checkpoint
-    size = f" ({checkpoint.stat().st_size} bytes)" if checkpoint and checkpoint.is_file() else ""
-    flags["--checkpoint"] = checkpoint and f"{checkpoint.name}{size}"
+    checkpoint = flags["--checkpoint"] = options.checkpoint
+    if checkpoint and checkpoint.is_file():  # another machine may have it elsewhere
+        flags["--checkpoint"] = f"{checkpoint.name} ({checkpoint.stat().st_size} bytes)"
     flags["the content of --prompts"] = digest
     return {flag: None if value in (None, "") else str(value) for flag, value in flags.items()}
 
@@ -264,15 +282,15 @@ def describe_picture(options: argparse.Namespace, item: Item) -> str:
     return parameters(argparse.Namespace(**of_demo), request, item.loras)
 
 
-def draw_all(folder: Folder, models: Models, batch: int, ranks: Ranks) -> int:
-    """Draws batches from the queue until it is empty. Rank 0 then waits for the others and writes the manifest. Returns
-    how many pictures failed; 0 on other ranks."""
+def draw_all(folder: Folder, models: Models, batch: int, ranks: Ranks) -> None:
+    """Draws batches from the queue until it is empty, and waits until all ranks have finished theirs: the first one to
+    leave may be on the machine that has the store."""
     from tqdm import tqdm
 
     from scripts.support.batches import make_batches
 
     batches = make_batches(folder.items, batch, models)
-    total, started = sum(map(len, batches)), time.perf_counter()
+    total = sum(map(len, batches))
     with tqdm(total=total, unit="picture", disable=ranks.rank > 0) as bar:
 
         def show(finished: int) -> None:
@@ -281,13 +299,8 @@ def draw_all(folder: Folder, models: Models, batch: int, ranks: Ranks) -> int:
         while (number := ranks.take()) < len(batches):
             models = draw_missing(batches[number], models, folder)
             show(ranks.finish(len(batches[number])))
-        if ranks.rank == 0:
-            ranks.wait_for(total, show)
-    if ranks.rank > 0:
-        return 0
-    failed, count = folder.merge(), len(folder.items)
-    print(f"{folder.path}  {count - failed} pictures  {time.perf_counter() - started:.1f} s", flush=True)
-    return failed
+        ranks.wait_for(total, show)
+    ranks.leave()
 
 
 def draw_missing(batch: list[Item], models: Models, folder: Folder) -> Models:

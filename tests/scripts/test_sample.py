@@ -306,7 +306,8 @@ BROKEN = {
     "p.md": (b"a house", "--prompts should be a .txt, .csv or .jsonl file, not p.md."),
     "utf.txt": (b"a\n\xff\xfe", "--prompts should have text in UTF-8: utf.txt, line 2, does not."),
     "empty.txt": (b"# none\n", "--prompts should have a prompt in each line: empty.txt has none."),
-    "header.csv": (b"prompt,sead\na,1\n", "header.csv, line 1, has 'sead'."),
+    "header.csv": (b"prompt,sead\na,1\n", "--prompts should have columns named prompt, uncond_prompt, sampler_name, "),
+    "semicolons.csv": (b"prompt;seed\na;1\n", ", lora: semicolons.csv, line 1, has 'prompt;seed'."),
     "twice.csv": (
         b"prompt,seed,seed\na,1,1\n",
         "--prompts should have each column once: twice.csv, line 1, has seed twice.",
