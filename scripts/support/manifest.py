@@ -74,8 +74,8 @@ def _quoted(value: object) -> str:
 class Folder:
     """The pictures of a job, as one rank sees and writes them.
 
-    `parameters` gives the text of an item's settings that goes into its picture. A rank appends to a file of its own,
-    so no two processes ever write to the same one.
+    `parameters` gives the text of an item's settings that goes into its picture. Each rank appends to a separate file, so
+    no two processes ever write to the same one.
     """
 
     def __init__(self, path: Path, items: Sequence[Item], rank: int, parameters: Callable[[Item], str]):

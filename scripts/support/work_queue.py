@@ -12,7 +12,7 @@ nothing else, and no operation waits for all of them, so a rank that dies or is 
 Without torchrun there is one rank, and a dict is its store.
 
 After a failure, torchrun (with --max-restarts) starts all ranks again, but its store still has what they left there. So
-rank 0 begins the names of all keys with a random number. A rank that starts writes a random number of its own under
+rank 0 begins the names of all keys with a random number. Every other rank chooses a second one, writes it under
 hello/RANK, and finds the number of rank 0 under welcome/ITS NUMBER.
 """
 

@@ -20,7 +20,7 @@ from scripts import sample
 from scripts.support.work_queue import DictStore, Ranks, Refused, connect
 
 SCRIPT = Path(sample.__file__)
-FLAGS = ["--width", "32", "--height", "40", "--device", "cpu", "--dtype", "fp32"]
+FLAGS = ["--wait", "100", "--width", "32", "--height", "40", "--device", "cpu", "--dtype", "fp32"]
 
 
 def ranks(count, wait=5.0, store=None):
@@ -172,8 +172,11 @@ def test_two_ranks(monkeypatch, tmp_path, capsys, demo_checkpoint):
     other = subprocess.Popen(program, env=os.environ | environment(1, 2, port), stderr=subprocess.PIPE)
     for name, value in environment(0, 2, port).items():
         monkeypatch.setenv(name, value)
-    code = sample.main([*arguments, "--out", "two"])
-    assert other.wait(60) == 0
+    try:
+        code = sample.main([*arguments, "--out", "two"])
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
     assert other.stderr.read() == b""
     assert code == 2
     assert capsys.readouterr().err.endswith("sample.py: 1 of 13 pictures failed: two/manifest.jsonl says why.\n")
@@ -200,7 +203,10 @@ def torchrun(arguments, ranks=2, cwd=None, **more):
 
 def said(process, timeout=120):
     """The lines of sample.py on standard error, and the exit status."""
-    _, err = process.communicate(timeout=timeout)
+    try:
+        _, err = process.communicate(timeout=timeout)
+    finally:
+        process.terminate()  # after a time limit; torchrun then stops the ranks
     return [line for line in err.splitlines() if line.startswith("sample.py: ")], process.returncode
 
 
