@@ -74,7 +74,7 @@ def _quoted(value: object) -> str:
 class Folder:
     """The pictures of a job, as one rank sees and writes them.
 
-    `parameters` gives the text of an item's settings that goes into its picture. Each rank appends to a separate file, so
+    `parameters` gives the text of an item's settings that goes into its picture. Each rank appends to a separate file:
     no two processes ever write to the same one.
     """
 
@@ -88,7 +88,7 @@ class Folder:
         return name if len(self.items) <= PER_FOLDER else f"{item.index // PER_FOLDER:04d}/{name}"
 
     def has(self, item: Item) -> bool:
-        """Whether the item's picture is there and complete. That it is one of this job, `claim` has checked."""
+        """Whether the item's picture is there and complete. `check_folder` has made sure that it is of this job."""
         try:
             with open(self.path / self.name(item), "rb") as file:
                 begin = file.read(len(PNG_BEGIN))
