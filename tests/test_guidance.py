@@ -81,6 +81,7 @@ def test_the_gradient_is_that_of_the_loss(models, timestep):
     assert slope.item() == pytest.approx(gradient.square().sum().item(), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [1e-3, pytest.param(50, marks=pytest.mark.slow)])
 def test_no_gradient_vanishes_in_float16(models, weight):
     """That of a mean over so many pixels is smaller than what float16 can tell from 0."""

@@ -22,7 +22,7 @@ from tests.test_images_reading import STORED
 FIRST = int(os.environ.get("FUZZ_FIRST", 0))
 
 
-@pytest.mark.parametrize("pictures", [50, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pictures", [25, pytest.param(5000, marks=pytest.mark.slow)])
 def test_hostile_pictures_are_read_or_refused(tmp_path, pictures):
     outcomes = fuzz(tmp_path, FIRST, pictures=pictures)["outcomes"]
     assert outcomes["honest loaded"] == len(range(FIRST, FIRST + pictures)[-FIRST % 6 :: 6])

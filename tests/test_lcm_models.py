@@ -124,6 +124,7 @@ def test_the_scale_in_16_bits(models):
     assert np.abs(images[0] - images[1]).mean() < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["lcm", slow("tcd")])
 def test_on_a_simulated_gpu(models, tmp_path, sampler):
     """The image is that of the CPU, which waits for the GPU once in each step: to check for NaN."""

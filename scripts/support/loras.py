@@ -66,7 +66,8 @@ def find(tags: Iterable[LoraTag], given: Sequence[GivenLora]) -> tuple[tuple[Lor
 
     A tag that names a file of --lora stands for that one. The strengths are those of --lora, or else the tag's.
     """
-    files = [*_files(folder()), *_shipped()]
+    own = _files(folder())
+    files = [*own, *_shipped()]
     found, notes, strengths = [], {}, {}
     for tag in tags:
         if path := _named(tag.name, [path for path, _, _ in given]):
@@ -74,7 +75,7 @@ def find(tags: Iterable[LoraTag], given: Sequence[GivenLora]) -> tuple[tuple[Lor
         elif path := _named(tag.name, files):
             found.append((path, tag.unet, tag.te))
         else:
-            names = sorted({path.stem for path in files})
+            names = sorted({path.stem for path in own})
             known = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
             where = f"which has {known or 'none'}; --lora gives a file elsewhere"
             notes[tag.text] = f"{tag.text:.80} is left out: there is no {tag.name!r:.80} in {folder()}, {where}."

@@ -271,6 +271,7 @@ def test_bad_embeddings_are_refused_before_the_checkpoint_is_read(tmp_path, cat)
         load_models(tmp_path / "absent.ckpt", embeddings=str(cat))
 
 
+@pytest.mark.slow
 def test_words_are_saved_in_a_folder_and_not_in_a_file(tmp_path, models, cat):
     new = with_embeddings(models, [cat, (write(tmp_path / "b.pt", "tensor", vectors(1)), "<b>")])
     save_folder(new, tmp_path / "folder")

@@ -29,6 +29,7 @@ def same(one, other):
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in states)
 
 
+@pytest.mark.slow
 def test_loras_are_switched_below_added_words(files):
     """The table has more rows than the checkpoint, which is read again."""
     path, lora, embedding = files

@@ -129,6 +129,7 @@ def test_the_pipelines_of_other_models_are_named(tmp_path, pipeline, name):
         load_models(tmp_path, "cpu")
 
 
+@pytest.mark.slow
 def test_without_its_scheduler_a_folder_of_sd_2_is_a_guess(tmp_path):
     save_folder(random_models(SD2_MICRO), tmp_path / "model")
     (tmp_path / "model" / "scheduler" / "scheduler_config.json").unlink()

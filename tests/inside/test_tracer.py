@@ -29,6 +29,7 @@ def hooks(models):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
 
+@pytest.mark.slow
 def test_the_shapes_of_sd15_at_512():
     """The tables of every network, on the meta device, without weights."""
     with torch.device("meta"):

@@ -103,13 +103,13 @@ def test_it_learns_and_its_file_draws(start, tmp_path, capsys):
 
 def test_a_run_resumes_to_the_same_weights(start, tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    DistillationRun(whole, start, prompts=8, device="cpu").train(1, steps=4)
+    DistillationRun(whole, start, prompts=8, device="cpu").train(1, steps=2)
     monkeypatch.setattr(distillation.DistillationRun, "_show", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        DistillationRun(halves, start, prompts=8, device="cpu", save_every=0).train(1, steps=4)
+        DistillationRun(halves, start, prompts=8, device="cpu", save_every=0).train(1, steps=2)
     monkeypatch.undo()
     assert load_state(halves / "lcm.state")["step"] == 1
-    DistillationRun(halves, start, prompts=8, device="cpu").train(1, steps=4)
+    DistillationRun(halves, start, prompts=8, device="cpu").train(1, steps=2)
     one, other = (load_state(folder / "lcm.state")["average"] for folder in (whole, halves))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

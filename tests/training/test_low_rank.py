@@ -8,6 +8,7 @@ from sd.checkpoints.files import write_checkpoint
 from sd.config import ModelConfig
 from sd.training.low_rank import LowRank, low_rank_changes, low_rank_state, wearing, write_low_rank
 from tests.adapters.test_lora_parity import pipeline
+from tests.support.marks import slow
 from tests.support.synthetic import FEW_LAYERS, SD2_MICRO, random_models, random_state
 
 CONFIGS = {"sd15": FEW_LAYERS, "sd2": SD2_MICRO}
@@ -29,7 +30,7 @@ def trained(network: torch.nn.Module, rank: int = 4) -> torch.nn.ModuleDict:
     return changes
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=["sd15", slow("sd2")])
 def config(request):
     return CONFIGS[request.param]
 

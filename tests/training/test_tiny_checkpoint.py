@@ -47,6 +47,7 @@ def test_it_is_small_and_carries_its_configuration(models):
     assert models.config == TINY
 
 
+@pytest.mark.slow
 def test_8_prompts_are_followed(models, judge):
     shares = accuracy(models, judge, 8, held_out=False)
     assert shares["attributes"] > 0.96
