@@ -22,7 +22,7 @@ from tests.support.synthetic import MICRO, random_models
 FIRST = int(os.environ.get("FUZZ_FIRST", 0))
 
 
-@pytest.mark.parametrize("controls, tiny", [(15, 6), pytest.param(5000, 5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("controls, tiny", [(8, 4), pytest.param(5000, 5000, marks=pytest.mark.slow)])
 def test_hostile_files_load_or_are_refused(tmp_path, controls, tiny):
     arguments = [str(tmp_path), str(FIRST), f"controls={controls}", f"tiny={tiny}"]
     command = [sys.executable, "-m", "tests.support.adapter_fuzzer", *arguments]

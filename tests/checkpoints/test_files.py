@@ -294,7 +294,7 @@ def test_files_are_mapped_privately(tmp_path, suffix):
     before, content = resident_memory(), path.read_bytes()[-4096:]
     state = read_state_dict(path)
     assert state["b"].sum() == 16 << 20
-    assert resident_memory() - before < 16 << 20  # of 64 MB
+    assert resident_memory() - before < 32 << 20  # of 64 MB
     state["b"].zero_()
     assert path.read_bytes()[-4096:] == content
     assert read_state_dict(path)["b"].sum() == 16 << 20

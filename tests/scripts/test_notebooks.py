@@ -28,7 +28,6 @@ SHORTER = {
 }
 # The notebooks that run with any weights, even random ones.
 OF_ANY_WEIGHTS = ("02_text", "03_noise_and_samplers", "05_image_to_image_and_inpainting")
-LONGEST = ("02_text", "03_noise_and_samplers", "04_guidance", "05_image_to_image_and_inpainting", "06_training")
 SMALL = replace(MICRO, text=TextConfig(width=32, layers=2, heads=4))
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -150,10 +149,9 @@ def test_its_imports_work(path):
                 exec(ast.unparse(statement), {})
 
 
-def test_it_runs_shows_what_is_committed_and_its_solutions_pass_the_checks(path, changes, request):
+@pytest.mark.slow
+def test_it_runs_shows_what_is_committed_and_its_solutions_pass_the_checks(path, changes):
     """Only the kinds of outputs are compared: numbers and pixels depend on the processor."""
-    if path.stem in LONGEST and not request.config.getoption("--slow"):
-        pytest.skip("takes long: runs with --slow")
     executed = cells(execute(path, changes, solve=True), "code")
     for cell in executed:
         assert "".join(o.text for o in cell.outputs if kinds(o) == "stderr") == ""

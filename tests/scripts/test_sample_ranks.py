@@ -162,6 +162,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
+@pytest.mark.slow
 def test_two_ranks(monkeypatch, tmp_path, capsys, demo_checkpoint):
     """This process is rank 0, and one that it starts is rank 1."""
     monkeypatch.chdir(tmp_path)

@@ -101,6 +101,7 @@ def test_it_learns_and_its_file_draws(start, tmp_path, capsys):
     assert distil(start, tmp_path, "--steps", "2") == 0  # it is finished: only the file is written again
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_same_weights(start, tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     DistillationRun(whole, start, prompts=8, device="cpu").train(1, steps=2)
