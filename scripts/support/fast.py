@@ -24,7 +24,7 @@ def use_fast(options: argparse.Namespace) -> None:
             f"that was made for few steps, such as an LCM-LoRA: --lora FILE {FLAGS}."
         )
     if not path.is_file():
-        raise ValueError(f"--fast needs {path}, which is missing: `git checkout {path.name}` in data/ brings it back.")
+        raise ValueError(f"--fast needs {path}, which is missing: `git checkout data/{path.name}` brings it back.")
     options.lora = [str(path), *(options.lora or [])]
     for name, value in SETTINGS.items():
         if getattr(options, name) is None:

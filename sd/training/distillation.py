@@ -33,7 +33,7 @@ from sd.training.data import CaptionedImages, load_folder
 from sd.training.loop import Training, TrainingError, load_state, save_atomically
 from sd.training.losses import pseudo_huber_loss
 from sd.training.low_rank import low_rank_changes, wearing, write_low_rank
-from sd.training.record import check_folder, make_record
+from sd.training.record import make_folder, make_record
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import pick_captions, tokenise
 from sd.training.vae import encode_all
@@ -172,12 +172,11 @@ class DistillationRun:
         if self.record["pictures"] < MIN_IMAGES:
             what = "training images" if folder else "prompts"
             raise TrainingError(f"The number of {what} should be at least {MIN_IMAGES}, not {self.record['pictures']}.")
-        check_folder(out, self.record)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out, folder, self.record)
         if folder:
             self.images = load_folder(folder, out, self.teacher.config.image_size)
         else:
-            captions = [scene_and_captions(seed, 1, held_out=None)[1] for seed in range(prompts)]
+            captions = [scene_and_captions(number, 1, held_out=None)[1] for number in range(prompts)]
             self.images = CaptionedImages(np.zeros(0, np.uint8), captions)
         self.drawn = folder is None
 

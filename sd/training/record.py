@@ -43,8 +43,20 @@ def weights_fingerprint(models: Models) -> str:
     for network in (models.clip, models.encoder, models.decoder, models.diffusion):
         for name, tensor in network.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.float().contiguous().numpy())
+            digest.update(tensor.float().cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+def make_folder(out: Path, folder: Path | None, record: dict) -> None:
+    """Create the folder `out` of a run, or check that it is that of the same run. Raise TrainingError, before anything
+    is written, if it is another's, that of the training images `folder`, or cannot be created."""
+    if folder and out.exists() and folder.exists() and out.samefile(folder):
+        raise TrainingError(f"{out} has the training images, and samples would mix with them: choose another --out.")
+    check_folder(out, record)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise TrainingError(f"The folder {out} cannot be created: it or a parent of it is a file.") from None
 
 
 def check_folder(out: Path, record: dict) -> None:

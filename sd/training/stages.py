@@ -37,7 +37,7 @@ from sd.tokenizer import Tokenizer
 from sd.training.data import CaptionedImages, load_folder, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Progress, Stage, Training, TrainingError, load_state, save_atomically
-from sd.training.record import check_folder, make_record
+from sd.training.record import make_folder, make_record
 from sd.training.text import CaptionEncoder, TextStage, retrieval, silence_unknown_tokens, tokenise
 from sd.training.vae import DecoderStage, VAEStage, encode_all, normalise_latents, psnr, reconstruct
 
@@ -69,10 +69,6 @@ class TrainingRun:
         Raises FileNotFoundError or CheckpointError if `start` cannot be read, ValueError if the images cannot be used
         or if `out` is their folder or that of another run, OSError if `out` cannot be written.
         """
-        if folder and out.exists() and folder.exists() and out.samefile(folder):
-            raise TrainingError(
-                f"{out} has the training images, and samples would mix with them: choose another --out."
-            )
         self.out, self.seed, self.save_every = out, seed, save_every
         self.in_pairs = folder is None  # neighbouring scenes differ only in where their colours or things are
         self.device = best_device(device)
@@ -89,11 +85,7 @@ class TrainingRun:
             raise TrainingError(
                 f"The number of training images should be at least {MIN_IMAGES}, not {self.record['pictures']}."
             )
-        check_folder(out, self.record)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise TrainingError(f"The folder {out} cannot be created: it or a parent of it is a file.") from None
+        make_folder(out, folder, self.record)
         size = self.config.image_size
         images = load_folder(folder, out, size) if folder else load_scenes(out, scenes, size)
         held_back = min(HELD_BACK, -(-len(images) // 10))

@@ -14,6 +14,7 @@ from sd.tokenizer import Tokenizer
 from sd.training import distillation
 from sd.training.distillation import ConsistencyStage, DistillationRun, drawn_by
 from sd.training.loop import TrainingError, load_state
+from tests.support.accelerator import accelerator
 from tests.support.synthetic import FEW_LAYERS, INPAINTING_MICRO, random_models, random_state
 
 TEACHER = replace(FEW_LAYERS, sampling=SamplingConfig(steps=2, cfg_scale=3.0))
@@ -142,6 +143,24 @@ def test_your_own_images_are_encoded_instead(start, tmp_path, pictures_folder):
     run.train(1, steps=1)
     assert not (tmp_path / "out" / "drawn.state").exists()
     assert run.write_lora().exists()
+
+
+def test_the_folder_of_the_images_is_not_that_of_the_run(start, pictures_folder):
+    with pytest.raises(TrainingError, match="has the training images"):
+        DistillationRun(pictures_folder, start, pictures_folder, device="cpu")
+    assert not [path for path in pictures_folder.iterdir() if path.suffix not in (".png", ".txt")]
+
+
+def test_a_file_cannot_be_the_folder_of_a_run(start):
+    with pytest.raises(TrainingError, match="cannot be created: it or a parent of it is a file"):
+        DistillationRun(start, start, prompts=8, device="cpu")
+
+
+def test_a_teacher_on_a_simulated_gpu(start, tmp_path):
+    with accelerator("cuda:0"):
+        run = DistillationRun(tmp_path, start, prompts=8, device="cuda:0")
+        run.train(1, steps=1)
+        assert run.write_lora().exists()
 
 
 @pytest.fixture
