@@ -60,15 +60,16 @@ def all_prompts(options: argparse.Namespace) -> tuple[list[str], list[tuple[Lora
     return prompts, loras, list(notes.values())
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The prompts of a file and the numbers of their lines, from 1. Raises ValueError or OSError in one sentence."""
+def read_text(path: Path, flag: str, most: int = MAX_BYTES) -> str:
+    """The text of a flag's file of at most so many bytes, with "\\n" at the end of each line. Raises ValueError or
+    OSError in one sentence."""
     try:
         with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(most + 1)
     except OSError as error:
-        raise OSError(f"--prompts-file {path} cannot be read ({error.strerror or error}).") from None
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"--prompts-file should be at most {MAX_BYTES // 10**6} MB long: {path} is longer.")
+        raise OSError(f"{flag} {path} cannot be read ({error.strerror or error}).") from None
+    if len(content) > most:
+        raise ValueError(f"{flag} should be at most {most // 10**6} MB long: {path} is longer.")
     try:
         text = content.decode("utf-8-sig")
         wrong = content.find(b"\0")  # in UTF-16 without a mark, every second byte is zero
@@ -76,8 +77,13 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
         wrong = error.start
     if wrong >= 0:
         line = content.count(b"\n", 0, wrong) + 1
-        raise ValueError(f"--prompts-file should be text in UTF-8: {path}, line {line}, is not.")
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        raise ValueError(f"{flag} should be text in UTF-8: {path}, line {line}, is not.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The prompts of a file and the numbers of their lines, from 1. Raises ValueError or OSError in one sentence."""
+    lines = read_text(path, "--prompts-file").split("\n")
     found = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     found = [(number, line) for number, line in found if line and not line.startswith("#")]
     if not found:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scripts.support.loras import GivenLora, Lora, find, given_loras
+from scripts.support.prompts import read_text
 from sd.adapters.lora_files import as_lora
 from sd.prompts.alternatives import expand
 from sd.prompts.other_tools import adapt, take_loras
@@ -72,7 +73,7 @@ def read_items(path: Path, common: dict, seed: int = 0, given: Sequence[GivenLor
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"--prompts should be a .txt, .csv or .jsonl file, not {path}.")
-    entries = {".txt": _texts, ".csv": _rows, ".jsonl": _objects}[suffix](path, read_text(path))
+    entries = {".txt": _texts, ".csv": _rows, ".jsonl": _objects}[suffix](path, read_text(path, "--prompts", MAX_BYTES))
     items: list[Item] = []
     digest, notes = hashlib.sha256(), {}
     for line, values, error in entries:
@@ -84,25 +85,6 @@ def read_items(path: Path, common: dict, seed: int = 0, given: Sequence[GivenLor
     if not items:
         raise ValueError(f"--prompts should have a prompt in each line: {path} has none.")
     return Read(items, digest.hexdigest(), list(notes.values()))
-
-
-def read_text(path: Path) -> str:
-    """A file's text, with "\\n" at the end of each line. Raises ValueError or OSError in one sentence."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise OSError(f"--prompts {path} cannot be read ({error.strerror or error}).") from None
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"--prompts should be at most {MAX_BYTES // 10**9} GB long: {path} is longer; split it.")
-    try:
-        text = content.decode("utf-8-sig")
-        wrong = content.find(b"\0")  # in UTF-16 without a mark, every second byte is zero
-    except UnicodeDecodeError as error:
-        wrong = error.start
-    if wrong >= 0:
-        raise _broken(path, content.count(b"\n", 0, wrong) + 1, "text in UTF-8")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _broken(path: Path, line: int, allowed: str, found: str = "") -> ValueError:

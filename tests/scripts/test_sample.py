@@ -304,7 +304,7 @@ def test_a_full_disk_stops_the_run(run, monkeypatch):
 
 BROKEN = {
     "p.md": (b"a house", "--prompts should be a .txt, .csv or .jsonl file, not p.md."),
-    "utf.txt": (b"a\n\xff\xfe", "--prompts should have text in UTF-8: utf.txt, line 2, does not."),
+    "utf.txt": (b"a\n\xff\xfe", "--prompts should be text in UTF-8: utf.txt, line 2, is not."),
     "empty.txt": (b"# none\n", "--prompts should have a prompt in each line: empty.txt has none."),
     "header.csv": (b"prompt,sead\na,1\n", "--prompts should have columns named prompt, uncond_prompt, sampler_name, "),
     "semicolons.csv": (b"prompt;seed\na;1\n", ", lora: semicolons.csv, line 1, has 'prompt;seed'."),
