@@ -194,9 +194,13 @@ def draw(
 
 def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, InpaintingInputs | None]:
     """The sampler of a checked request, its first latents (B, 4, H/8, W/8), and what inpainting keeps."""
-    if request.uncond_prompt and models.config.unet.guidance_width is not None:
-        warnings.warn("uncond_prompt has no effect on this model: its U-Net reads the guidance scale.", stacklevel=3)
     defaults, schedule = models.config.sampling, models.config.schedule
+    scale = defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
+    negative = any(request.uncond_prompt or ())  # not for "", nor for ["", ""]
+    if negative and models.config.unet.guidance_width is not None:
+        warnings.warn("uncond_prompt has no effect on this model: its U-Net reads the guidance scale.", stacklevel=3)
+    elif negative and request.do_cfg and scale == 1:
+        warnings.warn("uncond_prompt has no effect with a cfg_scale of 1, which is no guidance.", stacklevel=3)
     schedule = replace(schedule, timestep_spacing=request.timestep_spacing or schedule.timestep_spacing)
     generators = make_generators(request.seed, len(request.prompts))
     sampler = SAMPLERS[request.sampler_name or defaults.sampler](generators, schedule=schedule)

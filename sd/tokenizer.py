@@ -17,6 +17,7 @@ import html
 import json
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 
@@ -110,6 +111,22 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
     return merges
 
 
+def make_tables(
+    merges: list[tuple[str, str]],
+) -> tuple[list[tuple[str, str]], dict[tuple[str, str], int], list[str], dict[str, int]]:
+    """The merges, the place of each pair in them, the symbols in the order of their ids, and the id of each."""
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    word_ends = (symbol + WORD_END for symbol in SYMBOL_TO_BYTE)
+    symbols = [*SYMBOL_TO_BYTE, *word_ends, *map("".join, merges), START, END]
+    return merges, ranks, symbols, {symbol: token for token, symbol in enumerate(symbols)}
+
+
+@cache
+def clip_tables():
+    """`make_tables` of CLIP's own merges. They are read once, and all tokenizers share them."""
+    return make_tables(read_merges(DEFAULT_MERGES))
+
+
 def check_vocab(path: str | Path, vocab: dict[str, int]) -> None:
     """Raise ValueError unless the vocab.json at `path` equals `vocab`, FileNotFoundError if there is no file."""
     if not Path(path).is_file():
@@ -141,11 +158,9 @@ class Tokenizer:
         context_length: int = 77,
         pad_token_id: int | None = None,
     ):
-        self.merges = read_merges(DEFAULT_MERGES if merges_file is None else merges_file)  # best first
-        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}  # pair -> its place in `merges`
-        word_ends = (symbol + WORD_END for symbol in SYMBOL_TO_BYTE)
-        self.symbols = [*SYMBOL_TO_BYTE, *word_ends, *map("".join, self.merges), START, END]  # id -> symbol
-        self.vocab = {symbol: token for token, symbol in enumerate(self.symbols)}  # symbol -> id
+        # merges, best first; pair -> its place in them; id -> symbol; symbol -> id
+        tables = clip_tables() if merges_file is None else make_tables(read_merges(merges_file))
+        self.merges, self.ranks, self.symbols, self.vocab = tables
         if vocab_file is not None:
             check_vocab(vocab_file, self.vocab)
         self.start_token_id, self.end_token_id = self.vocab[START], self.vocab[END]

@@ -270,3 +270,14 @@ def test_a_scale_of_one_asks_the_unet_once(models):
     steps = list(pipeline.denoise(models, latents, context, sampler, cfg_scale=1))
     assert all(step.noise_uncond is None for step in steps)
     assert torch.equal(steps[-1].noise, steps[-1].noise_cond)
+
+
+def test_a_negative_prompt_without_guidance_is_noted(models):
+    with pytest.warns(UserWarning, match="^uncond_prompt has no effect with a cfg_scale of 1"):
+        pipeline.prepare(models, Request("a", "b", cfg_scale=1, **QUICK))
+    for request in (
+        Request("a", "b"),
+        Request(["a", "b"], ["", ""], cfg_scale=1),
+        Request("a", "b", do_cfg=False, cfg_scale=1),
+    ):
+        pipeline.prepare(models, request)  # warnings are errors here

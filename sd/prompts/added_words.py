@@ -31,7 +31,8 @@ class TokenizerWithWords(Tokenizer):
                 f"The id of {taken[0]!r:.80} should be {len(self):,} or more, not {self.added[taken[0]][0]}."
             )
         names = {token: "".join(spell(name)) for name, token in flat(self.added).items()}
-        self.symbols += [names.get(token, "") for token in range(len(self), max(names, default=0) + 1)]
+        added = [names.get(token, "") for token in range(len(self), max(names, default=0) + 1)]
+        self.symbols = self.symbols + added  # a new list: that of CLIP's symbols is shared
         self.continued = {token for ids in self.added.values() for token in ids[1:]}
         self.added_word = any_of(self.added)
 

@@ -3,6 +3,7 @@
 import copy
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def sound_models():
 
 @pytest.fixture
 def models(sound_models):
-    return copy.deepcopy(sound_models)
+    return replace(sound_models, **{name: copy.deepcopy(getattr(sound_models, name)) for name in NETWORKS})
 
 
 @pytest.fixture
