@@ -71,11 +71,15 @@ class OneProcess:
 
 
 class ManyRanks:
-    """Each rank computes the gradient of its `share`; DistributedDataParallel averages them (2006.15704)."""
+    """Each rank computes the gradient of its `share`; DistributedDataParallel averages them (2006.15704). Networks that
+    are sharded average their gradients themselves."""
 
-    def __init__(self, stage: Stage, device: torch.device, accumulate: int = 1):
+    def __init__(self, stage: Stage, device: torch.device, accumulate: int = 1, sharded: bool = False):
         self.stage, self.device, self.accumulate = stage, device, accumulate
-        self.module = DistributedDataParallel(StageLoss(stage), gradient_as_bucket_view=True)
+        self.module, self.alone = StageLoss(stage), nullcontext
+        if not sharded:
+            self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+            self.alone = self.module.no_sync
         # With it, the mean over ranks is the sum of their shares. A loss that gathers is whole on every rank.
         self.factor = ranks.count() if stage.divisible else 1
 
@@ -89,7 +93,7 @@ class ManyRanks:
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             # Only the last part waits for the other ranks: it then exchanges the sum.
-            with nullcontext() if last else self.module.no_sync():
+            with nullcontext() if last else self.alone():
                 with mixed_precision(self.device), plain_attention(self.device):
                     loss = self.module(*part) * self.factor * weight(self.stage, part)
                 loss.backward()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.files import whole_file
-from sd.training import ranks
+from sd.training import ranks, sharding
 from sd.training.gradients import ManyRanks, OneProcess
 from sd.training.muon import Muon
 
@@ -76,10 +76,13 @@ class Training:
         seed: int,
         record: dict | None = None,
         accumulate: int = 1,
+        sharded: bool = False,
     ):
         """Train for `steps`, or if that is None, for about this many `minutes`.
 
-        With `accumulate` n, a rank computes its share of a batch in n parts, one after the other, to save memory.
+        With `accumulate` n, a rank computes its share of a batch in n parts, one after the other, to save memory. With
+        `sharded`, each rank keeps only a part of the weights (sharding.py). `average` is then whole, but only on rank
+        0, and as it was when a state was last saved or loaded.
 
         If the folder `out` has a state of this stage, it is resumed, with the number of steps it started with. `record`
         describes the training data (record.py) and is saved in the state.
@@ -88,19 +91,26 @@ class Training:
         this, or if ranks differ in what they train.
         """
         check_division(stage, accumulate)
+        if sharded:
+            check_sharding(stage)
         self.stage, self.device, self.record = stage, device, record
         self.state_path = out / f"{stage.name}.state"
         self.minutes, self.total, self.step, self.loss = minutes, steps, 0, math.nan
         self.times: list[float] = []  # seconds of each step, until the number of steps is decided
         self.networks = stage.networks.to(device)
         self.average = copy.deepcopy(self.networks).requires_grad_(False)
+        self.shards = sharding.Shards(self.networks, device) if sharded else None
+        if sharded and ranks.rank() > 0:
+            self.average.to("meta")
         self.parameters = list(self.networks.parameters())
         self.optimizers = stage.optimizers() if hasattr(stage, "optimizers") else make_optimizers(self.networks)
         self.generator = torch.Generator().manual_seed(seed)
-        if self.state_path.exists():
+        if has_state(self.state_path):
             self._load()
         check_alike({"data": record, "configuration": stage.config, "step": self.step, "steps": self.total})
-        self.gradients = (ManyRanks if ranks.joins() else OneProcess)(stage, device, accumulate)
+        self.gradients = (
+            ManyRanks(stage, device, accumulate, sharded) if ranks.joins() else OneProcess(stage, device, accumulate)
+        )
 
     @property
     def done(self) -> bool:
@@ -134,7 +144,7 @@ class Training:
         self.loss = self.gradients([tensor.to(self.device) for tensor in self.stage.draw(self.generator)])
         if not math.isfinite(self.loss):
             raise TrainingError(f"The loss of stage {self.stage.name} is {self.loss} at step {self.step}.")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)).item()
         if not math.isfinite(norm):  # clipping divides every gradient by it: all weights would be lost
             raise TrainingError(f"The gradient of stage {self.stage.name} is {norm} at step {self.step}.")
         for optimizer in self.optimizers:
@@ -154,8 +164,12 @@ class Training:
         """The exponential moving average of the weights. Its decay is small at first, so that the average soon forgets
         the random initial weights."""
         decay = min(self.stage.ema, (1 + self.step) / (10 + self.step))
+        averaged = self.shards.average.values() if self.shards else self.average.parameters()
+        averaged, weights = (
+            [sharding.own_part(tensor) for tensor in tensors] for tensors in (averaged, self.parameters)
+        )
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
+            torch._foreach_lerp_(averaged, weights, 1 - decay)
 
     def _calibrate(self, elapsed: float) -> None:
         """Decide once how many steps fit into the given minutes: after `CALIBRATION` steps, or after half of the time.
@@ -170,21 +184,31 @@ class Training:
                 self.total = self.step + max(0, round(left * len(usual) / sum(usual)))
 
     def save(self) -> None:
-        """Write the state atomically, on rank 0. Raises OSError if it cannot be written."""
-        if ranks.rank() > 0:
-            return
+        """Write the state atomically. Raises OSError if it cannot be written."""
         state = {
             "config": self.stage.config,
             "record": self.record,
             "step": self.step,
             "total": self.total,
             "times": self.times,
-            "networks": self.networks.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "generator": self.generator.get_state(),
         }
-        save_atomically(state, self.state_path)
+        if self.shards:
+            self._save_shards(state)
+        elif ranks.rank() == 0:
+            state |= {"networks": self.networks.state_dict(), "average": self.average.state_dict()}
+            state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+            save_atomically(state, self.state_path)
+
+    def _save_shards(self, state: dict) -> None:
+        folder = self.state_path / str(self.step)
+        with ranks.rank_0_first():
+            if ranks.rank() == 0:
+                save_atomically(state, folder / sharding.LOOP)
+        self.shards.save(folder, self.optimizers)
+        if ranks.rank() == 0:
+            sharding.delete_others(folder)
+        self.shards.gather(self.average)
 
     def _load(self) -> None:
         state = load_state(self.state_path)
@@ -192,10 +216,19 @@ class Training:
             raise TrainingError(
                 f"{self.state_path} has another configuration: choose another --out, or delete that file."
             )
-        self.networks.load_state_dict(state["networks"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, values in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(values)
+        if self.state_path.is_dir() != bool(self.shards):
+            kind = "not sharded" if self.shards else "sharded"
+            raise TrainingError(
+                f"{self.state_path} is of a run that was {kind}: resume it alike, or choose another --out."
+            )
+        if self.shards:
+            self.shards.load(sharding.newest(self.state_path), self.optimizers)
+            self.shards.gather(self.average)
+        else:
+            self.networks.load_state_dict(state["networks"])
+            self.average.load_state_dict(state["average"])
+            for optimizer, values in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(values)
         self.generator.set_state(state["generator"])
         self.step, self.total, self.times = state["step"], state["total"], state.get("times", [])
 
@@ -213,6 +246,19 @@ def check_division(stage: Stage, accumulate: int) -> None:
         raise TrainingError(
             f"The batch of stage {stage.name} should have at least {parts} rows, one for each part of each rank, not "
             f"{stage.batch_size}."
+        )
+
+
+def check_sharding(stage: Stage) -> None:
+    """Raise TrainingError unless the weights of a stage can be divided among the ranks."""
+    if not ranks.joins():
+        raise TrainingError(
+            "Sharded training should be started by torchrun, also on one device (torchrun --nproc-per-node 1 SCRIPT)."
+        )
+    if not hasattr(stage, "optimizers"):
+        raise TrainingError(
+            f"Sharded training should use optimizers such as AdamW: stage {stage.name} uses Muon, which needs whole "
+            "matrices."
         )
 
 
@@ -251,11 +297,19 @@ def save_atomically(state: dict, path: Path) -> None:
         raise OSError(f"{path} cannot be written ({reason}); an earlier version of it is kept.") from error
 
 
+def has_state(path: Path) -> bool:
+    """Whether there is a state with this name, and complete if it is sharded."""
+    return path.exists() and (not path.is_dir() or sharding.newest(path) is not None)
+
+
 def load_state(path: Path, mapped: bool = False) -> dict:
-    """Read what `save_atomically` wrote. With `mapped`, tensors are read only when they are used.
+    """Read what `save_atomically` wrote. With `mapped`, tensors are read only when they are used. The networks of a
+    sharded state are not read.
 
     Raises TrainingError if the file does not exist or is damaged.
     """
+    if folder := sharding.newest(path):
+        path = folder / sharding.LOOP
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sd.models import Models
 from sd.training.data import fingerprint, read_captions
-from sd.training.loop import TrainingError, load_state
+from sd.training.loop import TrainingError, has_state, load_state
 from sd.training.world.scenes import WORLD
 
 STATES = ("vae", "text", "diffusion", "decoder", "lcm")
@@ -66,7 +66,7 @@ def check_folder(out: Path, record: dict) -> None:
     would overwrite a model that cannot be reproduced. Nothing in `out` is changed.
     """
     for path in (out / f"{name}.state" for name in STATES):
-        if not path.exists():
+        if not has_state(path):
             continue
         known = load_state(path, mapped=True).get("record")
         if known is None:
