@@ -82,7 +82,7 @@ def mean(value: float) -> float:
 
 
 def everyones(value: object) -> list:
-    """The values of all ranks, small ones, on all ranks."""
+    """The values of all ranks, on all ranks. They are pickled."""
     values = [value] * count()
     if count() > 1:
         distributed.all_gather_object(values, value)
