@@ -110,12 +110,27 @@ def gather(vectors: Tensor) -> Tensor:
     rows of rank 0 come first."""
     if count() == 1:
         return vectors
-    from torch.distributed.nn.functional import all_gather
-
     sizes = [torch.tensor(0) for _ in range(count())]
     distributed.all_gather(sizes, torch.tensor(len(vectors)))
-    padded = F.pad(vectors, (0, 0, 0, int(max(sizes)) - len(vectors)))  # shares may differ by one row
-    return torch.cat([rows[:size] for rows, size in zip(all_gather(padded), sizes)])
+    return Gather.apply(vectors, [int(size) for size in sizes])
+
+
+class Gather(torch.autograd.Function):
+    """What `gather` does. torch's own function for it is deprecated, and takes shares of one size only."""
+
+    @staticmethod
+    def forward(context, vectors: Tensor, sizes: list[int]) -> Tensor:
+        context.sizes = sizes
+        padded = F.pad(vectors, (0, 0, 0, max(sizes) - len(vectors)))  # shares may differ by one row
+        parts = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)  # each rank's loss depends on the vectors of all
+        return total.split(context.sizes)[rank()], None
 
 
 def check_shared(out: Path) -> None:

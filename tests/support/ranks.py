@@ -2,7 +2,6 @@
 
 import multiprocessing
 import socket
-import traceback
 
 import torch
 from torch import distributed
@@ -11,6 +10,7 @@ from sd.training import ranks
 
 CPU = torch.device("cpu")
 WAIT = 60  # seconds
+KILLED = "killed"
 
 
 def free_port():
@@ -19,8 +19,9 @@ def free_port():
         return free.getsockname()[1]
 
 
-def on_ranks(count, work, *arguments, wait=WAIT):
-    """What `work(*arguments)` returned on each rank, or the error that it raised there. Python's memory is copied."""
+def on_ranks(count, work, *arguments, wait=WAIT, meanwhile=lambda processes: None):
+    """What `work(*arguments)` returned on each rank, or the error that it raised there, or KILLED. The processes are
+    copies of this one. `meanwhile` is called while they run."""
     context, port = multiprocessing.get_context("fork"), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [
@@ -32,12 +33,13 @@ def on_ranks(count, work, *arguments, wait=WAIT):
         sends.close()
     results = []
     try:
+        meanwhile(processes)
         for receives, _ in pipes:
             assert receives.poll(3 * WAIT), "a rank hangs"
             try:
                 results.append(receives.recv())
             except EOFError:
-                results.append(None)  # killed
+                results.append(KILLED)
     finally:
         for process in processes:
             process.kill()
@@ -52,6 +54,5 @@ def _one(rank, count, port, wait, pipe, work, arguments):
         with ranks.joined(store, rank, count, CPU, wait):
             result = work(*arguments)
     except Exception as error:
-        traceback.print_exc()
         result = error
     pipe.send(result)
