@@ -190,7 +190,8 @@ def launched() -> bool:
 def connect(wait: float, say: Callable[[str], None]) -> Ranks:
     """The ranks that torchrun started, by its environment variables, or else this process alone.
 
-    Raises ConnectionError or ValueError, in one sentence, if there is no store where the variables say.
+    Raises ConnectionError or ValueError, in one sentence, if there is no store where the variables say, and
+    TimeoutError if a rank does not come.
     """
     if not launched():
         return Ranks(DictStore(), 0, 1, wait, say)
@@ -203,6 +204,8 @@ def connect(wait: float, say: Callable[[str], None]) -> Ranks:
     try:
         store, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=wait)))
     except (RuntimeError, ValueError) as error:  # a port that is taken, a host that does not answer, no variable
+        if "clients joined" in str(error):
+            raise TimeoutError(f"not all ranks came within {wait:g} s (--wait): see what stopped the others.") from None
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConnectionError(
             f"the store of torchrun at {where} cannot be reached ({_first_line(error)}): choose a free port with "

@@ -1,4 +1,4 @@
-"""Activation checkpointing: less memory for training, for a quarter to a third more time (1604.06174).
+"""Activation checkpointing: training takes less memory, and each block is computed twice (1604.06174).
 
 The backward pass of a layer uses what the layer computed on the way forward. Here a block keeps only its input, and
 computes the rest again when the backward pass reaches it. The gradients are the same.

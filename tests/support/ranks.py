@@ -2,7 +2,9 @@
 
 import multiprocessing
 import socket
+import sys
 
+import pytest
 import torch
 from torch import distributed
 
@@ -11,6 +13,8 @@ from sd.training import ranks
 CPU = torch.device("cpu")
 WAIT = 60  # seconds
 KILLED = "killed"
+
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
 
 
 def free_port():

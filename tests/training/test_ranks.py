@@ -11,8 +11,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from sd.checkpoints.files import read_checkpoint
 from sd.clip import CLIP
 from sd.diffusion import Diffusion
 from sd.tokenizer import Tokenizer
@@ -21,11 +23,14 @@ from sd.training.data import CaptionedImages
 from sd.training.diffusion import DiffusionStage
 from sd.training.distillation import ConsistencyStage
 from sd.training.loop import Training, TrainingError, load_state
+from sd.training.stages import TrainingRun
 from sd.training.text import TextStage, tokenise
 from sd.training.vae import VAEStage
-from tests.support.ranks import CPU, KILLED, on_ranks
+from tests.support.ranks import CPU, KILLED, needs_fork, on_ranks
 from tests.support.synthetic import FEW_LAYERS, random_models
 from tests.training.test_loop import Line
+
+pytestmark = needs_fork
 
 CLOSE = 1e-5
 LATENTS = torch.randn(9, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(9, 4, 8, 8)
@@ -96,10 +101,18 @@ class UNetStage:
         return (self.networks["diffusion"](latents, context, timesteps).float() - latents).square().mean()
 
 
+def losses_and_average(folder):
+    training, losses = Training(Line(), folder, CPU, 1.0, 20, seed=3), []
+    training.run(lambda progress: losses.append(progress.loss), 1e9, lambda: None)
+    return losses, training.average["line"].weight.numpy()
+
+
 def test_two_ranks_have_the_losses_of_one_process(tmp_path):
-    alone = train(tmp_path / "alone", Line)
-    for losses in on_ranks(2, train, tmp_path / "two", Line):
-        assert losses == pytest.approx(alone, rel=CLOSE)
+    alone, average = losses_and_average(tmp_path / "alone")
+    one, other = on_ranks(2, losses_and_average, tmp_path / "two")
+    assert one[0] == other[0] == pytest.approx(alone, rel=CLOSE)
+    assert np.array_equal(one[1], other[1])
+    np.testing.assert_allclose(one[1], average, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -269,3 +282,29 @@ def test_a_rank_that_is_late(tmp_path):
         r"another rank stopped, or did not come within 1 s \(--wait\): .*Run the same command again", str(error)
     )
     assert on_ranks(2, late, tmp_path, 1, wait=20) == [None, None]
+
+
+def train_all(out, folder=None):
+    """All stages, two steps each. Returns the path of the checkpoint, on rank 0."""
+    run = TrainingRun(out, folder, scenes=40, device="cpu", config=FEW_LAYERS)
+    for name in ("vae", "text", "diffusion", "decoder"):
+        run.train(name, minutes=1, steps=2)
+    return run.write_checkpoint() if ranks.rank() == 0 else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True])
+def test_all_stages_in_one_folder(tmp_path, own):
+    folder = tmp_path / "mine" if own else None
+    if folder:
+        folder.mkdir()
+        for number, image in enumerate(IMAGES.pixels):
+            Image.fromarray(image).save(folder / f"{number}.png")
+            (folder / f"{number}.txt").write_text(f"{number} houses")
+    one, two = train_all(tmp_path / "one", folder), on_ranks(2, train_all, tmp_path / "two", folder)
+    assert two == [tmp_path / "two/tiny.ckpt", None]
+    files = [sorted(path.name for path in (tmp_path / out).iterdir()) for out in ("one", "two")]
+    assert files[0] == files[1]
+    expected, state = (read_checkpoint(path).state for path in (one, two[0]))
+    for name in state:
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-2, atol=1e-2)
