@@ -15,8 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.support.command_line import Parser, exit_status
-from scripts.support.training import add_common_flags, check_common_flags
+from scripts.support.training import TrainingParser, add_common_flags, check_common_flags, run_training
 
 # Technique -> what `--help` says. Each is a module of scripts/training with `MINUTES`, its usual time, and functions
 # `add_flags(parser)` and `train(options)`, which returns the path of the file that it wrote.
@@ -24,7 +23,7 @@ TECHNIQUES: dict[str, str] = {}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("train.py", __doc__)
+    parser = TrainingParser("train.py", __doc__)
     techniques = parser.add_subparsers(dest="technique", required=True, metavar="TECHNIQUE")
     for name, help in TECHNIQUES.items():
         module = import_module(f"scripts.training.{name}")
@@ -38,19 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-
-    def work() -> None:
-        import logging
-
-        from tqdm.contrib.logging import logging_redirect_tqdm
-
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        with logging_redirect_tqdm():
-            print(options.train(options))
-
-    interrupted = "interrupted; run the same command again to resume from the last saved state."
-    return exit_status("train.py", work, interrupted)
+    return run_training("train.py", lambda: parse(arguments), lambda options: options.train(options))
 
 
 if __name__ == "__main__":

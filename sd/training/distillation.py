@@ -33,6 +33,8 @@ from sd.training.data import CaptionedImages, load_folder
 from sd.training.loop import Training, TrainingError, load_state, save_atomically
 from sd.training.losses import pseudo_huber_loss
 from sd.training.low_rank import low_rank_changes, wearing, write_low_rank
+from sd.training.ranks import rank_0_first
+from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import pick_captions, tokenise
@@ -154,18 +156,22 @@ class DistillationRun:
         device: str | None = None,
         seed: int = 0,
         save_every: float = 3,
+        accumulate: int = 1,
+        recompute: bool = False,
     ):
         """Train in the folder `out`. `start` is the teacher's checkpoint (default: the tiny model).
 
         It learns on the images in `folder`. Without a folder, the teacher draws one image for each of this number of
         `prompts` of the toy world. They may mention any combination, also those that the teacher never saw: how it
-        draws them is what the student learns. `save_every` is in minutes.
+        draws them is what the student learns. `save_every` is in minutes. `accumulate` and `recompute` save memory: see
+        `Training` and `recompute_activations`.
 
         Raises what `load_models` raises for `start`, ValueError if the teacher or the images cannot be used or if `out`
         is the folder of another run, OSError if `out` cannot be written.
         """
         start = start or TINY_CHECKPOINT
         self.out, self.seed, self.save_every = out, seed, save_every
+        self.accumulate, self.recompute = accumulate, recompute
         self.teacher = load_models(start, best_device(device), torch.float32, tuned=False)
         _check_teacher(self.teacher, start)
         self.record = make_record(prompts, folder, seed, start, self.teacher)
@@ -186,14 +192,17 @@ class DistillationRun:
         teacher = self.teacher
         if self.drawn:
             prompts = [captions[0] for captions in self.images.captions]
-            latents = drawn_by(teacher, prompts, self.seed, self.out / "drawn.state", self.record)
+            with rank_0_first():
+                latents = drawn_by(teacher, prompts, self.seed, self.out / "drawn.state", self.record)
             latents = latents, torch.zeros_like(latents)
         else:
-            latents = encode_all(teacher.encoder, self.images, teacher.device)
+            latents = encode_all(teacher.encoder, self.images, teacher.device, shared=True)
         torch.manual_seed(self.seed)
         tokens = tokenise(self.images, teacher.tokenizer)
         stage = ConsistencyStage(teacher, latents, tokens, teacher.config.sampling.cfg_scale)
-        training = Training(stage, self.out, teacher.device, minutes, steps, self.seed, self.record)
+        if self.recompute:
+            recompute_activations(stage.student)
+        training = Training(stage, self.out, teacher.device, minutes, steps, self.seed, self.record, self.accumulate)
         if training.done:
             log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
         train_with_bar(training, self.save_every, self._show)

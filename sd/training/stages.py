@@ -34,9 +34,11 @@ from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
 from sd.runtime.devices import best_device
 from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
+from sd.training import ranks
 from sd.training.data import CaptionedImages, load_folder, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Progress, Stage, Training, TrainingError, load_state, save_atomically
+from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
 from sd.training.text import CaptionEncoder, TextStage, retrieval, silence_unknown_tokens, tokenise
 from sd.training.vae import DecoderStage, VAEStage, encode_all, normalise_latents, psnr, reconstruct
@@ -60,16 +62,20 @@ class TrainingRun:
         save_every: float = 3,
         config: ModelConfig = TINY,
         start: Path | None = None,
+        accumulate: int = 1,
+        recompute: bool = False,
     ):
         """Train in the folder `out`, on the images in `folder` or, if that is None, on this number of `scenes`.
 
         `save_every` is in minutes. `start` is the checkpoint of a finished model: stage `diffusion` then trains its
-        U-Net further, and its text encoder and autoencoder are not changed.
+        U-Net further, and its text encoder and autoencoder are not changed. `accumulate` and `recompute` save memory:
+        see `Training` and `recompute_activations`.
 
         Raises FileNotFoundError or CheckpointError if `start` cannot be read, ValueError if the images cannot be used
         or if `out` is their folder or that of another run, OSError if `out` cannot be written.
         """
         self.out, self.seed, self.save_every = out, seed, save_every
+        self.accumulate, self.recompute = accumulate, recompute
         self.in_pairs = folder is None  # neighbouring scenes differ only in where their colours or things are
         self.device = best_device(device)
         self.start = start and load_models(start, "cpu", torch.float32, tuned=False)
@@ -100,7 +106,10 @@ class TrainingRun:
         """
         if self.start and name != "diffusion":
             raise TrainingError(f"With a start model, the stage should be diffusion, not {name}.")
-        training = Training(self._stage(name), self.out, self.device, minutes, steps, self.seed, self.record)
+        stage = self._stage(name)
+        if self.recompute:
+            recompute_activations(stage.networks)
+        training = Training(stage, self.out, self.device, minutes, steps, self.seed, self.record, self.accumulate)
         if training.done:
             log.info("Stage %s is finished, after %d steps.", name, training.step)
         show = {"text": self._show_text, "diffusion": self._show_diffusion}.get(name, self._show_vae)
@@ -179,8 +188,9 @@ class TrainingRun:
             known = load_state(path)
             if known["source"] == source and known.get("record") == self.record:
                 return known["means"], known["stds"]
-        means, stds = encode_all(self.vae[0].to(self.device), self.train_set, self.device)
-        save_atomically({"source": source, "record": self.record, "means": means, "stds": stds}, path)
+        means, stds = encode_all(self.vae[0].to(self.device), self.train_set, self.device, shared=True)
+        if ranks.rank() == 0:
+            save_atomically({"source": source, "record": self.record, "means": means, "stds": stds}, path)
         return means, stds
 
     def _show_vae(self, training: Training) -> str:
@@ -249,7 +259,8 @@ class TrainingRun:
 def train_with_bar(training: Training, save_every: float, show: Callable[[Training], str]) -> None:
     """Train until all steps are done, with a progress bar. Every `save_every` minutes the state is saved, and what
     `show` returns is logged. Raises what `Training.run` raises."""
-    with tqdm(total=training.total, initial=training.step, desc=training.stage.name, mininterval=1) as bar:
+    options = {"desc": training.stage.name, "mininterval": 1, "disable": ranks.rank() > 0}
+    with tqdm(total=training.total, initial=training.step, **options) as bar:
 
         def report(progress: Progress) -> None:
             bar.total = progress.total
