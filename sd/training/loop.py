@@ -90,7 +90,7 @@ class Training:
         self.networks = stage.networks.to(device)
         self.average = copy.deepcopy(self.networks).requires_grad_(False)
         self.parameters = list(self.networks.parameters())
-        self.optimizers = make_optimizers(self.networks)
+        self.optimizers = stage.optimizers() if hasattr(stage, "optimizers") else make_optimizers(self.networks)
         self.generator = torch.Generator().manual_seed(seed)
         # On a CPU with two cores, two threads with half a batch each are faster than one thread whose operations use
         # both cores: operations on small tensors are too short to be split.

@@ -110,6 +110,20 @@ def diffusion_loss(
     return error.mean()
 
 
+def offset_noise(noise: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
+    """e + s o: the same random number o ~ N(0, 1) is added to a whole channel of an image (N. Guttenberg, "Diffusion
+    with Offset Noise", CrossLabs 2023: https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+
+    noise e (B, 4, h, w), strength s from 0 on -> (B, 4, h, w).
+
+    At the last timestep, x_t still shows the mean of each channel of x_0: a mean over many pixels has hardly any noise.
+    A model learns to keep this mean. So it cannot draw very dark or very bright images from noise, whose mean is near
+    0. The offset hides the mean. With s = 0, the noise is unchanged.
+    """
+    offset = torch.randn((*noise.shape[:2], 1, 1), generator=generator)  # (B, 4, 1, 1)
+    return noise + strength * offset
+
+
 def pseudo_huber_loss(predicted: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
     """The mean of sqrt(d^2 + c^2) - c over all differences d (2310.14189, section 3.3, with one d for
     each number).
