@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -135,8 +136,8 @@ class FineTuningStage:
         self.networks = nn.ModuleDict({"diffusion": models.diffusion.requires_grad_(True)})
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW (1711.05101) for all weights: other than Muon, it treats each number alone, so that it can be sharded
-        and kept in 8 bits (2110.02861). Raises ImportError if bitsandbytes is needed and missing."""
+        """AdamW (1711.05101) for all weights. Unlike Muon, it treats each number alone: it can be sharded, or kept in
+        8 bits (2110.02861). Raises ImportError if bitsandbytes is needed and missing."""
         kind = eight_bit_adamw() if self.settings.optimizer == "adamw8bit" else torch.optim.AdamW
         return [kind(self.networks.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.01)]
 
@@ -242,7 +243,6 @@ class FineTuningRun:
         OutOfMemory, OSError if its files cannot be written."""
         with _advice():
             stage = FineTuningStage(self.models, self._pictures(), self.settings)
-            torch.manual_seed(self.seed)
             training = Training(stage, self.out, self.models.device, minutes, steps, self.seed, self.record)
             if training.done:
                 log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
@@ -313,7 +313,9 @@ def _draw(models: Models, prompt: str, seed: int) -> np.ndarray:
     settings, generators = models.config.sampling, make_generators(seed, 1)
     sampler = SAMPLERS[settings.sampler](generators, schedule=models.config.schedule)
     sampler.set_inference_timesteps(settings.steps)
-    context = encode_prompt(models, [prompt], plain=True)  # a bracket in a caption is not a weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `tokenise` has already logged how many captions are truncated
+        context = encode_prompt(models, [prompt], plain=True)  # a bracket in a caption is not a weight
     latents = get_latents(models, 1, seed=generators)
     for step in denoise(models, latents, context, sampler):
         latents = step.latents
