@@ -27,7 +27,7 @@ from sd.checkpoints.self_description import V_PREDICTION, ZERO_SNR
 from sd.config import PREDICTION_TYPES, ModelConfig, ScheduleConfig
 from sd.model_converter import to_compvis
 from sd.model_loader import TINY_CHECKPOINT, load_models
-from sd.models import Models, empty_networks
+from sd.models import Models
 from sd.noise import make_betas, make_generators
 from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
 from sd.runtime.devices import best_device
@@ -247,6 +247,7 @@ class FineTuningRun:
             if training.done:
                 log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
             train_with_bar(training, self.save_every, self._show)
+        self.trained = training.average["diffusion"]
 
     def _pictures(self) -> list[Latents]:
         """The encoded pictures of each bucket, saved for the next time. Mirrored ones are further pictures."""
@@ -290,16 +291,12 @@ class FineTuningRun:
         return f"full, step {training.step}: see {self.out / 'full.png'}"
 
     def write_checkpoint(self) -> Path:
-        """Write the model with the average of the trained weights to `path`, in float16. Returns the path.
+        """Write the model with the average of the weights that `train` trained to `path`, in float16. Returns the path.
 
         The file has the layout of the published Stable Diffusion checkpoints, and marks that tell other programs what
         the U-Net predicts (`sd.checkpoints.self_description`).
         """
-        average = load_state(self._state, mapped=True)["average"]
-        unet = empty_networks(self.models.config)["diffusion"]
-        weights = {key.removeprefix("diffusion."): tensor for key, tensor in average.items()}
-        unet.load_state_dict(weights, assign=True)
-        tensors = to_compvis(replace(self.models, diffusion=unet))
+        tensors = to_compvis(replace(self.models, diffusion=self.trained))
         state = {key: t.half() if t.is_floating_point() else t for key, t in tensors.items()}
         schedule = self.models.config.schedule
         marks = {V_PREDICTION: schedule.prediction_type == "v_prediction", ZERO_SNR: schedule.rescale_betas_zero_snr}
