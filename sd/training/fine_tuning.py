@@ -130,7 +130,6 @@ class FineTuningStage:
         self.config = {"channels": list(unet.channels), "heads": unet.heads, "groups": unet.groups} | asdict(settings)
         self.models, self.pictures, self.settings = models, pictures, settings
         self.learning_rate, self.batch_size, self.ema = settings.learning_rate, settings.batch_size, settings.ema
-        self.sizes = torch.tensor([float(len(bucket)) for bucket in pictures])
         self.empty = models.tokenizer([""])  # (1, 77)
         self.alphas_cumprod = torch.cumprod(1 - make_betas(models.config.schedule), 0).to(models.device)
         self.networks = nn.ModuleDict({"diffusion": models.diffusion.requires_grad_(True)})
@@ -146,7 +145,8 @@ class FineTuningStage:
 
         All are of one bucket. It is chosen as often as it has pictures, so that all pictures are equally likely.
         """
-        bucket = self.pictures[torch.multinomial(self.sizes, 1, generator=generator).item()]
+        sizes = torch.tensor([float(len(bucket)) for bucket in self.pictures])
+        bucket = self.pictures[torch.multinomial(sizes, 1, generator=generator).item()]
         latents, tokens = bucket.draw(self.batch_size, generator)
         tokens = drop_captions(tokens, self.empty, DROPPED, generator)
         total = self.models.config.schedule.num_training_steps
