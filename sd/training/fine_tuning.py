@@ -285,7 +285,7 @@ class FineTuningRun:
         prompts = [max(captions, key=len) for captions in list(self.captions.values())[:SHOWN]]
         with mixed_precision(models.device):
             images = [_draw(models, prompt, seed) for seed, prompt in enumerate(prompts)]
-        write_grid(self.out / "full.png", np.concatenate(images))
+        write_grid(self.out / "full.png", np.concatenate(images), columns=SHOWN)
         lines = "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)
         (self.out / "full.txt").write_text(lines, encoding="utf-8")
         return f"full, step {training.step}: see {self.out / 'full.png'}"
