@@ -1,5 +1,5 @@
 """The training losses: `vae_loss`, `contrastive_loss` for the text encoder, `diffusion_loss` and `pseudo_huber_loss`
-for the U-Net.
+for the U-Net. `drop_captions` and `offset_noise` change what the U-Net's loss gets.
 
 In: what a network predicted, and what it should have predicted. Out: one number to minimise.
 """
