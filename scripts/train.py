@@ -19,7 +19,9 @@ from scripts.support.training import TrainingParser, add_common_flags, check_com
 
 # Technique -> what `--help` says. Each is a module of scripts/training with `MINUTES`, its usual time, and functions
 # `add_flags(parser)` and `train(options)`, which returns the path of the file that it wrote.
-TECHNIQUES: dict[str, str] = {}
+TECHNIQUES: dict[str, str] = {
+    "full": "train all weights of the U-Net on your own pictures",
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
