@@ -10,13 +10,19 @@ from sd.training.data import fingerprint, read_captions
 from sd.training.loop import TrainingError, load_state
 from sd.training.world.scenes import WORLD
 
-STATES = ("vae", "text", "diffusion", "decoder", "lcm")
+STATES = ("vae", "text", "diffusion", "decoder", "lcm", "lora", "inversion")
 
 
 def make_record(
-    scenes: int, folder: Path | None = None, seed: int = 0, start: Path | None = None, models: Models | None = None
+    scenes: int,
+    folder: Path | None = None,
+    seed: int = 0,
+    start: Path | None = None,
+    models: Models | None = None,
+    captions: dict[str, list[str]] | None = None,
 ) -> dict:
-    """Describe a run that trains on `folder`, or if that is None, on this number of `scenes`.
+    """Describe a run that trains on `folder`, or if that is None, on this number of `scenes`. `captions` are those of
+    the folder, if they are not what `read_captions` gives.
 
     `models` are loaded from the checkpoint `start`. The record has three entries: "about", a description for people;
     "pictures", the number of images; "sha256", the fingerprint. The fingerprint does not depend on the names of
@@ -24,7 +30,7 @@ def make_record(
     """
     parts = [f"seed {seed}"]
     if folder:
-        captions = read_captions(folder)
+        captions = captions or read_captions(folder)
         count, about = len(captions), f"the {len(captions):,} pictures of {folder}"
         parts.append(fingerprint(folder, captions))
     else:
