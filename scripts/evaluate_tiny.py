@@ -38,7 +38,7 @@ TEST_SCENES, TEST_SEED = 500, 20_000_000  # renders to measure the VAE with; no 
 JUDGE_FILE = Path(__file__).resolve().parent.parent / "tests" / "support" / "judge.safetensors"
 KINDS = ("full", "short", "two", "twice", "relation", "none")
 NEWCOMERS = ("windmill", "rocket")  # kinds of prompts for one thing that is not in the toy world
-NEWCOMER_PICTURES, NEWCOMER_STEPS = 10000, 1000  # to train the judge further
+NEWCOMER_PICTURES, NEWCOMER_STEPS = 6000, 300  # to train the judge further
 FOLDER = "runs/evaluation"
 
 # Parameters of `generate` -> the flags for them here.
@@ -151,7 +151,9 @@ def evaluate(options: argparse.Namespace) -> None:
         name = f"{kind}, {'held out' if held_out else 'seen'}"
         if len(options.samplers) * len(options.cfg_scales) > 1:
             name = f"{sampler}, scale {cfg_scale:g}: {name}"
-        rows[name] = evaluation.shares([evaluation.marks(*pair) for pair in zip(prompts, judges.get(kind, judge).look(images))])
+        rows[name] = evaluation.shares(
+            [evaluation.marks(*pair) for pair in zip(prompts, judges.get(kind, judge).look(images))]
+        )
         if encoders and kind == "full":
             second[name] = evaluation.second_opinion(encoders, models.tokenizer, images, texts)
 

@@ -23,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     help = "what kind of thing it is: the vectors of the new word begin as those of this one"
     add("--class", dest="kind", metavar="WORD", help=help)
     add("--vectors", type=int, metavar="N", help="vectors of the word, 1 to 4 are usual (4)")
-    help = "the learning rate at its highest (tiny model: 2e-2, others: 5e-3)"
+    help = "the learning rate at its highest (tiny model: 4e-3, others: 1e-3)"
     add("--learning-rate", type=float, metavar="X", help=help)
 
 

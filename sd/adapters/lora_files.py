@@ -116,9 +116,7 @@ def check_loras(loras: Iterable[Given], config: ModelConfig) -> None:
         read_loras(loras, config, empty_networks(config))
 
 
-def read_lora(
-    path: Path, names: dict[str, Layer], config: ModelConfig
-) -> tuple[dict[Layer, Parts], list[Embedding]]:
+def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> tuple[dict[Layer, Parts], list[Embedding]]:
     """The tensors of a LoRA file, by layer and by part, which are views of the mapped file; and its bundled words.
 
     Raises CheckpointError, in one sentence, if the file is something else, does not fit the model, or has NaN; and what

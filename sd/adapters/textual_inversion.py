@@ -76,7 +76,9 @@ def with_embeddings(models: Models, embeddings: Iterable[GivenEmbedding]) -> Mod
 def without_words(models: Models, words: Collection[str]) -> Models:
     """Models without some of their added words: the inverse of `with_embeddings`."""
     left = {word: ids for word, ids in models.tokenizer.added.items() if word not in words}
-    gone = {row for word in words for row in models.tokenizer.added[word]} - {row for ids in left.values() for row in ids}
+    gone = {row for word in words for row in models.tokenizer.added[word]} - {
+        row for ids in left.values() for row in ids
+    }
     table = models.clip.token_embedding.weight  # (vocabulary, width)
     kept = [row for row in range(len(table)) if row not in gone]
     place = {row: i for i, row in enumerate(kept)}

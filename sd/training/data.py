@@ -110,9 +110,7 @@ def _reserve(file: BinaryIO, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, file.tell() + size)
 
 
-def load_folder(
-    folder: Path, cache: Path, size: int, captions: dict[str, list[str]] | None = None
-) -> CaptionedImages:
+def load_folder(folder: Path, cache: Path, size: int, captions: dict[str, list[str]] | None = None) -> CaptionedImages:
     """Load your own images, cropped to a centred square and resized to (size, size), with their captions: those that
     `read_captions` gives, or `captions`.
 

@@ -132,7 +132,9 @@ def newcomer_prompts(kind: str, count: int, held_out: bool, seed: int = 0) -> li
     rng = random.Random(f"prompts {kind} {seed} {held_out}")
     prompts: list[Prompt] = []
     while len(prompts) < count:
-        scene = Scene(**{name: rng.choice(values) for name, values in ATTRIBUTES.items() if name != "thing"}, thing=kind)
+        scene = Scene(
+            **{name: rng.choice(values) for name, values in ATTRIBUTES.items() if name != "thing"}, thing=kind
+        )
         if is_pictured(scene) != held_out:
             mention = frozenset(ATTRIBUTES)
             prompts.append(Prompt(caption(scene, rng, mention), scene, mention))

@@ -12,6 +12,7 @@ read as well. How they are used: `sd.adapters.textual_inversion`.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from sd.runtime.devices import best_device
 from sd.runtime.out_of_memory import OutOfMemory, explain_out_of_memory
 from sd.tokenizer import clean
 from sd.training.captions import DataError, read_captions
-from sd.training.data import CaptionedImages, load_folder
+from sd.training.data import load_folder
 from sd.training.evaluation import draw_prompts
 from sd.training.latents import Latents, spread_timesteps
 from sd.training.loop import Training, TrainingError, load_state
@@ -47,23 +48,33 @@ from sd.training.vae import encode_all
 log = logging.getLogger(__name__)
 
 MOST_VECTORS = 16
+FASTER = 5
 FEW_PICTURES = 4
 PLACES = ("", " in the snow", " by the sea", " at night")  # where samples show the new thing
 
 
 class NewWord(nn.Module):
-    """The rows v* of a new word, (n, width). Its tokens are `first`, `first` + 1, ..., the ids after the table's."""
+    """The rows v* of a new word, (n, width). Its tokens are `first`, `first` + 1, ..., the ids after the table's.
+
+    The rows learn FASTER times as fast as a network at the same learning rate: they have a longer way to go.
+    """
 
     def __init__(self, start: Tensor, first: int):
         super().__init__()
         self.first = first
-        self.embedding = nn.Parameter(start.detach().float().clone())
+        self.register_buffer("start", start.detach().float().clone())
+        self.embedding_change = nn.Parameter(torch.zeros_like(self.start))
+
+    @property
+    def rows(self) -> Tensor:
+        """v*, float32 (n, width)."""
+        return self.start + FASTER * self.embedding_change
 
     def context(self, clip: CLIP, tokens: Tensor) -> Tensor:
         """tokens (B, 77), which may have the new ones -> the context (B, 77, width). Gradients reach the rows."""
         is_new = tokens >= self.first  # (B, 77)
         known = clip.token_embedding(tokens.masked_fill(is_new, 0))  # (B, 77, width)
-        new = self.embedding[(tokens - self.first).clamp(min=0)].to(known.dtype)  # (B, 77, width)
+        new = self.rows[(tokens - self.first).clamp(min=0)].to(known.dtype)  # (B, 77, width)
         rows = torch.where(is_new[..., None], new, known)
         return clip.encode(rows + clip.position_embedding.weight[: tokens.shape[1]])
 
@@ -75,13 +86,13 @@ class InversionStage:
     divisible = True
     ema = 0.98
 
-    def __init__(self, models: Models, word: NewWord | None, pictures: Latents, settings: NewThing):
-        """models: those without the word; pictures: with the tokens of the word in their captions; settings: without
-        None."""
+    def __init__(self, models: Models, networks: nn.ModuleDict, pictures: Latents, settings: NewThing):
+        """models: those without the word; networks: the `NewWord` under "word"; pictures: with the tokens of the word
+        in their captions; settings: without None."""
         self.config = settings.of(self.name)
         self.models, self.pictures = models, pictures
         self.learning_rate, self.batch_size = settings.learning_rate, settings.batch_size
-        self.networks = nn.ModuleDict({} if word is None else {"word": word})
+        self.networks = networks
         self.unet = models.diffusion
         self.alphas_cumprod = torch.cumprod(1 - make_betas(models.config.schedule), 0).to(models.device)
 
@@ -103,7 +114,13 @@ class InversionStage:
         else:
             with torch.no_grad():
                 context = clip(tokens)
-        return diffusion_loss(self.unet, latents, context, timesteps, noise, self.alphas_cumprod, predicts, min_snr=5.0)
+        return diffusion_loss(
+            self._predict, latents, context, timesteps, noise, self.alphas_cumprod, predicts, min_snr=5.0
+        )
+
+    def _predict(self, noisy: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
+        """The U-Net's output. It may be in bfloat16, and then so should its input."""
+        return self.unet(noisy.to(context.dtype), context, timesteps)
 
 
 @dataclass(frozen=True)
@@ -114,20 +131,22 @@ class NewThing:
     kind: str | None = None  # what kind of thing it is, a word that the model knows: the class of 2208.12242
     vectors: int | None = None  # the rows of the word; 0: the word has the tokens that the tokenizer gives it
     rank: int = 8  # of the LoRA
-    prior: float = 0.25  # the share of each batch that shows other things, drawn by the model
+    prior: float = 0.3  # the share of each batch that shows other things, drawn by the model
     learning_rate: float | None = None
     batch_size: int | None = None
 
     def suited_to(self, config: ModelConfig, stage: str) -> NewThing:
         """The same settings without None, for stage `inversion` or `lora`, and with the word as prompts have it."""
         small = config.image_size < 256  # in such a model, most words have no meaning
-        vectors, rate = (2 if small else 0, 2e-3 if small else 5e-4) if stage == "lora" else (4, 2e-2 if small else 5e-3)
+        vectors, rate = (
+            (2 if small else 0, 3e-3 if small else 5e-4) if stage == "lora" else (4, 4e-3 if small else 1e-3)
+        )
         return replace(
             self,
             word=clean(self.word),
             kind=self.kind and clean(self.kind),
             vectors=vectors if self.vectors is None else self.vectors,
-            learning_rate=self.learning_rate or rate,
+            learning_rate=rate if self.learning_rate is None else self.learning_rate,
             batch_size=self.batch_size or (16 if small else 4),
         )
 
@@ -169,13 +188,14 @@ class InversionRun:
         _check_word(settings.word)
         self.captions = read_captions(pictures, usual=f"a {settings.word}")
         _check_captions(pictures, self.captions, settings.word)
-        device = best_device(device)
-        dtype = product_dtype(device) if device.type == "cuda" else torch.float32  # what is trained is float32
-        self.models = load_models(start, device, dtype, tuned=False)
+        self.models = load_models(start, best_device(device), torch.float32, tuned=False)
         self.settings = settings.suited_to(self.models.config, self.name)
         self._check(start)
         self.rows = self._first_rows()
         self.record = make_record(0, pictures, seed, start, self.models, self.captions)
+        if self.models.device.type == "cuda":  # what is not trained needs no float32, and has most of the numbers
+            for network in (self.models.clip, self.models.diffusion):
+                network.to(product_dtype(self.models.device))
         self._check_settings()
         make_folder(out, pictures, self.record)
         self.images = load_folder(pictures, out, self.models.config.image_size, self.captions)
@@ -195,6 +215,8 @@ class InversionRun:
         if not self.least_vectors <= settings.vectors <= MOST_VECTORS:
             allowed = f"{self.least_vectors} to {MOST_VECTORS}"
             raise TrainingError(f"--vectors should be {allowed}, not {settings.vectors}.")
+        if not 0 < settings.learning_rate < math.inf:  # false for NaN too
+            raise TrainingError(f"--learning-rate should be a number above 0, not {settings.learning_rate:g}.")
         tokenizer, table = self.models.tokenizer, self.models.clip.token_embedding.weight
         tokens = tokenizer.encode(settings.word)
         known = bool(table[tokens].any(dim=1).all())
@@ -247,10 +269,7 @@ class InversionRun:
             train_with_bar(training, self.save_every, self._show)
 
     def _stage(self) -> InversionStage:
-        return InversionStage(self.models, self._word(), self._pictures(), self.settings)
-
-    def _word(self) -> NewWord | None:
-        return NewWord(self.rows, len(self.models.clip.token_embedding.weight)) if len(self.rows) else None
+        return InversionStage(self.models, self._networks(), self._pictures(), self.settings)
 
     def _pictures(self) -> Latents:
         tokens = tokenise(self.images, self._with_word(self.rows).tokenizer)
@@ -264,7 +283,7 @@ class InversionRun:
 
     def _trained(self, average: nn.ModuleDict) -> Models:
         """The models with what was trained."""
-        return self._with_word(average["word"].embedding if "word" in average else self.rows)
+        return self._with_word(average["word"].rows if "word" in average else self.rows)
 
     def _show(self, training: Training) -> str:
         """Write a grid of images: rows with captions of the pictures, with the new thing in other places, and with
@@ -278,14 +297,21 @@ class InversionRun:
         write_grid(path, images, len(PLACES))
         return f"{self.name}, step {training.step}: see {path}"
 
-    def _average(self) -> dict[str, Tensor]:
-        return load_state(self.out / f"{self.name}.state")["average"]
-
     def write(self) -> Path:
         """Write the rows as diffusers and web UIs read them, {"<word>": (n, width)}, in float16. Returns the path."""
-        rows = self._average()["word.embedding"]
-        write_checkpoint(self.path, {f"<{self.settings.word}>": rows.half()})
+        write_checkpoint(self.path, {f"<{self.settings.word}>": self._average()["word"].rows.detach().half()})
         return self.path
+
+    def _average(self) -> nn.ModuleDict:
+        """The average of what was trained, from the run's state."""
+        networks = self._networks()
+        networks.load_state_dict(load_state(self.out / f"{self.name}.state")["average"])
+        return networks
+
+    def _networks(self) -> nn.ModuleDict:
+        """What is trained, as it begins."""
+        word = NewWord(self.rows, len(self.models.clip.token_embedding.weight))
+        return nn.ModuleDict({"word": word} if len(self.rows) else {})
 
 
 def _check_word(word: str) -> None:

@@ -26,7 +26,7 @@ from sd.config import TINY
 from sd.models import Models
 from sd.training.data import CaptionedImages
 from sd.training.distillation import drawn_by
-from sd.training.inversion import InversionRun, InversionStage, NewThing, NewWord
+from sd.training.inversion import InversionRun, InversionStage, NewThing
 from sd.training.latents import Latents
 from sd.training.loop import TrainingError
 from sd.training.losses import drop_captions
@@ -45,15 +45,14 @@ class LoRAStage(InversionStage):
     name = "lora"
 
     def __init__(
-        self, models: Models, word: NewWord | None, pictures: Latents, prior: Latents | None, settings: NewThing
+        self, models: Models, networks: nn.ModuleDict, pictures: Latents, prior: Latents | None, settings: NewThing
     ):
-        """prior: what the model drew before, `settings.prior` of each batch: lambda is prior / (1 - prior)."""
-        super().__init__(models, word, pictures, settings)
+        """networks: the changes of the U-Net under "lora", and the `NewWord` under "word", if it has rows; prior: what
+        the model drew before, `settings.prior` of each batch: lambda is prior / (1 - prior)."""
+        super().__init__(models, networks, pictures, settings)
         self.prior, self.drawn = prior, drawn_rows(settings)
         self.empty = models.tokenizer([""])  # (1, 77)
-        changes = low_rank_changes(models.diffusion, settings.rank)
-        self.networks["lora"] = changes
-        self.unet = wearing(models.diffusion, changes)
+        self.unet = wearing(models.diffusion, networks["lora"])
 
     def _latents(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows of the pictures, then those that the model drew."""
@@ -79,7 +78,9 @@ class LoRARun(InversionRun):
     def _check(self, start: Path) -> None:
         super()._check(start)
         settings = self.settings
-        layers = [module.weight for module in self.models.diffusion.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        layers = [
+            module.weight for module in self.models.diffusion.modules() if isinstance(module, nn.Linear | nn.Conv2d)
+        ]
         most = max(min(weight.flatten(1).shape) for weight in layers)
         if not 1 <= settings.rank <= most:
             raise TrainingError(f"--rank should be 1 to {most}, the highest of a layer, not {settings.rank}.")
@@ -93,8 +94,13 @@ class LoRARun(InversionRun):
     def _stage(self) -> LoRAStage:
         prior = self._prior() if drawn_rows(self.settings) else None
         pictures = self._pictures()
+        return LoRAStage(self.models, self._networks(), pictures, prior, self.settings)
+
+    def _networks(self) -> nn.ModuleDict:
+        networks = super()._networks()
         torch.manual_seed(self.seed)
-        return LoRAStage(self.models, self._word(), pictures, prior, self.settings)
+        networks["lora"] = low_rank_changes(self.models.diffusion, self.settings.rank)
+        return networks
 
     def _prior(self) -> Latents:
         """What the model draws for prompts of other things."""
@@ -112,12 +118,9 @@ class LoRARun(InversionRun):
         """Write the LoRA with kohya's names, in float16, and the rows of the word as the AUTOMATIC1111 web UI bundles
         them, "bundle_emb.WORD.string_to_param.*" (n, width). Returns the path."""
         average = self._average()
-        changes = low_rank_changes(self.models.diffusion, self.settings.rank)
-        parts = {key.removeprefix("lora."): part for key, part in average.items() if key.startswith("lora.")}
-        changes.load_state_dict(parts)
-        state = low_rank_state(changes, self.models)
-        if "word.embedding" in average:
-            state[f"bundle_emb.{self.settings.word}.string_to_param.*"] = average["word.embedding"].half()
+        state = low_rank_state(average["lora"], self.models)
+        if "word" in average:
+            state[f"bundle_emb.{self.settings.word}.string_to_param.*"] = average["word"].rows.detach().half()
         write_checkpoint(self.path, state)
         return self.path
 
@@ -127,10 +130,11 @@ def prior_prompts(models: Models, kind: str | None) -> list[str]:
     else, in the words of its captions."""
     if not _draws_the_toy_world(models):
         return [f"a {kind}"] * KIND_PROMPTS
-    scenes = (scene_and_captions(seed, 1, held_out=None) for seed in range(4000))
-    captions = [captions[0] for scene, captions in scenes if not scene.second]
-    of_kind = [caption for caption in captions if kind and kind in caption.split()]
-    others = [caption for caption in captions if caption not in of_kind]
+    of_kind, others = [], []
+    for scene, [caption] in (scene_and_captions(seed, 1, held_out=None) for seed in range(4000)):
+        if not scene.second:  # the model in data/ draws one thing
+            shows_it = scene.things and kind in caption.split()  # not "no house, only mountains"
+            (of_kind if shows_it else others).append(caption)
     return of_kind[:OF_KIND] + others[:WORLD_PROMPTS]
 
 

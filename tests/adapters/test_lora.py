@@ -258,7 +258,10 @@ def test_compiled_networks_are_compiled_again(base, file):
 @pytest.fixture(scope="module")
 def worded(tmp_path_factory):
     """A model with CLIP's whole vocabulary, to which words can be added."""
-    path, config = tmp_path_factory.mktemp("worded") / "nano.safetensors", replace(NANO, text=replace(NANO.text, vocab_size=49408))
+    path, config = (
+        tmp_path_factory.mktemp("worded") / "nano.safetensors",
+        replace(NANO, text=replace(NANO.text, vocab_size=49408)),
+    )
     write_checkpoint(path, random_state(config), config.to_dict())
     return path
 
