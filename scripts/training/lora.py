@@ -26,8 +26,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, default=8, metavar="R", help=help)
     help = "vectors of the word that are learned together with the LoRA (tiny model: 2, others: 0)"
     add("--vectors", type=int, metavar="N", help=help)
-    help = "the share of each batch that the model draws itself, of other things (0.3)"
-    add("--prior", type=float, default=0.3, metavar="SHARE", help=help)
+    help = "the share of each batch that the model draws itself, of other things (0.33)"
+    add("--prior", type=float, default=0.33, metavar="SHARE", help=help)
     help = "the learning rate at its highest (tiny model: 3e-3, others: 5e-4)"
     add("--learning-rate", type=float, metavar="X", help=help)
 

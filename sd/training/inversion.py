@@ -49,6 +49,14 @@ log = logging.getLogger(__name__)
 
 MOST_VECTORS = 16
 FASTER = 5
+LARGE = 256  # pixels, from which on a model is not one like the tiny one
+# Vectors and learning rate. In a small model, most words have no meaning, and so a LoRA needs vectors, too.
+SUITED = {
+    ("lora", "small"): (2, 3e-3),
+    ("lora", "large"): (0, 5e-4),
+    ("inversion", "small"): (4, 4e-3),
+    ("inversion", "large"): (4, 1e-3),
+}
 FEW_PICTURES = 4
 PLACES = ("", " in the snow", " by the sea", " at night")  # where samples show the new thing
 
@@ -131,23 +139,21 @@ class NewThing:
     kind: str | None = None  # what kind of thing it is, a word that the model knows: the class of 2208.12242
     vectors: int | None = None  # the rows of the word; 0: the word has the tokens that the tokenizer gives it
     rank: int = 8  # of the LoRA
-    prior: float = 0.3  # the share of each batch that shows other things, drawn by the model
+    prior: float = 0.33  # the share of each batch that shows other things, drawn by the model
     learning_rate: float | None = None
     batch_size: int | None = None
 
     def suited_to(self, config: ModelConfig, stage: str) -> NewThing:
         """The same settings without None, for stage `inversion` or `lora`, and with the word as prompts have it."""
-        small = config.image_size < 256  # in such a model, most words have no meaning
-        vectors, rate = (
-            (2 if small else 0, 3e-3 if small else 5e-4) if stage == "lora" else (4, 4e-3 if small else 1e-3)
-        )
+        small = config.image_size < LARGE
+        vectors, rate = SUITED[stage, "small" if small else "large"]
         return replace(
             self,
             word=clean(self.word),
             kind=self.kind and clean(self.kind),
             vectors=vectors if self.vectors is None else self.vectors,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
-            batch_size=self.batch_size or (16 if small else 4),
+            batch_size=self.batch_size or (12 if small else 4),
         )
 
     def of(self, stage: str) -> dict:
@@ -197,6 +203,7 @@ class InversionRun:
             for network in (self.models.clip, self.models.diffusion):
                 network.to(product_dtype(self.models.device))
         self._check_settings()
+        self.tokenizer = self._with_word(self.rows).tokenizer
         make_folder(out, pictures, self.record)
         self.images = load_folder(pictures, out, self.models.config.image_size, self.captions)
 
@@ -272,7 +279,7 @@ class InversionRun:
         return InversionStage(self.models, self._networks(), self._pictures(), self.settings)
 
     def _pictures(self) -> Latents:
-        tokens = tokenise(self.images, self._with_word(self.rows).tokenizer)
+        tokens = tokenise(self.images, self.tokenizer)
         return Latents(*encode_all(self.models.encoder, self.images, self.models.device), tokens)
 
     def _with_word(self, rows: Tensor) -> Models:
@@ -292,7 +299,9 @@ class InversionRun:
         prompts = [captions[0] for captions in self.images.captions[: len(PLACES)]]
         prompts += [f"a {name}{place}" for name in names for place in PLACES]
         models, settings = self._trained(training.average), self.models.config.sampling
-        images = draw_prompts(models, prompts, settings.sampler, settings.steps, settings.cfg_scale)
+        sampling = settings.sampler, settings.steps, settings.cfg_scale
+        parts = [prompts] if self.models.config.image_size < LARGE else [[prompt] for prompt in prompts]
+        images = torch.cat([draw_prompts(models, part, *sampling) for part in parts])
         path = self.out / f"{self.name}.png"
         write_grid(path, images, len(PLACES))
         return f"{self.name}, step {training.step}: see {path}"
