@@ -33,6 +33,14 @@ PROMPTS = [
     "a red tree in the snow at dawn, on the left",
     "sand dunes at sunset, with clouds",
 ]
+WINDMILLS = [
+    "a red windmill at night",
+    "a blue windmill in the snow, on the right",
+    "a yellow windmill by the sea at sunset",
+    "a green windmill in the mountains, on the left",
+    "a purple windmill in the desert at night, with the moon",
+    "a red house at night",
+]
 SAMPLER_STEPS = (5, 10, 20, 50)
 FEW_STEPS = ("lcm", "tcd")  # samplers for a model that was distilled, and without guidance
 
@@ -116,6 +124,21 @@ def few_steps_sheet(models: Models) -> Image.Image:
     return contact_sheet(rows, [list(ways), *([""] * len(ways) for _ in rows[1:])])
 
 
+def windmill_sheet(models: Models) -> Image.Image:
+    """A windmill where no picture of its training shows one: with the LoRA, and with the word of textual inversion."""
+    from sd import generate
+    from sd.adapters.textual_inversion import with_embeddings
+    from sd.files import DATA
+    from sd.inside.contact_sheet import contact_sheet
+
+    ways = {
+        "LoRA": models.with_loras([DATA / "tiny-windmill.safetensors"]),
+        "textual inversion": with_embeddings(models, [(DATA / "tiny-windmill-word.safetensors", "windmill")]),
+    }
+    rows = [[generate(prompt, models=way, seed=0) for prompt in WINDMILLS] for way in ways.values()]
+    return contact_sheet(rows, [[name, *[""] * (len(WINDMILLS) - 1)] for name in ways])
+
+
 def with_few_steps(models: Models) -> Models:
     """The tiny model with the LoRA that was distilled from it."""
     from sd.files import DATA
@@ -138,7 +161,7 @@ def make(out: Path) -> None:
 
     models = load_models()
     sheets = {"steps": steps_sheet, "changes": changes_sheet, "prompts": prompts_sheet, "samplers": samplers_sheet}
-    sheets["few_steps"] = few_steps_sheet
+    sheets |= {"few_steps": few_steps_sheet, "windmill": windmill_sheet}
     for name, draw in sheets.items():
         write_png(out / f"{name}.png", draw(models), overwrite=True)
         print(out / f"{name}.png")

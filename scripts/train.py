@@ -20,6 +20,8 @@ from scripts.support.training import TrainingParser, add_common_flags, check_com
 # Technique -> what `--help` says. Each is a module of scripts/training with `MINUTES`, its usual time, and functions
 # `add_flags(parser)` and `train(options)`, which returns the path of the file that it wrote.
 TECHNIQUES: dict[str, str] = {
+    "lora": "a LoRA: the model learns one thing from a few pictures (DreamBooth)",
+    "inversion": "textual inversion: one new word, learned from a few pictures",
     "full": "train all weights of the U-Net on your own pictures",
 }
 

@@ -116,13 +116,14 @@ def _reserve(file: BinaryIO, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, file.tell() + size)
 
 
-def load_folder(folder: Path, cache: Path, size: int) -> CaptionedImages:
-    """Load your own images, cropped to a centred square and resized to (size, size), with their captions.
+def load_folder(folder: Path, cache: Path, size: int, captions: dict[str, list[str]] | None = None) -> CaptionedImages:
+    """Load your own images, cropped to a centred square and resized to (size, size), with their captions: those that
+    `read_captions` gives, or `captions`.
 
     Logs a line if the folder has images in other formats. Raises the errors of `read_captions`, DataError for an image
     that is missing or cannot be read, and OSError if the cache cannot be written.
     """
-    captions = read_captions(folder)
+    captions = captions or read_captions(folder)
     if left_out := unreadable_images(folder):
         names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
         log.warning("Images in %s are left out because their format cannot be read: %s", folder, names)

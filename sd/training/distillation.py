@@ -130,8 +130,9 @@ def drawn_by(teacher: Models, prompts: list[str], seed: int, path: Path, record:
     known = load_state(path) if path.exists() else None
     parts = [known["latents"]] if known and known["record"] == record else []
     done = sum(map(len, parts))
-    for start in tqdm(range(done, len(prompts), DRAWN_AT_ONCE), "the teacher draws", disable=done == len(prompts)):
-        texts = prompts[start : start + DRAWN_AT_ONCE]
+    at_once = DRAWN_AT_ONCE if teacher.config.image_size < 256 else 2  # large images need much more memory
+    for start in tqdm(range(done, len(prompts), at_once), "the teacher draws", disable=done == len(prompts)):
+        texts = prompts[start : start + at_once]
         generators = make_generators(seed + start, len(texts))
         sampler = SAMPLERS[settings.sampler](generators, schedule=teacher.config.schedule)
         sampler.set_inference_timesteps(max(1, settings.steps // 2))

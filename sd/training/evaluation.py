@@ -29,6 +29,7 @@ from sd.training.judge import MIXED, ODD, Found, Seen
 from sd.training.loop import load_state
 from sd.training.text import CaptionEncoder, ImageEncoder, retrieval
 from sd.training.vae import psnr, reconstruct
+from sd.training.world.newcomers import is_pictured
 from sd.training.world.scenes import (
     AND_WORDS,
     ATTRIBUTES,
@@ -122,6 +123,21 @@ def make_prompts(kind: str, count: int, held_out: bool, seed: int = 0) -> list[P
         prompt = PROMPTS[kind](random_scene(rng, None), rng)
         if prompt and is_held_out(prompt.scene) == is_held_out(prompt.scene, prompt.mention) == held_out:
             prompts.append(prompt)
+    return prompts
+
+
+def newcomer_prompts(kind: str, count: int, held_out: bool, seed: int = 0) -> list[Prompt]:
+    """Random prompts for a newcomer that mention every attribute. Those with `held_out` have a time, a terrain or a
+    colour that `newcomer_pictures` does not show."""
+    rng = random.Random(f"prompts {kind} {seed} {held_out}")
+    prompts: list[Prompt] = []
+    while len(prompts) < count:
+        scene = Scene(
+            **{name: rng.choice(values) for name, values in ATTRIBUTES.items() if name != "thing"}, thing=kind
+        )
+        if is_pictured(scene) != held_out:
+            mention = frozenset(ATTRIBUTES)
+            prompts.append(Prompt(caption(scene, rng, mention), scene, mention))
     return prompts
 
 

@@ -283,7 +283,8 @@ def make_optimizers(networks: nn.Module) -> list[torch.optim.Optimizer]:
     for name, parameter in networks.named_parameters():
         is_outer = any(part in name for part in ("embedding", "conv_in", "conv_out", "quant_conv", "captions.out"))
         (outer if is_outer or parameter.ndim < 2 else inner).append(parameter)
-    return [Muon(inner, lr=0.0), torch.optim.AdamW(outer, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)]
+    muon = [Muon(inner, lr=0.0)] if inner else []
+    return [*muon, torch.optim.AdamW(outer, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)]
 
 
 def save_atomically(state: dict, path: Path) -> None:

@@ -11,13 +11,19 @@ from sd.training.loop import TrainingError, has_state, load_state
 from sd.training.ranks import check_shared, rank_0_first
 from sd.training.world.scenes import WORLD
 
-STATES = ("vae", "text", "diffusion", "decoder", "lcm", "full")
+STATES = ("vae", "text", "diffusion", "decoder", "lcm", "full", "lora", "inversion")
 
 
 def make_record(
-    scenes: int, folder: Path | None = None, seed: int = 0, start: Path | None = None, models: Models | None = None
+    scenes: int,
+    folder: Path | None = None,
+    seed: int = 0,
+    start: Path | None = None,
+    models: Models | None = None,
+    captions: dict[str, list[str]] | None = None,
 ) -> dict:
-    """Describe a run that trains on `folder`, or if that is None, on this number of `scenes`.
+    """Describe a run that trains on `folder`, or if that is None, on this number of `scenes`. `captions` are those of
+    the folder, if they are not what `read_captions` gives.
 
     `models` are loaded from the checkpoint `start`. The record has three entries: "about", a description for people;
     "pictures", the number of images; "sha256", the fingerprint. The fingerprint does not depend on the names of
@@ -25,7 +31,7 @@ def make_record(
     """
     parts = [f"seed {seed}"]
     if folder:
-        captions = read_captions(folder)
+        captions = captions or read_captions(folder)
         count, about = len(captions), f"the {len(captions):,} pictures of {folder}"
         parts.append(fingerprint(folder, captions))
     else:
