@@ -20,7 +20,9 @@ from scripts.support.training import add_common_flags, check_common_flags
 
 # Technique -> what `--help` says. Each is a module of scripts/training with `MINUTES`, its usual time, and functions
 # `add_flags(parser)` and `train(options)`, which returns the path of the file that it wrote.
-TECHNIQUES: dict[str, str] = {}
+TECHNIQUES: dict[str, str] = {
+    "control": "a ControlNet: the model follows outlines, scribbles or other images",
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from sd.training.data import fingerprint, read_captions
 from sd.training.loop import TrainingError, load_state
 from sd.training.world.scenes import WORLD
 
-STATES = ("vae", "text", "diffusion", "decoder", "lcm")
+STATES = ("vae", "text", "diffusion", "decoder", "lcm", "control")
 
 
 def make_record(
