@@ -199,6 +199,8 @@ class ControlRun:
             raise TrainingError(f"The number of {what} should be at least {MIN_IMAGES}, not {self.record['pictures']}.")
         if control_images:
             self.given = read_control_images(control_images, pictures, size)
+            if (self.given == self.given[:, :, :1, :1]).all():
+                raise TrainingError("The control images should have something in them, but each is of one colour.")
         self._describe(control_images)
         make_folder(out, pictures, self.record)
         self.images = load_folder(pictures, out, size) if pictures else load_scenes(out, scenes, size)
@@ -221,44 +223,37 @@ class ControlRun:
     def train(self, minutes: float, steps: int | None = None) -> None:
         """Train for about `minutes`, or for `steps`; or resume. Raises TrainingError if it cannot start or continue,
         OSError if its files cannot be written."""
-        hints = self._hints()
+        if self.given is None:
+            self.lines = self._outlines()
         latents = self._latents()
         self.held_back = min(HELD_BACK, -(-len(self.images) // 10))
         count = len(self.images) - self.held_back
         tokens = tokenise(self.images, self.models.tokenizer)[:count]
         latents = tuple(part[:count] for part in latents)
         torch.manual_seed(self.seed)
-        stage = ControlStage(self.models, latents, tokens, hints, self.start, self.batch_size)
+        stage = ControlStage(self.models, latents, tokens, self._hints, self.start, self.batch_size)
         training = Training(stage, self.out, self.models.device, minutes, steps, self.seed, self.record)
         if training.done:
             log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
         train_with_bar(training, self.save_every, self._show)
 
-    def _hints(self) -> Hints:
-        """What gives the images to steer by. Raises TrainingError if there is nothing in them."""
-        if self.given is None:
-            batches = torch.arange(len(self.images)).split(32)
-            lines = [
-                outlines(self.images.batch(part)).bool() for part in tqdm(batches, "finding outlines", leave=False)
-            ]
-            images = torch.cat(lines)  # (N, 1, H, W)
-        else:
-            images = self.given  # (N, 3, H, W)
-        if not (images != images[:, :, :1, :1]).any():
-            what = "outlines of the pictures" if self.given is None else "control images"
-            raise TrainingError(f"The {what} should have something in them, but each is of one colour.")
+    def _outlines(self) -> Tensor:
+        """The outlines of all pictures: bool (N, 1, H, W). Raises TrainingError if none of them has any."""
+        batches = tqdm(torch.arange(len(self.images)).split(32), "finding outlines", leave=False)
+        lines = torch.cat([outlines(self.images.batch(part)).bool() for part in batches])
+        if not lines.any():
+            raise TrainingError("The pictures should have outlines, but each is of one colour.")
+        return lines
 
-        def hints(indices: Tensor, generator: torch.Generator) -> Tensor:
-            if self.given is not None:
-                return images[indices].float() / 255
-            lines = images[indices].float()  # (B, 1, H, W)
-            if self.kind == "scribbles":
-                plain = torch.rand(len(lines), 1, 1, 1, generator=generator) < OUTLINED
-                lines = torch.where(plain, lines, scribbles(lines, generator))
-            return lines.expand(-1, 3, -1, -1)
-
-        self.hints = hints
-        return hints
+    def _hints(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Indices of pictures (B,) -> the images to steer by, (B, 3, H, W) in [0, 1]."""
+        if self.given is not None:
+            return self.given[indices].float() / 255
+        lines = self.lines[indices].float()  # (B, 1, H, W)
+        if self.kind == "scribbles":
+            plain = torch.rand(len(lines), 1, 1, 1, generator=generator) < OUTLINED
+            lines = torch.where(plain, lines, scribbles(lines, generator))
+        return lines.expand(-1, 3, -1, -1)
 
     def _latents(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of all pictures, saved for the next time."""
@@ -273,7 +268,7 @@ class ControlRun:
         """Write a grid: images of pictures that were held back, and below each what is drawn from it with the caption.
         Returns a line for the log."""
         indices = torch.arange(len(self.images))[-self.held_back :][:8]
-        hints = self.hints(indices, torch.Generator().manual_seed(0))
+        hints = self._hints(indices, torch.Generator().manual_seed(0))
         prompts = [self.images.captions[i][0] for i in indices.tolist()]
         drawn = draw_steered(self.models, training.average["control"], hints, prompts)
         write_grid(self.out / "control.png", torch.cat([2 * hints - 1, drawn]), columns=len(indices))
