@@ -43,7 +43,7 @@ def train(options: argparse.Namespace) -> Path:
         options.control_images,
         3000 if options.scenes is None else options.scenes,
         options.start,
-        options.batch or 24,
+        options.batch or 8,
         options.device,
         options.seed,
         options.save_every,

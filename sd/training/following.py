@@ -50,20 +50,20 @@ def measure_following(
     judge: Judge,
     kind: str,
     count: int,
-    sampler_name: str | None = None,
-    steps: int | None = None,
-    cfg_scale: float | None = None,
+    sampler_name: str,
+    steps: int,
+    cfg_scale: float,
 ) -> tuple[dict[str, tuple[float, int]], Tensor]:
     """Draw `count` scenes along outlines or scribbles of them. `kind` is a key of `WITHIN`.
 
     Returns the shares, each with the number of pictures: "given" of the given lines that the pictures have, "found" of
-    the pictures' edges that follow given lines, and those of `evaluation.shares`; and the pictures, (N, 3, H, W) in
-    [-1, 1]. The settings are the model's own, unless given.
+    the pictures' edges that follow given lines, or lines of the scene that are missing in its scribble, and those of
+    `evaluation.shares`; and the pictures, (N, 3, H, W) in [-1, 1].
     """
     pictures, prompts = scenes_in_other_words(count, models.config.image_size)
-    lines = outlines(pictures)
+    whole = lines = outlines(pictures)  # (N, 1, H, W)
     if kind == "scribbles":
-        lines = scribbles(lines, torch.Generator().manual_seed(FIRST_SEED))
+        lines = scribbles(whole, torch.Generator().manual_seed(FIRST_SEED))
     drawn = []
     for start in range(0, count, AT_ONCE):
         part = slice(start, start + AT_ONCE)
@@ -71,6 +71,8 @@ def measure_following(
         hints = lines[part].expand(-1, 3, -1, -1)
         drawn.append(draw_steered(models, control, hints, texts, sampler_name, steps, cfg_scale))
     drawn = torch.cat(drawn)
-    given, found = agreement(lines, outlines(drawn), WITHIN[kind])
+    edges, within = outlines(drawn), WITHIN[kind]
+    given, _ = agreement(lines, edges, within)
+    _, found = agreement(torch.maximum(lines, whole), edges, within)
     seen = shares([marks(prompt, one) for prompt, one in zip(prompts, judge.look(drawn))])
     return {"given": (given, count), "found": (found, count)} | seen, drawn
