@@ -131,9 +131,7 @@ def test_it_learns_and_its_file_steers(checkpoint, mine, tmp_path, capsys):
     settings = {"models": models, "seed": 0, "n_inference_steps": 2, "do_cfg": False}
     steered = sd.generate("box", control=[Control(path, edges / "0.png")], **settings)
     assert not (steered == sd.generate("box", **settings)).all()
-    assert (
-        run(checkpoint, tmp_path / "out", "--pictures", pictures, "--steps", "2") == 0
-    )  # finished: only written again
+    assert run(checkpoint, tmp_path / "out", "--pictures", pictures, "--steps", "2") == 0  # only written again
 
 
 def test_further_training_on_scribbles_and_on_given_images(checkpoint, mine, tmp_path):
