@@ -36,7 +36,7 @@ from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
 from sd.runtime.devices import best_device
 from sd.samplers import SAMPLERS
 from sd.training.captions import DataError, read_captions
-from sd.training.data import load_folder, load_scenes
+from sd.training.data import CaptionedImages, load_folder, load_scenes
 from sd.training.loop import Training, TrainingError, load_state, save_atomically
 from sd.training.losses import diffusion_loss, drop_captions
 from sd.training.outlines import agreement, outlines, scribbles
@@ -44,6 +44,7 @@ from sd.training.record import make_folder, make_record
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import pick_captions, tokenise
 from sd.training.vae import encode_all
+from sd.training.world.scenes import scene_and_captions
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ class ControlRun:
                 raise TrainingError("The control images should have something in them, but each is of one colour.")
         self._describe(control_images)
         make_folder(out, pictures, self.record)
-        self.images = load_folder(pictures, out, size) if pictures else load_scenes(out, scenes, size)
+        self.images = load_folder(pictures, out, size) if pictures else scenes_of_one_thing(out, scenes, size)
 
     def _describe(self, control_images: Path | None) -> None:
         """Add to the record what the ControlNet is steered by, and what it starts from."""
@@ -314,6 +315,13 @@ def draw_steered(
     for step in denoise(steered, latents, context, sampler, cfg_scale):
         latents = step.latents
     return from_uint8(torch.from_numpy(decode_latents(models, latents)).permute(0, 3, 1, 2))
+
+
+def scenes_of_one_thing(cache: Path, count: int, size: int) -> CaptionedImages:
+    """Those of `load_scenes` with one thing or none: the tiny model in data/ cannot draw two, along no lines."""
+    images = load_scenes(cache, count, size)
+    chosen = [seed for seed in range(count) if len(scene_and_captions(seed, 0)[0].things) < 2]
+    return CaptionedImages(images.pixels[chosen], [images.captions[seed] for seed in chosen])
 
 
 def read_control_images(folder: Path, pictures: Path, size: int) -> Tensor:
