@@ -49,7 +49,7 @@ from sd.training.world.scenes import scene_and_captions
 log = logging.getLogger(__name__)
 
 KINDS = ("outlines", "scribbles")
-OUTLINED = 1 / 4  # share of plain outlines among scribbles, so that a ControlNet follows both
+OUTLINED = 1 / 2  # share of plain outlines among scribbles, so that a ControlNet follows both
 DROPPED = 1 / 3  # share of empty captions
 HELD_BACK = 16  # pictures that are not trained on: their images are shown with what is drawn from them
 
@@ -140,7 +140,7 @@ def control_of(models: Models) -> ControlNet:
 
 def _trainable(start: ControlNet) -> ControlNet:
     """A copy of a ControlNet from a file, with weights in memory."""
-    network = ControlNet(start.config, start.global_pool, start.inpaints)
+    network = ControlNet(start.config)
     network.load_state_dict(start.state_dict())
     return network
 
@@ -194,6 +194,8 @@ class ControlRun:
         self.models = load_models(checkpoint, best_device(device), torch.float32, tuned=False)
         _check_model(self.models, checkpoint)
         self.start = start and load_controlnet(start, self.models)
+        if self.start and (self.start.global_pool or self.start.inpaints):
+            raise TrainingError(f"{start} is a ControlNet of the kind shuffle or inpaint, which is not trained here.")
         size = self.models.config.image_size
         self.record = make_record(scenes, pictures, seed, checkpoint, self.models)
         if self.record["pictures"] < MIN_IMAGES:

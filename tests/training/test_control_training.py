@@ -274,13 +274,14 @@ def test_bad_input_is_one_sentence(more, reason, checkpoint, tmp_path, capsys, m
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("start", ["lora", slow("sd2")])
+@pytest.mark.parametrize("start", ["lora", slow("sd2"), slow("a_inpaint")])
 def test_a_start_that_does_not_fit(start, checkpoint, tmp_path, capsys):
-    path = tmp_path / "start.safetensors"
+    path = tmp_path / f"{start}.safetensors"
     if start == "lora":
         write_checkpoint(path, {"lora_unet_a.lora_up.weight": torch.zeros(2, 2)})
     else:
-        write_controlnet(path, random_controlnet(SD2_MICRO.unet), random_models(SD2_MICRO))
+        config = SD2_MICRO if start == "sd2" else FEW_LAYERS
+        write_controlnet(path, random_controlnet(config.unet), random_models(config))
     assert run(checkpoint, tmp_path / "out", "--start", path) == 2
     assert "control" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
