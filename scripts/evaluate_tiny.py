@@ -6,6 +6,7 @@
     python scripts/evaluate_tiny.py --kinds full --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
     python scripts/evaluate_tiny.py --lora data/tiny-lcm.safetensors --samplers lcm --cfg-scales 1 --steps 4
     python scripts/evaluate_tiny.py --lora data/tiny-windmill.safetensors --kinds windmill
+    python scripts/evaluate_tiny.py --control data/tiny-scribble.safetensors --prompts 200
 
 A small network, the judge, says what each image shows. It comes with the code; --judge-steps trains another. For a
 thing that is not in the toy world, such as a windmill, it is first trained further, which takes a few minutes. If the
@@ -57,6 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, metavar="FILE", help="the model to evaluate (default: the tiny model in data/)")
     add("--lora", type=Path, metavar="FILE", help="a LoRA for it")
     add("--embedding", metavar="FILE[:word]", help="an embedding of textual inversion for it")
+    help = "a ControlNet for it: measure instead how well scenes follow their outlines, and scribbles of them"
+    add("--control", type=Path, metavar="FILE", help=help)
     add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"folder for the results ({FOLDER})")
     add("--prompts", type=int, default=400, metavar="N", help="prompts of each kind, seen and held out (400)")
     add(
@@ -83,7 +86,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     interrupted = "interrupted; run the same command again: a trained judge is kept, the images are drawn again."
-    return exit_status("evaluate_tiny.py", lambda: evaluate(options), interrupted)
+    work = follow if options.control else evaluate
+    return exit_status("evaluate_tiny.py", lambda: work(options), interrupted)
 
 
 def prepare(options: argparse.Namespace) -> Models:
@@ -175,6 +179,33 @@ def evaluate(options: argparse.Namespace) -> None:
         "retrieval": second,
     }
     write_json(options.out / "evaluation.json", result)
+
+
+def follow(options: argparse.Namespace) -> None:
+    """Measure how well the ControlNet is followed, and write the results."""
+    from sd.adapters.controlnet_files import load_controlnet
+    from sd.training.evaluation import MARKS
+    from sd.training.following import WITHIN, measure_following
+
+    models = prepare(options)
+    control, judge, rows = load_controlnet(options.control, models), load_judge(), {}
+    for sampler in options.samplers:
+        for cfg_scale in options.cfg_scales:
+            settings = (options.prompts, sampler, options.steps, cfg_scale)
+            for kind, within in WITHIN.items():
+                name = f"{kind}, within {within} pixels, {sampler}, {options.steps} steps, scale {cfg_scale:g}"
+                rows[name] = measure_following(models, control, judge, kind, *settings)[0]
+    print(table(rows, ("given", "found", *MARKS, "mean", "all")))
+    print(f"\n{options.prompts} scenes. given: the share of the given lines that the pictures have. found: the share")
+    print("of the pictures' edges that follow a line. The other columns are as without --control.")
+    result = {
+        "checkpoint": str(options.checkpoint or "data/tiny.ckpt"),
+        "control": str(options.control),
+        "lora": options.lora and str(options.lora),
+        "scenes": options.prompts,
+        "accuracy": with_intervals(rows),
+    }
+    write_json(options.out / "following.json", result)
 
 
 def load_judge() -> Judge:

@@ -23,6 +23,7 @@ TECHNIQUES: dict[str, str] = {
     "lora": "a LoRA: the model learns one thing from a few pictures (DreamBooth)",
     "inversion": "textual inversion: one new word, learned from a few pictures",
     "full": "train all weights of the U-Net on your own pictures",
+    "control": "a ControlNet: the model follows outlines, scribbles or other images",
 }
 
 

@@ -11,7 +11,7 @@ from sd.training.loop import TrainingError, has_state, load_state
 from sd.training.ranks import check_shared, rank_0_first
 from sd.training.world.scenes import WORLD
 
-STATES = ("vae", "text", "diffusion", "decoder", "lcm", "full", "lora", "inversion")
+STATES = ("vae", "text", "diffusion", "decoder", "lcm", "lora", "inversion", "control", "full")
 
 
 def make_record(
