@@ -65,13 +65,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first available one)")
     add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add("--save-every", type=float, default=3, metavar="MINUTES", help="time between saved states and samples (3)")
+    add("--batch", type=int, metavar="N", help="lcm: latents in a step, of all devices together (32)")
     add_rank_flags(parser)
     options = parser.parse_args(arguments)
     distils = options.stage == DISTILLATION
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, values[distils])
-    for name in ("minutes", "steps", "scenes", "save_every", "accumulate", "wait"):
+    for name in ("minutes", "steps", "scenes", "save_every", "batch", "accumulate", "wait"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:  # false for NaN too
             parser.error(f"--{name.replace('_', '-')} should be a number above 0, not {value}.")
@@ -79,6 +80,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seed should be a whole number from 0 to 2**63 - 1, not {options.seed}.")
     if options.start and options.stage not in ("diffusion", DISTILLATION):
         parser.error(f"With --start, the stage should be diffusion or {DISTILLATION}, not {options.stage}.")
+    if options.batch and not distils:
+        parser.error(f"With --batch, the stage should be {DISTILLATION}, not {options.stage}.")
     if distils and options.prediction_type:
         parser.error(f"--prediction-type should be left out of stage {DISTILLATION}: the U-Net goes on as it is.")
     if options.start and options.prediction_type:
@@ -134,6 +137,7 @@ def distil(options: argparse.Namespace) -> Path | None:
         options.device,
         options.seed,
         options.save_every,
+        options.batch or 32,
         options.accumulate,
         options.recompute,
     )

@@ -126,6 +126,9 @@ def on_ranks(program: str, options: argparse.Namespace | None, problem: str, tra
     try:
         with joined(store, ranks.rank, ranks.count, device, ranks.wait):
             path = train(options)
+    except KeyboardInterrupt:
+        ranks.fails_first()
+        raise
     except (ValueError, OSError, MemoryError, ImportError):
         if ranks.fails_first():
             raise

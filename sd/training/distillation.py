@@ -157,6 +157,7 @@ class DistillationRun:
         device: str | None = None,
         seed: int = 0,
         save_every: float = 3,
+        batch_size: int = 32,
         accumulate: int = 1,
         recompute: bool = False,
     ):
@@ -164,15 +165,15 @@ class DistillationRun:
 
         It learns on the images in `folder`. Without a folder, the teacher draws one image for each of this number of
         `prompts` of the toy world. They may mention any combination, also those that the teacher never saw: how it
-        draws them is what the student learns. `save_every` is in minutes. `accumulate` and `recompute` save memory: see
-        `Training` and `recompute_activations`.
+        draws them is what the student learns. `save_every` is in minutes. `batch_size` is that of all
+        ranks together. `accumulate` and `recompute` save memory: see `Training` and `recompute_activations`.
 
         Raises what `load_models` raises for `start`, ValueError if the teacher or the images cannot be used or if `out`
         is the folder of another run, OSError if `out` cannot be written.
         """
         start = start or TINY_CHECKPOINT
         self.out, self.seed, self.save_every = out, seed, save_every
-        self.accumulate, self.recompute = accumulate, recompute
+        self.batch_size, self.accumulate, self.recompute = batch_size, accumulate, recompute
         self.teacher = load_models(start, best_device(device), torch.float32, tuned=False)
         _check_teacher(self.teacher, start)
         self.record = make_record(prompts, folder, seed, start, self.teacher)
@@ -200,7 +201,7 @@ class DistillationRun:
             latents = encode_all(teacher.encoder, self.images, teacher.device, shared=True)
         torch.manual_seed(self.seed)
         tokens = tokenise(self.images, teacher.tokenizer)
-        stage = ConsistencyStage(teacher, latents, tokens, teacher.config.sampling.cfg_scale)
+        stage = ConsistencyStage(teacher, latents, tokens, teacher.config.sampling.cfg_scale, self.batch_size)
         if self.recompute:
             recompute_activations(stage.student)
         training = Training(stage, self.out, teacher.device, minutes, steps, self.seed, self.record, self.accumulate)

@@ -109,7 +109,10 @@ def command_line(pid):
     [
         (["--steps", "0"], r"--steps should be a number above 0, not 0\."),
         (["--lamp", "1"], "unrecognized arguments: --lamp 1"),
-        (["--accumulate", "17", "--steps", "2"], r"rank [01]: The batch of stage lcm should have at least 34 rows.*"),
+        (
+            ["--batch", "8", "--accumulate", "5"],
+            r"rank [01]: The batch of stage lcm should have at least 10 rows, .*not 8\.",
+        ),
         (["--scenes", "4"], r"rank [01]: The number of prompts should be at least 8, not 4\."),
     ],
 )
@@ -134,6 +137,21 @@ def test_ranks_with_different_flags(start, tmp_path):
     wrong = "train_tiny.py: all ranks should have the same arguments: --steps is 2 on rank 0 and 3 on rank 1."
     assert results == [([wrong], "", 2), ([], "", 2)]
     assert not (tmp_path / "o").exists()
+
+
+def test_one_line_after_an_interruption(start, tmp_path):
+    port, given = free_port(), arguments(start, tmp_path / "o", "--steps", 1000, "--save-every", 0.0001)
+    processes = [by_hand(rank, port, given) for rank in range(2)]
+    while not (tmp_path / "o/lcm.state").exists():
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.05)
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    results = [said(process) for process in processes]
+    line = "train_tiny.py: interrupted; run the same command again to resume from the last saved state."
+    assert results[0] == ([line], "", 130)
+    assert results[1][:2] == ([], "")
+    assert results[1][2] in (2, 130)
 
 
 def test_a_rank_that_never_comes(start, tmp_path):
