@@ -33,7 +33,7 @@ def train(options: argparse.Namespace) -> Path:
         options.parser.error("--kind should be used without --control-images, which are what the ControlNet follows.")
     if options.scenes is not None and options.pictures:
         options.parser.error("--scenes should be used without --pictures.")
-    from sd.training.control import ControlRun
+    from sd.training.control_run import ControlRun
 
     run = ControlRun(
         options.out,

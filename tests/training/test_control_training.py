@@ -14,9 +14,9 @@ from sd.adapters.controlnet_files import load_controlnet
 from sd.checkpoints.files import write_checkpoint
 from sd.config import SD_TURBO
 from sd.tokenizer import Tokenizer
-from sd.training import control as training
 from sd.training.captions import DataError
-from sd.training.control import ControlRun, ControlStage, control_of, read_control_images, write_controlnet
+from sd.training.control import ControlStage, Steered, control_of, write_controlnet
+from sd.training.control_run import ControlRun, read_control_images
 from sd.training.loop import TrainingError, load_state
 from tests.support.accelerator import accelerator
 from tests.support.control import diffusers_config, random_controlnet
@@ -79,7 +79,7 @@ def test_at_the_start_it_is_the_unet_alone_and_only_zero_convolutions_learn():
     models = random_models(FEW_LAYERS)
     stage = stage_of(models)
     x, context, t = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32), torch.tensor([3, 900])
-    steered = training.Steered(models.diffusion, stage.networks["control"], torch.randn(1, 16, 8, 8))
+    steered = Steered(models.diffusion, stage.networks["control"], torch.randn(1, 16, 8, 8))
     with torch.no_grad():
         assert torch.equal(steered(x, context, t), models.diffusion(x, context, t))
     names = [name for name, _ in stage.networks.named_parameters()]
