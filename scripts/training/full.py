@@ -36,11 +36,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--zero-snr", action="store_true", help="end the noise schedule in noise alone; only for v_prediction")
     help = f"{' or '.join(OPTIMIZERS)}; the second needs the package bitsandbytes and less memory (adamw)"
     add("--optimizer", choices=OPTIMIZERS, default="adamw", metavar="NAME", help=help)
+    help = "under torchrun: divide the weights among the ranks, for models that do not fit on one device"
+    add("--sharded", action="store_true", help=help)
 
 
-def train(options: argparse.Namespace) -> Path:
-    """Trains, or resumes, and returns the path of the checkpoint."""
+def train(options: argparse.Namespace) -> Path | None:
+    """Trains, or resumes, and returns the path of the checkpoint, which rank 0 writes."""
     from sd.training.fine_tuning import FineTuning, FineTuningRun
+    from sd.training.ranks import rank
 
     settings = FineTuning(
         options.learning_rate,
@@ -55,7 +58,16 @@ def train(options: argparse.Namespace) -> Path:
         options.optimizer,
     )
     run = FineTuningRun(
-        options.out, options.folder, options.checkpoint, settings, options.device, options.seed, options.save_every
+        options.out,
+        options.folder,
+        options.checkpoint,
+        settings,
+        options.device,
+        options.seed,
+        options.save_every,
+        options.accumulate,
+        options.recompute,
+        options.sharded,
     )
     run.train(options.minutes, options.steps)
-    return run.write_checkpoint()
+    return run.write_checkpoint() if rank() == 0 else None

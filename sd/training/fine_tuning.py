@@ -33,13 +33,23 @@ from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
 from sd.runtime.devices import best_device
 from sd.runtime.out_of_memory import OutOfMemory, explain_out_of_memory
 from sd.samplers import SAMPLERS
+from sd.training import ranks
 from sd.training.buckets import PicturesOfOneShape, shapes_of_model, sort_into_buckets
 from sd.training.captions import read_captions, unreadable_images
 from sd.training.data import CaptionedImages
 from sd.training.latents import Latents, spread_timesteps
-from sd.training.loop import Training, TrainingError, load_state, save_atomically
+from sd.training.loop import (
+    Training,
+    TrainingError,
+    check_division,
+    check_sharding,
+    has_state,
+    load_state,
+    save_atomically,
+)
 from sd.training.losses import diffusion_loss, drop_captions, offset_noise
 from sd.training.precision import mixed_precision
+from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import tokenise
@@ -187,9 +197,13 @@ class FineTuningRun:
         device: str | None = None,
         seed: int = 0,
         save_every: float = 3,
+        accumulate: int = 1,
+        recompute: bool = False,
+        sharded: bool = False,
     ):
         """Train the model `start` (default: the tiny model) on the pictures in `folder`, with all files in the folder
-        `out`. `save_every` is in minutes.
+        `out`. `save_every` is in minutes. `accumulate`, `recompute` and `sharded` save memory: see `Training` and
+        `recompute_activations`.
 
         Raises what `load_models` raises for `start`, ValueError if the model, the pictures or the settings cannot be
         used or if `out` is the folder of another run, ImportError if an optional package is missing, OSError if `out`
@@ -197,6 +211,9 @@ class FineTuningRun:
         """
         settings, start = settings or FineTuning(), start or TINY_CHECKPOINT
         settings.check()
+        if sharded and settings.optimizer != "adamw":
+            raise TrainingError(f"--optimizer should be adamw with --sharded, not {settings.optimizer}.")
+        self.accumulate, self.recompute, self.sharded = accumulate, recompute, sharded
         self.out, self.folder, self.seed, self.save_every = out, folder, seed, save_every
         self.captions = read_captions(folder)
         if len(self.captions) < MIN_IMAGES:
@@ -204,7 +221,7 @@ class FineTuningRun:
                 f"The number of training images should be at least {MIN_IMAGES}, not {len(self.captions)}: for a few "
                 "pictures of one thing, train a LoRA."
             )
-        if self.path.exists() and not self._state.exists():
+        if self.path.exists() and not has_state(self._state):
             raise TrainingError(
                 f"{self.path} was not trained in this folder and would be overwritten: choose another --out."
             )
@@ -212,12 +229,16 @@ class FineTuningRun:
         _check_model(models.config, start)
         self.settings = settings.suited_to(models.config)
         self.settings.check()  # again: some depend on the model
-        _check_memory(models, self.settings.optimizer)
+        _check_memory(models, self.settings.optimizer, ranks.count() if sharded else 1)
+        schedule = self.settings.schedule(models.config.schedule)
+        self.models = replace(models, config=replace(models.config, schedule=schedule))
+        self.stage = FineTuningStage(self.models, [], self.settings)
+        check_division(self.stage, accumulate)
+        if sharded:
+            check_sharding(self.stage)
         self.record = make_record(0, folder, seed, start, models)
         self._check_settings()
         make_folder(out, folder, self.record)
-        schedule = self.settings.schedule(models.config.schedule)
-        self.models = replace(models, config=replace(models.config, schedule=schedule))
 
     @property
     def path(self) -> Path:
@@ -230,7 +251,7 @@ class FineTuningRun:
 
     def _check_settings(self) -> None:
         """Raise TrainingError if `out` has a run with other settings."""
-        known = load_state(self._state, mapped=True).get("config", {}) if self._state.exists() else {}
+        known = load_state(self._state, mapped=True).get("config", {}) if has_state(self._state) else {}
         for name, value in asdict(self.settings).items():
             if name in known and known[name] != value:
                 raise TrainingError(
@@ -242,8 +263,21 @@ class FineTuningRun:
         """Train for about `minutes`, or for `steps`; or resume. Raises TrainingError if it cannot start or continue,
         OutOfMemory, OSError if its files cannot be written."""
         with _advice():
-            stage = FineTuningStage(self.models, self._pictures(), self.settings)
-            training = Training(stage, self.out, self.models.device, minutes, steps, self.seed, self.record)
+            stage = self.stage
+            stage.pictures = self._pictures()
+            if self.recompute:
+                recompute_activations(stage.networks)
+            training = Training(
+                stage,
+                self.out,
+                self.models.device,
+                minutes,
+                steps,
+                self.seed,
+                self.record,
+                self.accumulate,
+                self.sharded,
+            )
             if training.done:
                 log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
             train_with_bar(training, self.save_every, self._show)
@@ -255,7 +289,8 @@ class FineTuningRun:
         known = load_state(path) if path.exists() else {}
         if (known.get("record"), known.get("settings")) != (self.record, settings):
             known = {"record": self.record, "settings": settings, "buckets": self._encode()}
-            save_atomically(known, path)
+            if ranks.rank() == 0:
+                save_atomically(known, path)
         captions = CaptionedImages(np.zeros(0, np.uint8), list(self.captions.values()))
         tokens = dict(zip(self.captions, tokenise(captions, self.models.tokenizer)))
         return [
@@ -274,7 +309,7 @@ class FineTuningRun:
         for shape, names in sort_into_buckets(self.folder, list(self.captions), shapes).items():
             flips = (False, True) if self.settings.flip else (False,)
             sets = [PicturesOfOneShape(self.folder, names, shape, mirrored) for mirrored in flips]
-            moments = [encode_all(self.models.encoder, pictures, self.models.device) for pictures in sets]
+            moments = [encode_all(self.models.encoder, pictures, self.models.device, shared=True) for pictures in sets]
             means, stds = (torch.cat(each) for each in zip(*moments))  # (N, 4, h, w), or 2N
             buckets.append({"names": names * len(flips), "means": means, "stds": stds})
         return buckets
@@ -332,16 +367,17 @@ def _check_model(config: ModelConfig, start: Path) -> None:
         )
 
 
-def _check_memory(models: Models, optimizer: str) -> None:
-    """Raise TrainingError if a GPU of CUDA cannot even hold what training needs without any picture."""
+def _check_memory(models: Models, optimizer: str, parts: int = 1) -> None:
+    """Raise TrainingError if a GPU of CUDA cannot even hold what training needs without any picture. `parts`: among how
+    many the weights are divided."""
     if models.device.type != "cuda":
         return
-    needed = BYTES_PER_WEIGHT[optimizer] * sum(p.numel() for p in models.diffusion.parameters())
+    needed = BYTES_PER_WEIGHT[optimizer] * sum(p.numel() for p in models.diffusion.parameters()) / parts
     present = torch.cuda.mem_get_info(models.device)[1]
     if needed > present:
         raise TrainingError(
             f"{models.device} should have more than {needed / 1e9:.0f} GB to train all weights of this model, not "
-            f"{present / 1e9:.0f} GB: use --optimizer adamw8bit, or train a LoRA."
+            f"{present / 1e9:.0f} GB: use --optimizer adamw8bit, --sharded on several devices, or train a LoRA."
         )
 
 
@@ -353,8 +389,8 @@ def _advice() -> Iterator[None]:
             yield
     except OutOfMemory:
         raise OutOfMemory(
-            "There is not enough memory for this training: use a smaller --batch or --optimizer adamw8bit, or train a "
-            "LoRA."
+            "There is not enough memory for this training: use --accumulate 2, --recompute, a smaller --batch or "
+            "--optimizer adamw8bit, or train a LoRA."
         ) from None
 
 

@@ -320,7 +320,7 @@ def test_a_model_that_was_not_trained_there_is_kept(start, folder, tmp_path, cap
 
 
 def test_a_lack_of_memory_has_advice_for_training():
-    message = "not enough memory for this training: use a smaller --batch"
+    message = "not enough memory for this training: use --accumulate 2"
     with pytest.raises(OutOfMemory, match=message), fine_tuning._advice():
         raise RuntimeError("[enforce fail] not enough memory: you tried to allocate 99 bytes")
 
