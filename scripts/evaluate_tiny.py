@@ -39,7 +39,7 @@ TEST_SCENES, TEST_SEED = 500, 20_000_000  # renders to measure the VAE with; no 
 JUDGE_FILE = Path(__file__).resolve().parent.parent / "tests" / "support" / "judge.safetensors"
 KINDS = ("full", "short", "two", "twice", "relation", "none")
 NEWCOMERS = ("windmill", "rocket")  # kinds of prompts for one thing that is not in the toy world
-NEWCOMER_PICTURES, NEWCOMER_STEPS = 6000, 300  # to train the judge further
+NEWCOMER_PICTURES, NEWCOMER_STEPS = 4000, 240  # to train the judge further
 FOLDER = "runs/evaluation"
 
 # Parameters of `generate` -> the flags for them here.
@@ -269,6 +269,7 @@ def newcomer_judge(options: argparse.Namespace, newcomer: str) -> Judge:
     if not path.exists():
         pictures = judge_pictures(NEWCOMER_PICTURES, newcomer)
         stage = judge.JudgeStage(*pictures, load_judge().with_kinds((newcomer,)))
+        stage.batch_size = 32
         train_judge_stage(stage, path, NEWCOMER_STEPS)
     return judge.load_judge(path, (*judge.KINDS, newcomer))
 
