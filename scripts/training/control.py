@@ -28,12 +28,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--start", type=Path, metavar="FILE", help="a ControlNet to train further")
 
 
-def train(options: argparse.Namespace) -> Path:
+def train(options: argparse.Namespace) -> Path | None:
     if options.kind and options.control_images:
         options.parser.error("--kind should be used without --control-images, which are what the ControlNet follows.")
     if options.scenes is not None and options.pictures:
         options.parser.error("--scenes should be used without --pictures.")
     from sd.training.control_run import ControlRun
+    from sd.training.ranks import rank
 
     run = ControlRun(
         options.out,
@@ -47,6 +48,8 @@ def train(options: argparse.Namespace) -> Path:
         options.device,
         options.seed,
         options.save_every,
+        options.accumulate,
+        options.recompute,
     )
     run.train(options.minutes, options.steps)
-    return run.write()
+    return run.write() if rank() == 0 else None

@@ -27,9 +27,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, metavar="X", help=help)
 
 
-def train(options: argparse.Namespace) -> Path:
-    """Trains, or resumes, and returns the path of the file."""
+def train(options: argparse.Namespace) -> Path | None:
+    """Trains, or resumes, and returns the path of the file, which rank 0 writes."""
     from sd.training.inversion import InversionRun, NewThing
+    from sd.training.ranks import rank
 
     settings = NewThing(
         options.word,
@@ -39,7 +40,15 @@ def train(options: argparse.Namespace) -> Path:
         batch_size=options.batch,
     )
     run = InversionRun(
-        options.out, options.pictures, settings, options.checkpoint, options.device, options.seed, options.save_every
+        options.out,
+        options.pictures,
+        settings,
+        options.checkpoint,
+        options.device,
+        options.seed,
+        options.save_every,
+        options.accumulate,
+        options.recompute,
     )
     run.train(options.minutes, options.steps)
-    return run.write()
+    return run.write() if rank() == 0 else None

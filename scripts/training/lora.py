@@ -32,10 +32,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, metavar="X", help=help)
 
 
-def train(options: argparse.Namespace) -> Path:
-    """Trains, or resumes, and returns the path of the file."""
+def train(options: argparse.Namespace) -> Path | None:
+    """Trains, or resumes, and returns the path of the file, which rank 0 writes."""
     from sd.training.inversion import NewThing
     from sd.training.lora import LoRARun
+    from sd.training.ranks import rank
 
     settings = NewThing(
         options.word,
@@ -47,7 +48,15 @@ def train(options: argparse.Namespace) -> Path:
         options.batch,
     )
     run = LoRARun(
-        options.out, options.pictures, settings, options.checkpoint, options.device, options.seed, options.save_every
+        options.out,
+        options.pictures,
+        settings,
+        options.checkpoint,
+        options.device,
+        options.seed,
+        options.save_every,
+        options.accumulate,
+        options.recompute,
     )
     run.train(options.minutes, options.steps)
-    return run.write()
+    return run.write() if rank() == 0 else None

@@ -19,11 +19,13 @@ from sd.images import image_to_tensor, read_image, to_uint8
 from sd.model_loader import TINY_CHECKPOINT, load_models
 from sd.models import Models
 from sd.runtime.devices import best_device
+from sd.training import ranks
 from sd.training.captions import DataError, read_captions
 from sd.training.control import ControlStage, draw_steered, write_controlnet
 from sd.training.data import CaptionedImages, load_folder, load_scenes
 from sd.training.loop import Training, TrainingError, load_state, save_atomically
 from sd.training.outlines import agreement, outlines, scribbles
+from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import tokenise
@@ -52,13 +54,16 @@ class ControlRun:
         device: str | None = None,
         seed: int = 0,
         save_every: float = 3,
+        accumulate: int = 1,
+        recompute: bool = False,
     ):
         """Train in the folder `out`, for the model in `checkpoint` (default: the tiny model).
 
         It learns from the captioned `pictures` in a folder, or else from this number of `scenes` of the toy world.
         `control_images` is a folder with an image of the same name for each picture; any kind of image that is the same
         for what is alike in the pictures, such as edges, poses or depths. Without it, outlines or scribbles are made,
-        as `kind` says. `start` is a ControlNet to train further. `save_every` is in minutes.
+        as `kind` says. `start` is a ControlNet to train further. `save_every` is in minutes. `accumulate` and
+        `recompute` save memory: see `Training` and `recompute_activations`.
 
         Raises what `load_models` and `load_controlnet` raise, ValueError if the model or the images cannot be used or
         if `out` is the folder of another run, OSError if `out` cannot be written.
@@ -66,6 +71,7 @@ class ControlRun:
         checkpoint = checkpoint or TINY_CHECKPOINT
         self.out, self.seed, self.save_every, self.batch_size = out, seed, save_every, batch_size
         self.kind, self.given = kind, None
+        self.accumulate, self.recompute = accumulate, recompute
         if control_images and not pictures:
             raise TrainingError("--control-images should be given with --pictures, the folder of what they belong to.")
         self.models = load_models(checkpoint, best_device(device), torch.float32, tuned=False)
@@ -113,7 +119,11 @@ class ControlRun:
         latents = tuple(part[:count] for part in latents)
         torch.manual_seed(self.seed)
         stage = ControlStage(self.models, latents, tokens, self._hints, self.start, self.batch_size)
-        training = Training(stage, self.out, self.models.device, minutes, steps, self.seed, self.record)
+        if self.recompute:
+            recompute_activations(stage.networks)
+            recompute_activations(self.models.diffusion)
+        device = self.models.device
+        training = Training(stage, self.out, device, minutes, steps, self.seed, self.record, self.accumulate)
         if training.done:
             log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
         train_with_bar(training, self.save_every, self._show)
@@ -141,8 +151,9 @@ class ControlRun:
         path = self.out / "latents.state"
         if path.exists() and (known := load_state(path))["record"] == self.record:
             return known["means"], known["stds"]
-        means, stds = encode_all(self.models.encoder, self.images, self.models.device)
-        save_atomically({"record": self.record, "means": means, "stds": stds}, path)
+        means, stds = encode_all(self.models.encoder, self.images, self.models.device, shared=True)
+        if ranks.rank() == 0:
+            save_atomically({"record": self.record, "means": means, "stds": stds}, path)
         return means, stds
 
     def _show(self, training: Training) -> str:

@@ -40,6 +40,7 @@ from sd.training.latents import Latents, spread_timesteps
 from sd.training.loop import Training, TrainingError, load_state
 from sd.training.losses import diffusion_loss
 from sd.training.precision import product_dtype
+from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
 from sd.training.stages import train_with_bar, write_grid
 from sd.training.text import tokenise
@@ -180,9 +181,12 @@ class InversionRun:
         device: str | None = None,
         seed: int = 0,
         save_every: float = 3,
+        accumulate: int = 1,
+        recompute: bool = False,
     ):
         """Train in the folder `out` on the captioned pictures of a folder. `start` is the model's checkpoint (default:
-        the tiny model); `save_every` is in minutes.
+        the tiny model); `save_every` is in minutes. `accumulate` and `recompute` save memory: see `Training` and
+        `recompute_activations`.
 
         In a folder without any captions, that of every picture is "a WORD".
 
@@ -191,6 +195,7 @@ class InversionRun:
         """
         start = start or TINY_CHECKPOINT
         self.out, self.seed, self.save_every, self.name = out, seed, save_every, self.stage.name
+        self.accumulate, self.recompute = accumulate, recompute
         _check_word(settings.word)
         self.captions = read_captions(pictures, usual=f"a {settings.word}")
         _check_captions(pictures, self.captions, settings.word)
@@ -270,7 +275,10 @@ class InversionRun:
         OutOfMemory, OSError if its files cannot be written."""
         with _advice():
             stage = self._stage()
-            training = Training(stage, self.out, self.models.device, minutes, steps, self.seed, self.record)
+            if self.recompute:
+                recompute_activations(stage.unet)
+            device = self.models.device
+            training = Training(stage, self.out, device, minutes, steps, self.seed, self.record, self.accumulate)
             if training.done:
                 log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
             train_with_bar(training, self.save_every, self._show)
@@ -280,7 +288,7 @@ class InversionRun:
 
     def _pictures(self) -> Latents:
         tokens = tokenise(self.images, self.tokenizer)
-        return Latents(*encode_all(self.models.encoder, self.images, self.models.device), tokens)
+        return Latents(*encode_all(self.models.encoder, self.images, self.models.device, shared=True), tokens)
 
     def _with_word(self, rows: Tensor) -> Models:
         """The models with the new word, (n, width), if it has rows."""
@@ -346,4 +354,6 @@ def _advice() -> Iterator[None]:
         with explain_out_of_memory():
             yield
     except OutOfMemory:
-        raise OutOfMemory("There is not enough memory for this training: use a smaller --batch.") from None
+        raise OutOfMemory(
+            "There is not enough memory for this training: use --accumulate 2, --recompute or a smaller --batch."
+        ) from None

@@ -31,6 +31,7 @@ from sd.training.latents import Latents
 from sd.training.loop import TrainingError
 from sd.training.losses import drop_captions
 from sd.training.low_rank import low_rank_changes, low_rank_state, wearing
+from sd.training.ranks import rank_0_first
 from sd.training.text import tokenise
 from sd.training.world.scenes import scene_and_captions
 
@@ -106,7 +107,8 @@ class LoRARun(InversionRun):
         """What the model draws for prompts of other things."""
         prompts = prior_prompts(self.models, self.settings.kind)
         record = {"run": self.record, "prompts": prompts}
-        latents = drawn_by(self.models, prompts, self.seed, self.out / "drawn.state", record)
+        with rank_0_first():
+            latents = drawn_by(self.models, prompts, self.seed, self.out / "drawn.state", record)
         captions = CaptionedImages(np.zeros(0, np.uint8), [[prompt] for prompt in prompts])
         return Latents(latents, torch.zeros_like(latents), tokenise(captions, self.models.tokenizer))
 

@@ -17,6 +17,8 @@ from sd.training.data import CaptionedImages
 from sd.training.losses import vae_loss
 from sd.training.precision import mixed_precision
 
+ENCODED_AT_ONCE = 32 * 128 * 128  # pixels: the activations of larger images need much more memory
+
 
 class VAEStage:
     """Encoder and decoder, trained on square crops with many edges: as much to learn as whole images, in less time."""
@@ -96,10 +98,12 @@ def encode_all(
     first, end = (len(batches) * number // ranks.count() for number in (ranks.rank(), ranks.rank() + 1))
     own = batches[first:end] if shared else batches
     for indices in tqdm(own, "encoding images", leave=False, disable=ranks.rank() > 0):
-        with mixed_precision(device):
-            mean, log_variance = encoder.moments(dataset.batch(indices).to(device))
-        means.append((mean.float() * encoder.scaling_factor).half().cpu())
-        stds.append(((0.5 * log_variance.float()).exp() * encoder.scaling_factor).half().cpu())
+        images = dataset.batch(indices)  # (32, 3, H, W)
+        for part in images.split(max(1, ENCODED_AT_ONCE // images[0, 0].numel())):
+            with mixed_precision(device):
+                mean, log_variance = encoder.moments(part.to(device))
+            means.append((mean.float() * encoder.scaling_factor).half().cpu())
+            stds.append(((0.5 * log_variance.float()).exp() * encoder.scaling_factor).half().cpu())
     if shared:
         means, stds = ([part for share in ranks.everyones(own) for part in share] for own in (means, stds))
     return torch.cat(means), torch.cat(stds)
