@@ -30,6 +30,7 @@ from sd.runtime.devices import best_device
 from sd.samplers import SAMPLERS
 from sd.samplers.lcm import DISTILLED_STEPS, LCMSampler, boundary_scalings
 from sd.training.data import CaptionedImages, load_folder
+from sd.training.latents import spread_timesteps
 from sd.training.loop import Training, TrainingError, load_state, save_atomically
 from sd.training.losses import pseudo_huber_loss
 from sd.training.low_rank import low_rank_changes, wearing, write_low_rank
@@ -84,8 +85,7 @@ class ConsistencyStage:
         mean, std = self.means[indices].float(), self.stds[indices].float()
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         tokens = pick_captions(self.tokens, indices, generator).long()
-        spread = (torch.rand(1, generator=generator) + torch.arange(self.batch_size) / self.batch_size) % 1
-        levels = 1 + (spread * DISTILLED_STEPS).long()
+        levels = 1 + spread_timesteps(self.batch_size, DISTILLED_STEPS, generator)
         return latents, tokens, levels, torch.randn(mean.shape, generator=generator)
 
     def loss(self, latents: Tensor, tokens: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
