@@ -24,13 +24,11 @@ from sd.adapters.controlnet_files import PREFIX, RULES
 from sd.checkpoints.files import write_checkpoint
 from sd.checkpoints.key_rules import inverse, rename
 from sd.diffusion import Diffusion
-from sd.images import from_uint8
 from sd.model_converter import CONVOLUTIONS_1X1, UNET_RULES, split_qkv
 from sd.models import Models
-from sd.noise import make_betas, make_generators
-from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
-from sd.samplers import SAMPLERS
+from sd.noise import make_betas
 from sd.training.losses import diffusion_loss, drop_captions
+from sd.training.samples import decode, draw_latents
 from sd.training.text import pick_captions
 
 DROPPED = 1 / 3  # share of empty captions
@@ -154,15 +152,9 @@ def draw_steered(
 
     Picture i has seed i. The settings are the model's own, unless given.
     """
-    settings = models.config.sampling
-    generators = make_generators(0, len(prompts))
-    sampler = SAMPLERS[sampler_name or settings.sampler](generators, schedule=models.config.schedule)
-    sampler.set_inference_timesteps(steps or settings.steps)
-    latents = get_latents(models, len(prompts), *hints.shape[2:], seed=generators)
-    context = encode_prompt(models, prompts, plain=True)
     with torch.no_grad():
         features = control.hint(hints.to(models.device))
     steered = replace(models, diffusion=Steered(models.diffusion, control, features))
-    for step in denoise(steered, latents, context, sampler, cfg_scale):
-        latents = step.latents
-    return from_uint8(torch.from_numpy(decode_latents(models, latents)).permute(0, 3, 1, 2))
+    height, width = hints.shape[2:]
+    latents = draw_latents(steered, prompts, sampler_name, steps, cfg_scale, height=height, width=width)
+    return decode(models, latents)

@@ -24,10 +24,8 @@ from tqdm import tqdm
 from sd.guidance import classifier_free
 from sd.model_loader import TINY_CHECKPOINT, load_models
 from sd.models import Models
-from sd.noise import add_noise, make_generators
-from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
+from sd.noise import add_noise
 from sd.runtime.devices import best_device
-from sd.samplers import SAMPLERS
 from sd.samplers.lcm import DISTILLED_STEPS, LCMSampler, boundary_scalings
 from sd.training.data import CaptionedImages, load_folder
 from sd.training.latents import spread_timesteps
@@ -37,6 +35,7 @@ from sd.training.low_rank import low_rank_changes, wearing, write_low_rank
 from sd.training.ranks import rank_0_first
 from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
+from sd.training.samples import decode, draw_latents
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import pick_captions, tokenise
 from sd.training.vae import encode_all
@@ -133,13 +132,7 @@ def drawn_by(teacher: Models, prompts: list[str], seed: int, path: Path, record:
     at_once = DRAWN_AT_ONCE if teacher.config.image_size < 256 else 2  # large images need much more memory
     for start in tqdm(range(done, len(prompts), at_once), "the teacher draws", disable=done == len(prompts)):
         texts = prompts[start : start + at_once]
-        generators = make_generators(seed + start, len(texts))
-        sampler = SAMPLERS[settings.sampler](generators, schedule=teacher.config.schedule)
-        sampler.set_inference_timesteps(max(1, settings.steps // 2))
-        latents = get_latents(teacher, len(texts), seed=generators)
-        context = encode_prompt(teacher, texts, plain=True)
-        for step in denoise(teacher, latents, context, sampler):
-            latents = step.latents
+        latents = draw_latents(teacher, texts, steps=max(1, settings.steps // 2), seed=seed + start)
         parts.append(latents.half().cpu())
         save_atomically({"record": record, "latents": torch.cat(parts)}, path)
     return torch.cat(parts)
@@ -213,17 +206,8 @@ class DistillationRun:
         """Write a grid of eight prompts, a row each with 1, 2, 4 and 8 steps. Returns a line for the log."""
         student = replace(self.teacher, diffusion=wearing(self.teacher.diffusion, training.average["lora"]))
         prompts = [captions[0] for captions in self.images.captions[:8]]
-        rows = []
-        for steps in (1, 2, 4, 8):
-            generators = make_generators(0, len(prompts))
-            sampler = LCMSampler(generators, schedule=student.config.schedule)
-            sampler.set_inference_timesteps(steps)
-            latents = get_latents(student, len(prompts), seed=generators)
-            context = encode_prompt(student, prompts, None, plain=True)
-            for step in denoise(student, latents, context, sampler):
-                latents = step.latents
-            rows.append(decode_latents(student, latents))
-        write_grid(self.out / "lcm.png", np.concatenate(rows))
+        rows = [draw_latents(student, prompts, "lcm", steps, cfg_scale=1) for steps in (1, 2, 4, 8)]
+        write_grid(self.out / "lcm.png", torch.cat([decode(student, latents) for latents in rows]))
         return f"lcm, step {training.step}: see {self.out / 'lcm.png'}, with 1, 2, 4 and 8 steps"
 
     def write_lora(self) -> Path:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,11 +27,9 @@ from sd.config import PREDICTION_TYPES, ModelConfig, ScheduleConfig
 from sd.model_converter import to_compvis
 from sd.model_loader import TINY_CHECKPOINT, load_models
 from sd.models import Models
-from sd.noise import make_betas, make_generators
-from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
+from sd.noise import make_betas
 from sd.runtime.devices import best_device
 from sd.runtime.out_of_memory import OutOfMemory, explain_out_of_memory
-from sd.samplers import SAMPLERS
 from sd.training import ranks
 from sd.training.buckets import PicturesOfOneShape, shapes_of_model, sort_into_buckets
 from sd.training.captions import read_captions, unreadable_images
@@ -51,6 +48,7 @@ from sd.training.losses import diffusion_loss, drop_captions, offset_noise
 from sd.training.precision import mixed_precision
 from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
+from sd.training.samples import decode, draw_latents
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import tokenise
 from sd.training.vae import encode_all
@@ -319,8 +317,10 @@ class FineTuningRun:
         models = replace(self.models, diffusion=training.average["diffusion"].eval())
         prompts = [max(captions, key=len) for captions in list(self.captions.values())[:SHOWN]]
         with mixed_precision(models.device):
-            images = [_draw(models, prompt, seed) for seed, prompt in enumerate(prompts)]
-        write_grid(self.out / "full.png", np.concatenate(images), columns=SHOWN)
+            # Only one at a time, because most of the memory is in use.
+            latents = [draw_latents(models, [prompt], seed=seed) for seed, prompt in enumerate(prompts)]
+            images = [decode(models, one) for one in latents]
+        write_grid(self.out / "full.png", torch.cat(images), columns=SHOWN)
         lines = "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)
         (self.out / "full.txt").write_text(lines, encoding="utf-8")
         return f"full, step {training.step}: see {self.out / 'full.png'}"
@@ -338,20 +338,6 @@ class FineTuningRun:
         state |= {mark: torch.zeros(0) for mark, fits in marks.items() if fits}
         write_checkpoint(self.path, state, self.models.config.to_dict())
         return self.path
-
-
-def _draw(models: Models, prompt: str, seed: int) -> np.ndarray:
-    """An image, uint8 (1, H, W, 3). Only one at a time, because most of the memory is in use."""
-    settings, generators = models.config.sampling, make_generators(seed, 1)
-    sampler = SAMPLERS[settings.sampler](generators, schedule=models.config.schedule)
-    sampler.set_inference_timesteps(settings.steps)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `tokenise` has already logged how many captions are truncated
-        context = encode_prompt(models, [prompt], plain=True)  # a bracket in a caption is not a weight
-    latents = get_latents(models, 1, seed=generators)
-    for step in denoise(models, latents, context, sampler):
-        latents = step.latents
-    return decode_latents(models, latents)
 
 
 def _check_model(config: ModelConfig, start: Path) -> None:

@@ -7,7 +7,6 @@ the layout of the published Stable Diffusion checkpoints.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -30,9 +29,7 @@ from sd.images import tensor_to_array, write_png
 from sd.model_converter import to_compvis
 from sd.model_loader import load_models
 from sd.models import Models
-from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
 from sd.runtime.devices import best_device
-from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 from sd.training import ranks
 from sd.training.data import CaptionedImages, load_folder, load_scenes
@@ -40,6 +37,7 @@ from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Progress, Stage, Training, TrainingError, load_state, save_atomically
 from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
+from sd.training.samples import decode, draw_latents
 from sd.training.text import CaptionEncoder, TextStage, retrieval, silence_unknown_tokens, tokenise
 from sd.training.vae import DecoderStage, VAEStage, encode_all, normalise_latents, psnr, reconstruct
 
@@ -215,15 +213,8 @@ class TrainingRun:
         """Write a grid of generated images, with captions of test images as prompts. Returns a line for the log."""
         models = self._models(training.average["diffusion"])
         prompts = [max(choices, key=len) for choices in self.test_set.captions[:16]]
-        sampler = SAMPLERS["ddpm"](torch.Generator().manual_seed(0), schedule=self.config.schedule)
-        sampler.set_inference_timesteps(20)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `tokenise` has already logged how many captions are truncated
-            context = encode_prompt(models, prompts, plain=True)  # a bracket in a caption is not a weight
-        latents = get_latents(models, len(prompts), seed=0)
-        for step in denoise(models, latents, context, sampler, cfg_scale=5.0):
-            latents = step.latents
-        write_grid(self.out / "diffusion.png", decode_latents(models, latents))
+        latents = draw_latents(models, prompts, "ddpm", steps=20, cfg_scale=5.0)
+        write_grid(self.out / "diffusion.png", decode(models, latents))
         lines = "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)
         (self.out / "diffusion.txt").write_text(lines, encoding="utf-8")
         return f"diffusion, step {training.step}: see {self.out / 'diffusion.png'}"
