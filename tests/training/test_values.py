@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from sd import pipeline
 from sd.clip import CLIP
 from sd.decoder import Decoder
 from sd.encoder import Encoder
-from sd.training import evaluation
+from sd.training import evaluation, samples
 from sd.training.data import CaptionedImages
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import WARMUP, Training
@@ -182,13 +183,14 @@ def test_every_image_of_an_evaluation_has_its_own_seed(monkeypatch):
     """Images are generated in batches of 32, and image i has seed i."""
     drawn = []
 
-    def noise(models, count, seed):
-        assert len(seed) == count
-        drawn.extend(generator.initial_seed() for generator in seed)
+    def noise(shape, generators):
+        drawn.extend(generator.initial_seed() for generator in generators)
+        return torch.zeros(shape)
 
-    monkeypatch.setattr(evaluation, "get_latents", noise)
-    monkeypatch.setattr(evaluation, "encode_prompt", lambda *_: None)
-    monkeypatch.setattr(evaluation, "denoise", lambda *_, **__: [])
-    monkeypatch.setattr(evaluation, "decode_latents", lambda *_: np.zeros((1, 2, 2, 3), np.uint8))
-    evaluation.draw_prompts(SimpleNamespace(config=MICRO), ["a house"] * 70, "ddim", 2, 1.0)
+    monkeypatch.setattr(pipeline, "draw_noise", noise)
+    monkeypatch.setattr(samples, "denoise", lambda models, latents, *_, **__: [])
+    monkeypatch.setattr(samples, "encode_prompt", lambda *_, **__: None)
+    monkeypatch.setattr(samples, "decode_latents", lambda models, latents: np.zeros((len(latents), 2, 2, 3), np.uint8))
+    networks = SimpleNamespace(config=MICRO, diffusion=torch.nn.Linear(1, 1))
+    assert len(evaluation.draw_prompts(networks, ["a house"] * 70, "ddim", 2, 1.0)) == 70
     assert drawn == list(range(70))
