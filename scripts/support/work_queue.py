@@ -11,6 +11,8 @@ nothing else, and no operation waits for all of them, so a rank that dies or is 
 
 Without torchrun there is one rank, and a dict is its store.
 
+Training (training.py) uses the store to begin. Its ranks then form a process group.
+
 After a failure, torchrun (with --max-restarts) starts all ranks again, but its store still has what they left there. So
 rank 0 begins the names of all keys with a random number. Every other rank chooses a second one, writes it under
 hello/RANK, and finds the number of rank 0 under welcome/ITS NUMBER.

@@ -39,7 +39,7 @@ def on_ranks(count, work, *arguments, wait=WAIT, meanwhile=lambda processes: Non
     try:
         meanwhile(processes)
         for receives, _ in pipes:
-            assert receives.poll(3 * WAIT), "a rank hangs"
+            assert receives.poll(10 * WAIT), "a rank hangs"
             try:
                 results.append(receives.recv())
             except EOFError:

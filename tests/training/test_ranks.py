@@ -23,6 +23,7 @@ from sd.training.data import CaptionedImages
 from sd.training.diffusion import DiffusionStage
 from sd.training.distillation import ConsistencyStage
 from sd.training.loop import Training, TrainingError, load_state
+from sd.training.recompute import recompute_activations
 from sd.training.stages import TrainingRun
 from sd.training.text import TextStage, tokenise
 from sd.training.vae import VAEStage
@@ -143,10 +144,12 @@ def test_any_number_of_ranks_resumes(tmp_path):
     assert begun + more + rest == pytest.approx(whole, rel=CLOSE)
 
 
-def train_sharded(folder, steps=20, stop_after=None):
+def train_sharded(folder, steps=20, stop_after=None, accumulate=1, recompute=False):
     """Returns the losses and, on rank 0, the average: sharded if there is a process group."""
-    losses = []
-    training = Training(UNetStage(), folder, CPU, 1.0, steps, seed=3, sharded=ranks.joins())
+    losses, stage = [], UNetStage()
+    if recompute:
+        recompute_activations(stage.networks)
+    training = Training(stage, folder, CPU, 1.0, steps, 3, None, accumulate, sharded=ranks.joins())
 
     def report(progress):
         losses.append(progress.loss)
@@ -182,6 +185,13 @@ def test_sharded_networks_train_like_whole_ones_and_any_number_of_ranks_resumes(
     assert all(np.array_equal(again[name], whole[name]) for name in whole)
     with pytest.raises(TrainingError, match=r"unet\.state is of a run that was sharded: resume it alike"):
         train_sharded(halves)
+
+
+@pytest.mark.slow
+def test_sharded_networks_in_parts_that_are_recomputed(tmp_path):
+    alone, _ = train_sharded(tmp_path / "alone", 5)
+    two = on_ranks(2, partial(train_sharded, accumulate=3, recompute=True), tmp_path / "two", 5)
+    assert [losses for losses, _ in two] == [pytest.approx(alone, rel=CLOSE)] * 2
 
 
 def log_losses(folder, steps):

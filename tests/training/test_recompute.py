@@ -1,6 +1,8 @@
 """Activation checkpointing: the same gradients, in less memory, and networks that can still be copied and changed."""
 
 import copy
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -74,3 +76,34 @@ def test_fewer_numbers_are_kept():
     before = kept_numbers(network)
     recompute_activations(network)
     assert kept_numbers(network) < 0.5 * before
+
+
+MEASURE = """
+import resource, sys, time
+import torch
+from sd.config import TINY
+from sd.diffusion import Diffusion
+from sd.training.gradients import plain_attention
+from sd.training.recompute import recompute_activations
+
+network = Diffusion(TINY.unet)
+if sys.argv[1] == "True":
+    recompute_activations(network)
+with plain_attention(torch.device("cpu")):
+    inputs = torch.randn(48, 4, 16, 16), torch.randn(48, 77, TINY.unet.context_width), torch.full((48,), 500)
+    network(*inputs).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, time.process_time())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, the peak has another unit")
+def test_peak_memory_of_the_tiny_unet():
+    """Of a process that computes one gradient for 48 latents, in GB."""
+    peaks = []
+    for changed in (False, True):
+        program = [sys.executable, "-c", MEASURE, str(changed)]
+        peak, seconds = map(float, subprocess.run(program, capture_output=True, check=True, text=True).stdout.split())
+        print(f"recomputed {changed}: at most {peak:.2f} GB, {seconds:.1f} s of CPU time")
+        peaks.append(peak)
+    assert peaks[1] < 0.7 * peaks[0]
