@@ -140,7 +140,7 @@ class NewThing:
     kind: str | None = None  # what kind of thing it is, a word that the model knows: the class of 2208.12242
     vectors: int | None = None  # the rows of the word; 0: the word has the tokens that the tokenizer gives it
     rank: int = 8  # of the LoRA
-    prior: float = 0.33  # the share of each batch that shows other things, drawn by the model
+    prior: float = 0.5  # the share of each batch that shows other things, drawn by the model
     learning_rate: float | None = None
     batch_size: int | None = None
 
@@ -154,7 +154,7 @@ class NewThing:
             kind=self.kind and clean(self.kind),
             vectors=vectors if self.vectors is None else self.vectors,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
-            batch_size=self.batch_size or (12 if small else 4),
+            batch_size=self.batch_size or (16 if small else 4),
         )
 
     def of(self, stage: str) -> dict:

@@ -87,8 +87,11 @@ class LoRARun(InversionRun):
             raise TrainingError(f"--rank should be 1 to {most}, the highest of a layer, not {settings.rank}.")
         if not 0 <= settings.prior < 1:  # false for NaN too
             raise TrainingError(f"--prior should be from 0 to below 1, not {settings.prior:g}.")
-        if drawn_rows(settings) == settings.batch_size:
-            raise TrainingError(f"--batch should leave room for a picture, with --prior {settings.prior:g}.")
+        if settings.prior and not 0 < drawn_rows(settings) < settings.batch_size:
+            raise TrainingError(
+                f"--batch should be larger than {settings.batch_size} with --prior {settings.prior:g}: each batch has "
+                "some of the pictures, and some that the model drew."
+            )
         if drawn_rows(settings) and not settings.kind and not _draws_the_toy_world(self.models):
             raise TrainingError("--class should say what kind of thing it is, such as dog: or use --prior 0.")
 

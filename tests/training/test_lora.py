@@ -141,7 +141,11 @@ BAD = {
     "no rank": (("--rank", "0"), "--rank should be 1 to 64, the highest of a layer, not 0."),
     "a high rank": (("--rank", "65"), "--rank should be 1 to 64, the highest of a layer, not 65."),
     "a prior that is too high": (("--prior", "1"), "--prior should be from 0 to below 1, not 1."),
-    "no room for a picture": (("--prior", "0.9"), "--batch should leave room for a picture, with --prior 0.9."),
+    "no room for a picture": (
+        ("--prior", "0.9"),
+        "--batch should be larger than 4 with --prior 0.9: each batch has some of the pictures, and some that the "
+        "model drew.",
+    ),
     "no class": ((), "--class should say what kind of thing it is, such as dog: or use --prior 0."),
     "many vectors": (("--vectors", "100"), "--vectors should be 0 to 16, not 100."),
 }
