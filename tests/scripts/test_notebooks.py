@@ -25,6 +25,7 @@ SHORTER = {
         "(0, 2, 4, 8, 12, 19)": "(0, 1, 2, 3, 4, 5)",
     },
     "06_training": {"_STEPS = 250, 200, 300": "_STEPS = 50, 20, 50"},
+    "09_few_steps": {"for seed in (0, 1, 2)": "for seed in (0,)", '50, "ddim"': '10, "ddim"'},
 }
 # The notebooks that run with any weights, even random ones.
 OF_ANY_WEIGHTS = ("02_text", "03_noise_and_samplers", "05_image_to_image_and_inpainting")
