@@ -10,6 +10,7 @@ import sd
 from scripts import train
 from sd.checkpoints.files import read_state_dict, write_checkpoint
 from sd.config import TINY
+from sd.files import DATA
 from sd.training import lora
 from sd.training.inversion import NewThing
 from sd.training.loop import TrainingError
@@ -169,6 +170,14 @@ def test_a_word_without_a_meaning_needs_rows(pictures, tmp_path):
         TrainingError, match="--vectors should be above 0: the model does not know the word 'windmill'."
     ):
         LoRARun(tmp_path / "out", pictures, settings, tmp_path / "start.ckpt", "cpu")
+
+
+def test_the_one_in_data():
+    path = DATA / "tiny-windmill.safetensors"
+    assert path.stat().st_size <= 1.8e6
+    models = sd.load_models(loras=[path])
+    assert models.tokenizer.added == {"windmill": [49408, 49409]}
+    assert models.with_loras([]).tokenizer.added == {}
 
 
 def test_it_says_into_which_pieces_a_word_is_split(start, tmp_path, caplog):
