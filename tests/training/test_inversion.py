@@ -16,6 +16,7 @@ from sd.training.inversion import FASTER, InversionRun, InversionStage, NewThing
 from sd.training.latents import Latents
 from sd.training.loop import TrainingError, load_state
 from tests.adapters.test_lora_parity import pipeline
+from tests.support.marks import slow
 from tests.support.synthetic import FEW_LAYERS, INPAINTING_MICRO, random_models, random_state
 
 CONFIG = replace(FEW_LAYERS, sampling=SamplingConfig(steps=2, cfg_scale=3.0))
@@ -116,6 +117,7 @@ def test_its_file_is_read_by_our_loader_and_by_diffusers(start, pictures, tmp_pa
     assert torch.equal(models.clip.token_embedding.weight[49408:49411], rows.float())
 
 
+@pytest.mark.slow
 def test_words_begin_as_their_class(start, pictures, tmp_path):
     def rows(**settings):
         return InversionRun(tmp_path, pictures, NewThing("windmill", **settings), start, "cpu").rows
@@ -157,7 +159,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+QUICK = ("no pictures", "a caption missing", "a caption without the word", "no word")  # before the model is loaded
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in BAD])
 def test_bad_input_is_one_sentence(name, start, tmp_path, capsys):
     captions, more, reason = BAD[name]
     folder = tmp_path / "pictures"
@@ -170,6 +175,7 @@ def test_bad_input_is_one_sentence(name, start, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_class_without_a_meaning(pictures, tmp_path):
     """As in the tiny model: the embeddings of words that no caption had are zero."""
     state = random_state(CONFIG)
@@ -180,12 +186,14 @@ def test_a_class_without_a_meaning(pictures, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_inpainting_model(pictures, tmp_path):
     write_checkpoint(tmp_path / "start.ckpt", random_state(INPAINTING_MICRO), INPAINTING_MICRO.to_dict())
     with pytest.raises(TrainingError, match="is an inpainting model, which cannot learn new things: choose another"):
         InversionRun(tmp_path / "out", pictures, NewThing("windmill"), tmp_path / "start.ckpt", "cpu")
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_or_another_file_is_not_resumed(start, pictures, tmp_path):
     InversionRun(tmp_path, pictures, NewThing("windmill"), start, "cpu").train(1, steps=1)
     with pytest.raises(

@@ -10,6 +10,7 @@ import sd
 from scripts import train
 from sd.checkpoints.files import read_state_dict, write_checkpoint
 from sd.config import TINY
+from sd.files import DATA
 from sd.training import lora
 from sd.training.inversion import NewThing
 from sd.training.loop import TrainingError
@@ -18,6 +19,7 @@ from sd.training.losses import diffusion_loss
 from sd.training.low_rank import low_rank_changes, wearing
 from tests.adapters.test_lora_parity import pipeline
 from tests.support.accelerator import accelerator
+from tests.support.marks import slow
 from tests.support.synthetic import random_models, random_state
 from tests.training.test_inversion import CONFIG, latents_of, new_word, with_word, write_pictures
 
@@ -102,7 +104,7 @@ def test_it_learns_and_its_file_draws(start, pictures, tmp_path, capsys, monkeyp
     assert sd.generate("a windmill", models=models, seed=0).shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("vectors", ["0", "2"])
+@pytest.mark.parametrize("vectors", [slow("0"), "2"])
 def test_diffusers_opens_the_file(vectors, start, pictures, tmp_path):
     """It refuses keys without "lora" in them: those of the rows are given to it as an embedding."""
     path = tmp_path / "windmill.safetensors"
@@ -122,6 +124,7 @@ def test_diffusers_opens_the_file(vectors, start, pictures, tmp_path):
     assert (ours - theirs).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_simulated_gpu(start, pictures, tmp_path):
     with accelerator("cuda:0"):
         run = LoRARun(tmp_path, pictures, NewThing("windmill", vectors=2, prior=0, batch_size=4), start, "cuda:0")
@@ -129,6 +132,7 @@ def test_a_simulated_gpu(start, pictures, tmp_path):
         assert run.write().exists()
 
 
+@pytest.mark.slow
 def test_the_prior_of_the_toy_world():
     """A part of its prompts are for the kind itself: these are the first that the new thing would replace."""
     prompts = prior_prompts(random_models(replace(CONFIG, text=TINY.text)), "house")
@@ -151,7 +155,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", [name if name == "no rank" else slow(name) for name in BAD])
 def test_bad_input_is_one_sentence(name, start, pictures, tmp_path, capsys):
     more, reason = BAD[name]
     assert teach(start, pictures, tmp_path / "out", *more) == 2
@@ -159,6 +163,7 @@ def test_bad_input_is_one_sentence(name, start, pictures, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_word_without_a_meaning_needs_rows(pictures, tmp_path):
     """As in the tiny model: the embeddings of words that no caption had are zero."""
     state = random_state(CONFIG)
@@ -171,6 +176,16 @@ def test_a_word_without_a_meaning_needs_rows(pictures, tmp_path):
         LoRARun(tmp_path / "out", pictures, settings, tmp_path / "start.ckpt", "cpu")
 
 
+@pytest.mark.slow
+def test_the_one_in_data():
+    path = DATA / "tiny-windmill.safetensors"
+    assert path.stat().st_size <= 1.8e6
+    models = sd.load_models(loras=[path])
+    assert models.tokenizer.added == {"windmill": [49408, 49409]}
+    assert models.with_loras([]).tokenizer.added == {}
+
+
+@pytest.mark.slow
 def test_it_says_into_which_pieces_a_word_is_split(start, tmp_path, caplog):
     folder = tmp_path / "pictures"
     folder.mkdir()
