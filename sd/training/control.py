@@ -4,7 +4,7 @@
 
 W are the U-Net's weights, which stay as they are. W_c begin as a copy of them, and the convolutions Z with zeros: at
 the start, the image c changes nothing. The loss is that of the U-Net itself (eq. 5). A third of the captions are empty
-in training, so that the ControlNet learns to read the image where the caption does not help (section 3.4: half).
+in training, so that the ControlNet learns to read the image where the caption does not help (section 3.3: half).
 
 In: a finished model, pictures with captions, and an image for each of them, such as its outline. Out: a file that any
 program reads which knows ControlNets. How such a file is read and used: `sd.adapters`.

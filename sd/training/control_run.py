@@ -149,7 +149,7 @@ class ControlRun:
     def _latents(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of all pictures, saved for the next time."""
         path = self.out / "latents.state"
-        if path.exists() and (known := load_state(path))["record"] == self.record:
+        if path.exists() and (known := load_state(path))["record"]["sha256"] == self.record["sha256"]:
             return known["means"], known["stds"]
         means, stds = encode_all(self.models.encoder, self.images, self.models.device, shared=True)
         if ranks.rank() == 0:
