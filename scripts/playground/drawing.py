@@ -210,8 +210,7 @@ class Run:
             latents = pipeline.enlarge(models, latents, request.hires_scale, self.sampler, request.hires_latents)
             self._start(latents, 2)
             latents = self._pass(latents, context, 2)
-        images = pipeline.decode_latents(models, latents)
-        return (images if self.inpainting is None else self.inpainting.restore_pixels(images))[0]
+        return self._decoded(latents)
 
     def attention(self) -> dict:
         """The tokens of the prompt with the map of each: where the U-Net attended to it."""
@@ -253,6 +252,9 @@ class Run:
             if (wish := self.stop()) == "drop":
                 raise Stopped
             self.emit("step", self._step(step, latents, number))
+            if self._decodes(latents):
+                place = {"pass": number, "index": step.index}
+                self.emit("predicted", place | {"image": png_url(self._decoded(step.denoised))})
             latents = step.latents
             if self.trace is not None:
                 self._keep_features(step, number, step.index in kept)
@@ -274,19 +276,19 @@ class Run:
         }
         if self.work.get("previews", "full") == "none":
             return values
-        maps = {"latents": latents, "cond": step.noise_cond}
+        maps = {"latents": latents, "denoised": step.denoised, "cond": step.noise_cond}
         if step.noise_uncond is not None:
             push = step.noise_cond - step.noise_uncond
             maps |= {"uncond": step.noise_uncond, "push": push / push.std().clamp_min(1e-6)}
-        images = {name: png_url(self.studio.preview(one)[0]) for name, one in maps.items()}
-        return values | {"images": images | {"denoised": png_url(self._denoised(step.denoised))}}
+        return values | {"images": {name: png_url(self.studio.preview(one)[0]) for name, one in maps.items()}}
 
-    def _denoised(self, latents: Tensor) -> np.ndarray:
-        """The predicted picture, uint8 (H, W, 3): decoded if that is quick, or else one pixel for each latent."""
-        scale, side = self.models.config.vae.downscale, self.models.config.image_size
-        large = latents.shape[2] * latents.shape[3] * scale**2 > LARGE * side**2
-        if large or self.work.get("previews") == "small" or shows_previews(self.models):
-            return self.studio.preview(latents)[0]
+    def _decodes(self, latents: Tensor) -> bool:
+        """Whether the predicted picture of each step is decoded: only if that takes no longer than a step."""
+        pixels = latents.shape[2] * latents.shape[3] * self.models.config.vae.downscale**2
+        small = pixels <= LARGE * self.models.config.image_size**2 and not shows_previews(self.models)
+        return small and self.work.get("previews", "full") == "full"
+
+    def _decoded(self, latents: Tensor) -> np.ndarray:
         images = pipeline.decode_latents(self.models, latents)
         return (images if self.inpainting is None else self.inpainting.restore_pixels(images))[0]
 

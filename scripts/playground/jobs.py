@@ -44,6 +44,8 @@ class Job:
         if event == "step":
             self.step = data["index"] + 1
             self.preview = data.get("images", {}).get("denoised")
+        if event == "predicted":
+            self.preview = data["image"]
         if self.over:
             self.result = data
             self.work, self.preview = {}, None
@@ -66,6 +68,7 @@ class Job:
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             return False
         return True
+
 
 class Queue:
     """Waiting jobs. Clients take turns: each turn is one picture."""

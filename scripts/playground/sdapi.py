@@ -169,7 +169,9 @@ def add_sdapi(app: FastAPI) -> None:
     @router.get("/loras")
     async def loras() -> Response:
         listed = (await server().ask("files"))["loras"]
-        return Json([{"name": one["name"], "alias": one["name"], "path": one["file"], "metadata": {}} for one in listed])
+        return Json(
+            [{"name": one["name"], "alias": one["name"], "path": one["file"], "metadata": {}} for one in listed]
+        )
 
     @router.get("/embeddings")
     async def embeddings() -> Response:

@@ -165,7 +165,9 @@ def image_and_mask(form: ImageToImage) -> dict:
     if not form.mask:
         return work
     if form.inpainting_fill > 1:
-        raise Wrong(f"inpainting_fill should be 0 or 1, not {form.inpainting_fill}: the image itself is what is noised.")
+        raise Wrong(
+            f"inpainting_fill should be 0 or 1, not {form.inpainting_fill}: the image itself is what is noised."
+        )
     # There the blur reaches to both sides of the mask's edge, here only inwards: black stays the same to the byte.
     work |= {"mask_image": form.mask, "invert_mask": form.inpainting_mask_invert, "feather": 2 * (form.mask_blur or 0)}
     return work | ({"padding_mask_crop": form.inpaint_full_res_padding} if form.inpaint_full_res else {})

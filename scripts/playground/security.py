@@ -153,7 +153,9 @@ class Guard:
             parts.append(message.get("body", b""))
             size, more = size + len(parts[-1]), message.get("more_body", False)
             if size > self.limits.body:
-                raise Refused(413, f"A request should have at most {self.limits.body:,} bytes, the limit of this server.")
+                raise Refused(
+                    413, f"A request should have at most {self.limits.body:,} bytes, the limit of this server."
+                )
         return b"".join(parts)
 
     def _names(self) -> set[str]:
