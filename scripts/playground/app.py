@@ -1,4 +1,4 @@
-"""The web application: the page, and its own interface under /api. README.md describes it; sdapi.py has the other one."""
+"""The web application: the page, and its own interface under /api, which README.md describes."""
 
 from __future__ import annotations
 
@@ -110,10 +110,10 @@ def add_api(app: FastAPI) -> None:
         work["seed"] = secrets.randbelow(2**32) if form.seed is None else form.seed
         client = f"{request.client.host if request.client else ''} {form.client}"
         checked = await here.ask("check", work=work)
+        dropped = {"nothing": (), "queued": ("queued",), "all": ("queued", "running")}[form.supersedes]
         for earlier in here.jobs:
-            if earlier.client == client and not earlier.over:
-                if form.supersedes == "all" or (form.supersedes == "queued" and earlier.state == "queued"):
-                    here.cancel(earlier)
+            if earlier.client == client and earlier.state in dropped:
+                here.cancel(earlier)
         job = Job(work, client)
         here.submit(job)
         here.expect_watcher(job)

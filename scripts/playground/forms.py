@@ -79,9 +79,7 @@ class NewJob(Drawing):
     )
     attention: bool = Field(False, description="record where the U-Net attended to each token: /api/jobs/ID/attention")
     features: bool = Field(False, description="record feature maps of the U-Net's stages: /api/jobs/ID/features")
-    client: str = Field(
-        "", max_length=64, description="whose turn in the queue this takes, such as a tab's random name"
-    )
+    client: str = Field("", max_length=64, description="whose turn in the queue this takes: a tab's random name")
     supersedes: Literal["nothing", "queued", "all"] = Field(
         "nothing", description="which earlier pictures of the same client, waiting or all, are cancelled by this one"
     )
