@@ -1,7 +1,8 @@
 """AUTOMATIC1111's requests: their fields, with its names and defaults, and what they mean as a `forms.Drawing`.
 
-The names and defaults are those of modules/api/models.py and modules/processing.py in its repository. Unknown fields are
-ignored, as they are there. A field that would change the picture, and cannot here, is refused unless it has its default.
+The names and defaults are those of modules/api/models.py and modules/processing.py in its repository. Unknown fields
+are ignored, as they are there. A field that would change the picture, and cannot here, is refused unless it has its
+default.
 """
 
 from __future__ import annotations

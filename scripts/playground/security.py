@@ -145,17 +145,15 @@ class Guard:
             raise Refused(408, f"A request should arrive within {seconds} seconds, the limit of this server.") from None
 
     async def _read(self, receive: Receive) -> bytes:
-        parts, size, more = [], 0, True
+        parts, size, more, most = [], 0, True, self.limits.body
         while more:
             message = await receive()
             if message["type"] != "http.request":
                 raise Refused(400, "The request ended early.")
             parts.append(message.get("body", b""))
             size, more = size + len(parts[-1]), message.get("more_body", False)
-            if size > self.limits.body:
-                raise Refused(
-                    413, f"A request should have at most {self.limits.body:,} bytes, the limit of this server."
-                )
+            if size > most:
+                raise Refused(413, f"A request should have at most {most:,} bytes, the limit of this server.")
         return b"".join(parts)
 
     def _names(self) -> set[str]:

@@ -1,4 +1,4 @@
-"""The web process's side of the worker: starts it, gives it one picture after the other, and starts it again if it dies.
+"""The web process's side of the worker: gives it one picture after the other, and starts it again if it dies.
 
 This process never imports torch.
 """

@@ -1,9 +1,9 @@
-"""The process that has the model. It reads one JSON object a line from standard input and writes them to standard output.
+"""The process that has the model. It reads JSON from standard input and writes JSON to standard output, line by line.
 
 In:  {"draw": ID, "work": {...}}     a picture to draw, one after the other
      {"stop": ID, "how": "drop"}     or "finish": at the next step
      {"ask": N, "what": "tokens", ...}   answered at once, while a picture is being drawn
-Out: {"event": "ready", ...}; {"id": ID, "event": "step", "data": {...}}; {"reply": N, "data": ...} or {..., "error": ""}
+Out: {"event": "ready", ...}; {"id": ID, "event": "step", "data": {...}}; {"reply": N, "data": ...}, or "error"
 
 It ends when standard input does, so it never outlives the server.
 """
