@@ -182,7 +182,8 @@ def test_a_new_picture_supersedes_those_that_wait(live):
     second = live.ask(prompt="2", client="canvas", **QUICK)
     other = live.ask(prompt="3", client="another", **QUICK)
     third = live.ask(prompt="4", client="canvas", supersedes="queued", **QUICK)
-    ends = [[*live.events(job)][-1][0] for job in (first, second, other, third)]
+    streams = [live.events(job) for job in (first, second, other, third)]
+    ends = [[*stream][-1][0] for stream in streams]
     assert ends == ["done", "cancelled", "done", "done"]
 
 
@@ -246,8 +247,8 @@ def test_many_clients_at_once(live, models):
 
     def client(i, count):
         jobs = [live.ask(prompt=prompts[i], seed=i, client=f"client {i}", **QUICK) for _ in range(count)]
-        for job in jobs:
-            event, data = [*live.events(job)][-1]
+        for stream in [live.events(job) for job in jobs]:
+            event, data = [*stream][-1]
             order.append(i)
             if event != "done" or np.abs(pixels(data["images"][0]).astype(int) - expected[i]).max() > 1:
                 wrong.append((i, event, data.get("sentence")))

@@ -55,9 +55,13 @@ class Live:
         return answer["id"]
 
     def events(self, job: str) -> Iterator[tuple[str, dict]]:
-        """The events of a picture, as they come."""
+        """The events of a picture, as they come. The connection is made now: a picture without a reader is dropped."""
         connection = self.connect()
         connection.request("GET", f"/api/jobs/{job}/events")
+        return self._read(connection)
+
+    @staticmethod
+    def _read(connection: http.client.HTTPConnection) -> Iterator[tuple[str, dict]]:
         answer, name = connection.getresponse(), ""
         try:
             for line in answer:
