@@ -90,7 +90,7 @@ def test_finished_jobs_are_kept_up_to_a_size():
         jobs = [Job({}, "a") for _ in range(5)]
         for job in jobs:
             store.add(job)
-            job.emit("done", {"text": "x" * 400})  # counts twice, as event and result
+            job.emit("done", {"text": "x" * 400, "attention": "x" * 400})
         jobs[1].watchers = 1
         store.trim()
         return [jobs.index(job) for job in store]
