@@ -99,11 +99,14 @@ class Queue:
         self._filled.set()
         self._number()
 
-    async def get(self) -> Job:
-        """Waits for a job, and gives the next client its turn."""
+    async def filled(self) -> None:
+        """Waits until there is a job."""
         while not self._waiting:
             self._filled.clear()
             await self._filled.wait()
+
+    def pop(self) -> Job:
+        """The next job: its client has had its turn."""
         client, jobs = self._waiting.popitem(last=False)
         job = jobs.popleft()
         if jobs:

@@ -42,9 +42,9 @@ def test_clients_take_turns():
         queue = waiting("aaaabbc")
         assert names(queue) == "0461523"
         assert [job.position for job in queue] == [1, 2, 3, 4, 5, 6, 7]
-        first = await queue.get()
+        first = queue.pop()
         queue.put(Job({"name": "9"}, "a"))  # comes behind the others' turns, and behind its own
-        return names([first, *[await queue.get() for _ in range(len(queue))]])
+        return names([first, *[queue.pop() for _ in range(len(queue))]])
 
     assert asyncio.run(order()) == "04615239"
 
@@ -55,7 +55,7 @@ def test_the_order_is_the_one_that_was_foretold():
         queue = waiting(*draw.choices("abcd", k=12))
         queue.remove(draw.choice([*queue]))
         foretold = names(queue)
-        assert names([await queue.get() for _ in range(len(queue))]) == foretold
+        assert names([queue.pop() for _ in range(len(queue))]) == foretold
 
     for seed in range(20):
         asyncio.run(same(seed))
@@ -64,10 +64,11 @@ def test_the_order_is_the_one_that_was_foretold():
 def test_an_empty_queue_waits():
     async def first():
         queue = Queue()
-        getting = asyncio.ensure_future(queue.get())
+        waiting = asyncio.ensure_future(queue.filled())
         await asyncio.sleep(0)
         queue.put(Job({"name": "1"}, "a"))
-        return names([await getting])
+        await waiting
+        return names([queue.pop()])
 
     assert asyncio.run(first()) == "1"
 
@@ -265,6 +266,21 @@ def test_what_the_web_ui_has_and_the_playground_has_not(kind, fields, sentence):
     with pytest.raises(Wrong) as error:
         translated(kind, **fields)
     assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ("n_inference_steps should be at most 150.", "steps should be at most 150."),
+        ("width should be a multiple of 8 pixels.", "width should be a multiple of 8 pixels."),
+        ("", ""),
+    ],
+)
+def test_errors_have_the_web_uis_names(ours, theirs):
+    pytest.importorskip("fastapi")
+    from scripts.playground.sdapi_forms import renamed
+
+    assert renamed(ours) == theirs
 
 
 def script():
