@@ -156,7 +156,7 @@ ABOUT = {"samplers": SAMPLERS, "model": "tiny", "file": "tiny.ckpt"}
 
 
 def translated(kind="TextToImage", **fields):
-    pytest.importorskip("fastapi")
+    pytest.importorskip("pydantic")
     from scripts.playground import sdapi_forms
 
     return sdapi_forms.work_of(getattr(sdapi_forms, kind)(**fields), ABOUT)
@@ -277,7 +277,7 @@ def test_what_the_web_ui_has_and_the_playground_has_not(kind, fields, sentence):
     ],
 )
 def test_errors_have_the_web_uis_names(ours, theirs):
-    pytest.importorskip("fastapi")
+    pytest.importorskip("pydantic")
     from scripts.playground.sdapi_forms import renamed
 
     assert renamed(ours) == theirs

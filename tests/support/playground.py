@@ -1,7 +1,8 @@
-"""A playground on a free port, in its own process, and what its clients do."""
+"""A playground on a free port, in its own process, and what its clients do; and calls of an application alone."""
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -11,6 +12,29 @@ import time
 from collections.abc import Iterator
 
 from tests import ROOT
+
+HOST = "127.0.0.1:7860"
+
+
+def call(app, method="GET", path="/", query="", body=(b"",), **headers):
+    """What an ASGI application answers: the status, the headers and the body. `body` comes in parts."""
+    headers = {"host": HOST} | {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
+    pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": pairs}
+    sent, parts = [], [{"type": "http.request", "body": part, "more_body": True} for part in body]
+    parts[-1]["more_body"] = False
+
+    async def receive():
+        if not parts:
+            await asyncio.sleep(60)
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    answer = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], answer, b"".join(message.get("body", b"") for message in sent[1:])
 
 
 class Live:
