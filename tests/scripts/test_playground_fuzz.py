@@ -182,7 +182,7 @@ def send(live, method, path, body, headers):
 def test_no_request_is_answered_with_500(live, request):
     status, kind, content = send(live, *request)
     assert status < 500 or status in ALLOWED, (status, content)
-    if status >= 400 and content:
+    if status >= 400 and content and "Range" not in request[3]:  # a wrong range of a file of the page: plain text
         assert kind == "application/json"
         sentence = json.loads(content)["detail"]
         assert isinstance(sentence, str)
