@@ -9,27 +9,8 @@ pytest.importorskip("fastapi")
 from scripts.playground.app import make_app
 from scripts.playground.jobs import Job
 from scripts.playground.limits import Limits, Wrong
-from scripts.playground.server import Server, Unavailable
-from tests.support.playground import call
-
-SAMPLERS = [{"name": "euler", "label": "Euler", "default_steps": 30, "max_steps": None}]
-
-
-class FakeServer(Server):
-    """A server whose worker answers at once, and draws nothing."""
-
-    def __init__(self):
-        super().__init__({}, Limits(), print)
-        self.about = {"samplers": SAMPLERS, "model": "tiny", "file": "tiny.ckpt", "vae": None}
-        self.wrong: Exception | None = None
-
-    async def ready(self):
-        pass
-
-    async def ask(self, what, **more):
-        if self.wrong:
-            raise self.wrong
-        return {"what": what} | ({"loras": []} if what == "files" else {})
+from scripts.playground.server import Unavailable
+from tests.support.playground import FakeServer, call
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
-"""Malformed requests: whatever comes, the playground answers with a sentence, never with 500, and draws on.
+"""Malformed requests: whatever comes, the playground answers with a sentence, never with 500. In one process.
 
 PLAYGROUND_EXAMPLES sets how many requests (default 300).
 """
 
-import http.client
+import argparse
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 pytestmark = pytest.mark.slow
 pytest.importorskip("fastapi")
 
-from tests.support.playground import Live  # noqa: E402
+from scripts.playground.app import make_app  # noqa: E402
+from scripts.playground.drawing import Studio  # noqa: E402
+from scripts.playground.limits import Limits, Wrong  # noqa: E402
+from scripts.playground.questions import QUESTIONS, about  # noqa: E402
+from scripts.playground.worker import KNOWN_ERRORS  # noqa: E402
+from sd import load_models  # noqa: E402
+from tests.support.playground import FakeServer, call  # noqa: E402
+
+LIMITS = Limits(pixels=128 * 128, steps=20)
 
 EXAMPLES = int(os.environ.get("PLAYGROUND_EXAMPLES", 300))
 ALLOWED = (501, 503)  # not supported; the queue is full
@@ -158,40 +167,47 @@ requests = st.one_of(
 )
 
 
+class Worker(FakeServer):
+    """Answers questions as the worker does, in this process, so that an unexpected error is seen. Draws nothing."""
+
+    def __init__(self, studio):
+        super().__init__(LIMITS)
+        self.studio, self.about = studio, about(studio)
+
+    async def ask(self, what, **more):
+        try:
+            return json.loads(json.dumps(QUESTIONS[what](self.studio, more), allow_nan=False))
+        except KNOWN_ERRORS as error:
+            raise Wrong(str(error)) from None
+
+    def submit(self, job):
+        super().submit(job)
+        if job.call is not None:
+            job.emit("done", {"images": ["data:image/png;base64,AA=="], "seed": job.work["seed"], "parameters": ""})
+
+
 @pytest.fixture(scope="module")
-def live():
-    with Live("--max-pixels", 128 * 128, "--max-steps", 20) as live:
-        live.wait_until_ready()
-        yield live
+def studio(demo_checkpoint):
+    options = argparse.Namespace(checkpoint=Path("micro.ckpt"), vae=None)
+    return Studio(load_models(demo_checkpoint, device="cpu"), options, LIMITS)
 
 
-def send(live, method, path, body, headers):
-    """The status and content of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
-    headers = {"Content-Type": "application/json"} | {key: value.strip() for key, value in headers.items()}
-    try:
-        connection.request(method, path, body, {key: value.encode("latin-1") for key, value in headers.items()})
-        answer = connection.getresponse()
-        return answer.status, answer.getheader("content-type", ""), answer.read()
-    finally:
-        connection.close()
+@pytest.fixture(scope="module")
+def app():
+    return make_app({}, LIMITS, "127.0.0.1", 7860, None, print)
 
 
 @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
 @given(request=requests)
-def test_no_request_is_answered_with_500(live, request):
-    status, kind, content = send(live, *request)
+def test_no_request_is_answered_with_500(app, studio, request):
+    method, path, body, headers = request
+    app.app.state.server = Worker(studio)
+    path, _, query = path.partition("?")
+    headers = {"content_type": "application/json"} | {key.replace("-", "_").lower(): v for key, v in headers.items()}
+    status, answered, content = call(app, method, path, query, [body], **headers)
     assert status < 500 or status in ALLOWED, (status, content)
-    if status >= 400 and content and "Range" not in request[3]:  # a wrong range of a file of the page: plain text
-        assert kind == "application/json"
+    if status >= 400 and content and "range" not in headers:  # a wrong range of a file of the page: plain text
+        assert answered["content-type"] == "application/json"
         sentence = json.loads(content)["detail"]
         assert isinstance(sentence, str)
         assert len(sentence) < 1000
-
-
-def test_the_server_still_draws(live):
-    while live.call("GET", "/api/status")[1]["waiting"]:
-        pass
-    event, data = live.draw(**SMALL, seed=1)
-    assert event == "done", data
-    assert live.call("GET", "/api/status")[1]["started"] == 1  # the worker has survived all of it

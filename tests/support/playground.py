@@ -11,9 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 
+from scripts.playground.limits import Limits
+from scripts.playground.server import Server
 from tests import ROOT
 
 HOST = "127.0.0.1:7860"
+DEFAULTS = Limits()
 
 
 def call(app, method="GET", path="/", query="", body=(b"",), **headers):
@@ -113,6 +116,24 @@ class Live:
         while self.call("GET", "/api/status")[1]["worker"] != "ready":
             assert time.monotonic() < until
             time.sleep(0.1)
+
+
+class FakeServer(Server):
+    """A server whose worker answers at once, and draws nothing."""
+
+    def __init__(self, limits: Limits = DEFAULTS):
+        super().__init__({}, limits, print)
+        samplers = [{"name": "euler", "label": "Euler", "default_steps": 30, "max_steps": None}]
+        self.about = {"samplers": samplers, "model": "tiny", "file": "tiny.ckpt", "vae": None}
+        self.wrong: Exception | None = None
+
+    async def ready(self) -> None:
+        pass
+
+    async def ask(self, what: str, **more: object) -> dict:
+        if self.wrong:
+            raise self.wrong
+        return {"what": what} | ({"loras": []} if what == "files" else {})
 
 
 def memory(process: int) -> int:
