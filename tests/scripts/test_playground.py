@@ -11,7 +11,7 @@ import json
 import random
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from scripts.playground import files
 from scripts.playground.jobs import Job, Queue, Store
@@ -129,6 +129,25 @@ def test_other_images(text, sentence):
     with pytest.raises(Wrong) as error:
         Limits(upload_pixels=1000).image_bytes("image", text)
     assert str(error.value).startswith(sentence)
+
+
+def test_settings_in_a_picture():
+    from scripts.playground.png_info import settings_in
+
+    def picture(text):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", text)
+        return Limits().image_bytes("image", data_url(pnginfo=info))
+
+    text = "a house\nNegative prompt: fog\nSteps: 20, Sampler: Euler a, Seed: 7"
+    settings = {"Steps": "20", "Sampler": "Euler a", "Seed": "7"}
+    assert settings_in(picture(text)) == {"info": text, "prompt": "a house", "negative": "fog", "settings": settings}
+    assert settings_in(picture("a photo")) == {"info": "a photo", "prompt": "", "negative": "", "settings": {}}
+    with pytest.raises(Wrong, match="image should have settings of at most 50,000 characters, 12,000 to a line"):
+        settings_in(picture("x" * 20_000))
+    damaged = picture(text).getvalue()[:50]
+    with pytest.raises(Wrong, match="image should be a picture that can be read, and this one is damaged"):
+        settings_in(io.BytesIO(damaged))
 
 
 @pytest.mark.parametrize("name", ["../tiny", "/etc/passwd", "tiny.ckpt", "", "tiny-lcm/../tiny-lcm", "x" * 1000])
