@@ -4,6 +4,7 @@ import argparse
 import base64
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +13,20 @@ from PIL import Image
 from scripts.playground.drawing import Stopped, Studio, hear_warnings
 from scripts.playground.limits import Limits
 from scripts.playground.questions import QUESTIONS, about
-from sd import generate, load_models
+from sd import generate
 from sd.adapters.control import Control
 from sd.checkpoints.files import write_checkpoint
 from tests.support import synthetic_embeddings
 from tests.support.control import cldm_state, random_controlnet
-from tests.support.synthetic import FEW_LAYERS
+from tests.support.synthetic import FEW_LAYERS, random_models
 
 SMALL = {"width": 32, "height": 40, "n_inference_steps": 2, "sampler_name": "euler", "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def studio(demo_checkpoint, tmp_path_factory):
-    models = load_models(demo_checkpoint, device="cpu")
-    return Studio(models, argparse.Namespace(checkpoint=demo_checkpoint, vae=None), Limits())
+def studio():
+    options = argparse.Namespace(checkpoint=Path("micro.ckpt"), vae=None)
+    return Studio(random_models(FEW_LAYERS), options, Limits())
 
 
 @pytest.fixture
