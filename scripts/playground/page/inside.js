@@ -4,6 +4,7 @@ import { at, make } from "./dom.js";
 import { call } from "./server.js";
 
 const GROUPS = { start: "The start of the prompt", end: "The end of the prompt, with the padding after it," };
+const HINT = "Point at a word: the picture keeps its colours where the U-Net paid most attention to it.";
 const BLOCK = 150; // pixels: the height of the largest feature maps in the drawing
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -64,7 +65,7 @@ export class Words {
     at("picture").classList.toggle("looking", button !== null);
     this.lit.hidden = button === null;
     for (const other of this.buttons ?? []) other.classList.toggle("on", other === button);
-    at("share").textContent = button ? says(button.token) : "";
+    at("share").textContent = button ? says(button.token) : HINT;
     if (!button) return;
     for (const name of ["webkitMaskImage", "maskImage"]) this.lit.style[name] = `url("${button.token.map}")`;
   }
@@ -83,7 +84,7 @@ export class Words {
 // The U-Net to scale: one radio button for each stage, so that arrow keys go from one to the next.
 export class Stages {
   constructor() {
-    this.chosen = "middle";
+    this.chosen = null;
     this.position = 0;
     at("stages").addEventListener("change", (event) => {
       this.chosen = event.target.value;
@@ -99,7 +100,7 @@ export class Stages {
     if (!features?.length) return;
     const { stages } = features[0];
     const highest = Math.max(...stages.map(({ shape }) => shape[1]));
-    if (!stages.some(({ name }) => name === this.chosen)) this.chosen = stages[0].name;
+    if (!stages.some(({ name }) => name === this.chosen)) this.chosen = stages.at(-3).name; // large, and not yet noise
     at("stages").replaceChildren(...stages.map((stage) => block(stage, highest, stage.name === this.chosen)));
     this.connect();
     this.showMap();

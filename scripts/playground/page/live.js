@@ -13,8 +13,8 @@ const SIZES = { shapes: 56, lines: 12 }; // of the brush at first, in pixels of 
 const PAPER = "#ffffff";
 const SLOW_STEPS = 8; // where there is no LoRA for four
 const PROMPTS = {
-  tiny: ["a red house on green hills at noon", "a red house in the snow at night", "a purple tent in the desert at sunset", "a yellow tree on green hills at dawn"],
-  other: ["a red cottage in a meadow, oil painting", "a lighthouse at night, watercolour", "a spaceship on a hill, photograph"],
+  tiny: ["a red house on green hills", "a red house in the snow at night", "a purple tent in the desert", "a yellow tree at dawn"],
+  other: ["a red cottage in a meadow, oil painting", "a lighthouse at night, watercolour", "a tent in the desert, photograph"],
 };
 
 export class Live {

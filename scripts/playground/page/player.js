@@ -64,6 +64,7 @@ export class Player {
     }
     at("cond-title").textContent = start.prediction === "epsilon" ? "Predicted noise" : "Predicted v";
     at("uncond-title").textContent = at("cond-title").textContent;
+    at("uncond-text").textContent = run.work.uncond_prompt ? "With the negative prompt" : "Without the prompt";
     this.mark(step, run.finishedAt(position) ? start.alpha_bar.at(-1) : step.alpha_bar);
     this.moved?.(position);
   }
