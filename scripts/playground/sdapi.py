@@ -61,7 +61,7 @@ def add_sdapi(app: FastAPI) -> None:
         finally:
             calls.remove(call)
         images = [one["images"][0].partition(",")[2] for one in results] if form.send_images else []
-        given = form.model_dump()
+        given = json.loads(json.dumps(form.model_dump()), parse_constant=lambda _: None)  # JSON has no NaN
         if not getattr(form, "include_init_images", True):
             given |= {"init_images": None, "mask": None}
         return Json({"images": images, "parameters": given, "info": json.dumps(info(form, checked, results, server()))})

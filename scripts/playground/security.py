@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
 import ipaddress
 import json
 import secrets
@@ -51,6 +52,7 @@ class Guard:
     def __init__(self, app: Callable, host: str, port: int, token: str | None, limits: Limits):
         self.app, self.host, self.port, self.token, self.limits = app, host, port, token, limits
         self.local = host in LOCAL
+        self.cookie = hashlib.sha256((token or "").encode()).hexdigest()  # any token fits into a cookie like that
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,8 +73,8 @@ class Guard:
         try:
             self.check_host(headers)
             self.check_origin(scope["method"], headers)
-            if token := self.given_in_address(scope):
-                await _redirect(guarded, token)
+            if self.is_given_in_address(scope):
+                await _redirect(guarded, self.cookie)
                 return
             self.check_token(headers)
             body = await self.read(headers, receive)
@@ -105,12 +107,12 @@ class Guard:
         if site not in ("none", "same-origin") and not link:
             raise Refused(403, "Requests should come from this server's own page, not from another site.")
 
-    def given_in_address(self, scope: Message) -> str | None:
-        """The right token in the address /?token=..., which a browser then keeps as a cookie."""
+    def is_given_in_address(self, scope: Message) -> bool:
+        """Whether the address is /?token=... with the right token, for which a browser then gets a cookie."""
         if self.token is None or scope["path"] != "/" or scope["method"] != "GET":
-            return None
+            return False
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        return given if _equal(given, self.token) else None
+        return _equal(given, self.token)
 
     def check_token(self, headers: dict[str, str]) -> None:
         """The token as a bearer, as the password of basic authentication (as clients of AUTOMATIC1111 send it), or in
@@ -128,7 +130,7 @@ class Guard:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             cookie = None
-        if not _equal(given, self.token) and not (cookie and _equal(cookie.value, self.token)):
+        if not _equal(given, self.token) and not (cookie and _equal(cookie.value, self.cookie)):
             how = "open /?token=... in a browser, or send it as a bearer or as the password of basic authentication"
             raise Refused(401, f"The token that the server was started with should be given: {how}.")
 
@@ -203,8 +205,8 @@ async def answer(send: Send, status: int, sentence: str) -> None:
     await send({"type": "http.response.body", "body": json.dumps({"detail": sentence}).encode()})
 
 
-async def _redirect(send: Send, token: str) -> None:
-    cookie = f"{COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict; Max-Age=2592000"
+async def _redirect(send: Send, value: str) -> None:
+    cookie = f"{COOKIE}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age=2592000"
     headers = [(b"location", b"/"), (b"set-cookie", cookie.encode())]
     await send({"type": "http.response.start", "status": 303, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
