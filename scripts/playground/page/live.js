@@ -80,8 +80,8 @@ export class Live {
       at("live-prompt").value ||= prompts[0];
       at("live-examples").replaceChildren(...prompts.map((text) => this.example(text)));
     }
-    if (first || !this.control) this.choose(this.control ? "lines" : "shapes");
-    this.want();
+    if (first || !this.control) this.mode = this.control ? "lines" : "shapes";
+    this.choose(this.mode);
   }
 
   example(text) {
