@@ -1,5 +1,6 @@
 """The playground's page in a real browser: drawing, scrubbing, masks, dropped pictures, and what fails."""
 
+import base64
 import json
 import os
 import re
@@ -94,6 +95,16 @@ class Page:
         """The jobs that the page has asked for since it was loaded."""
         return self.script("return window.sent.map((text) => JSON.parse(text))")
 
+    def drawings(self) -> list[str]:
+        """The coloured drawings among the jobs."""
+        return [job["input_image"] for job in self.sent() if "input_image" in job]
+
+    def use(self, mode: str) -> None:
+        """Draws in colours or in lines, and waits for the picture."""
+        before = self.source("live-picture")
+        self.script("document.querySelector(`[name=mode][value=${arguments[0]}]`).click()", mode)
+        assert until(lambda: self.source("live-picture") != before)
+
     def step(self) -> int:
         """The step that is shown, 0 before the first."""
         number = self.text("now").partition(" of ")[0]
@@ -130,15 +141,17 @@ def browser(tmp_path_factory):
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    # Before any script of a page: what it asks for, and when the picture beside the drawing changes.
-    source = """window.sent = []; window.shown = [];
+    # Before any script of a page: what it asks for, and when its two pictures change.
+    source = """window.sent = []; window.shown = []; window.states = [];
         const fetched = window.fetch;
         window.fetch = (path, options) => {
             if (path === "/api/jobs") { window.sent.push(options.body); }
             return fetched(path, options);
         };
-        addEventListener("DOMContentLoaded", () => new MutationObserver(() => window.shown.push(window.sent.length))
-            .observe(document.getElementById("live-picture"), {attributeFilter: ["src"]}))"""
+        const watch = (id, act) => addEventListener("DOMContentLoaded", () => new MutationObserver(act)
+            .observe(document.getElementById(id), {attributeFilter: ["src"]}));
+        watch("live-picture", () => window.shown.push(window.sent.length));
+        watch("image", () => window.states.push(document.getElementById("state").textContent))"""
     browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
     yield browser
     browser.quit()
@@ -165,6 +178,8 @@ def opened(browser, port: int) -> Page:
     browser.get(f"http://127.0.0.1:{port}/")
     page = Page(browser)
     assert until(lambda: page.source("live-picture"))
+    if page.find("modes").is_displayed():  # there is a ControlNet, so the page has begun with lines
+        page.use("shapes")
     page.set("steps-count", 3)
     return page
 
@@ -183,10 +198,10 @@ def test_the_picture_follows_the_drawing(page):
     assert all(begun <= i + 1 for i, begun in enumerate(shown, 1))  # and at most the next one was asked for before
     page.find("undo").click()
     assert until(lambda: len(page.sent()) > asked)
-    jobs = page.sent()
-    assert {job["seed"] for job in jobs} == {4}
-    assert all(job["previews"] == "none" for job in jobs)
-    assert jobs[-1]["input_image"] == jobs[0]["input_image"] != jobs[asked - 1]["input_image"]
+    assert {job["seed"] for job in page.sent()} == {4}
+    assert all(job["previews"] == "none" for job in page.sent())
+    drawings = page.drawings()
+    assert drawings[-1] == drawings[0] != drawings[-2]
 
 
 def test_drawing_by_keyboard(page):
@@ -203,7 +218,7 @@ def test_steps_appear_one_by_one_and_can_be_gone_back_to(page):
     page.find("submit").click()
     assert until(lambda: page.source("image"))
     assert page.find("picture").is_displayed()
-    assert not page.text("state").startswith("Drawn")  # a first step is visible long before the end
+    assert page.script("return window.states[0]") == "Drawing …"  # a first step is visible long before the end
     assert until(lambda: page.step() >= 3)
     page.set("step", 0)
     early = {name: page.source(name) for name in ("image", "latents", "uncond", "cond", "push")}
@@ -293,10 +308,16 @@ def test_tokens_are_coloured_as_one_types(page):
     assert until(lambda: page.text("count") == "100 tokens, in 2 parts")
 
 
-def test_a_downloaded_picture_brings_its_settings_back(page):
+def test_a_downloaded_picture_brings_its_settings_back(page, tmp_path):
     sampler = "euler_a_karras" if page.find_all("#sampler option[value=euler_a_karras]") else "euler_a"
     page.draw(prompt="a (blue:1.2) tent", negative="clouds", sampler=sampler, scale=3.5, seed=77, steps_count=2)
-    url = page.source("#shelf img")
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    page.find_all("#shelf button.quiet")[1].click()
+    (file,) = until(lambda: [*tmp_path.glob("*.png")])
+    assert file.name == "a-blue-1-2-tent-77.png"
+    url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    assert url == page.source("#shelf img")
     for name in ("prompt", "negative", "seed"):
         page.set(name, "")
     page.set("scale", 9)
@@ -401,8 +422,7 @@ def test_one_thing_is_changed_and_both_are_compared(page):
 def test_watching_how_the_drawing_becomes_a_picture(page):
     page.find("watch").click()
     assert until(lambda: page.text("state").startswith("Drawn"))
-    watched = page.source("image")
-    assert watched == page.source("live-picture") or page.sent()[-1]["input_image"] == page.sent()[0]["input_image"]
+    assert page.source("image") == page.source("live-picture")
     assert len(page.find_all("#ticks .unvisited")) == 1  # image-to-image skips the beginning
     page.find("keep").click()
     assert len(page.find_all("#shelf li")) == 2
@@ -422,25 +442,11 @@ def test_everything_by_keyboard(page):
         active = page.browser.switch_to.active_element
         if active.tag_name == "body":
             break
-        drawn = [
-            active,
-            *active.find_elements("xpath", "./following-sibling::*[1]"),
-        ]  # a swatch is beside its radio button
+        drawn = [active, *active.find_elements("xpath", "./following-sibling::*[1]")]  # a radio button's swatch
         styles = [one.value_of_css_property("outline-style") for one in drawn]
         assert set(styles) != {"none"}, active.get_attribute("outerHTML")[:200]
-        reached.append(active.get_attribute("id") or active.get_attribute("class") or active.tag_name)
-    wanted = [
-        "live-prompt",
-        "sketch-shapes",
-        "brush",
-        "watch",
-        "prompt",
-        "negative",
-        "submit",
-        "sampler",
-        "seed",
-        "step",
-    ]
+        reached.append(active.get_attribute("id") or active.get_attribute("class").split(" ")[0])
+    wanted = ["live-prompt", "sketch-shapes", "brush", "watch", "prompt", "submit", "sampler", "seed", "step"]
     assert [name for name in reached if name in wanted] == wanted
     assert {"token", "card", "compare-what"} <= set(reached)
 
@@ -456,6 +462,32 @@ def test_nothing_is_wider_than_the_screen(page, width, height):
         .filter((one) => one.offsetParent && Math.min(one.offsetWidth, one.offsetHeight) < 24).map((one) => one.id)"""
     )
     assert small == []
+
+
+def test_a_controlnet_leads_the_picture_along_lines(page):
+    if not page.find("modes").is_displayed():
+        pytest.skip("there is no ControlNet in data/")
+    page.use("lines")
+    before = page.source("live-picture")
+    page.stroke("sketch-lines", (-150, -150), (150, -150))
+    assert until(lambda: page.source("live-picture") != before)
+    job = page.sent()[-1]
+    assert "input_image" not in job
+    assert job["control"][0]["net"]
+    dark = page.browser.execute_async_script(
+        """const [url, done] = arguments, image = new Image();
+        image.onload = () => {
+            const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+            context.drawImage(image, 0, 0);
+            done(context.getImageData(0, image.height - 1, 1, 1).data[0]);
+        };
+        image.src = url""",
+        job["control"][0]["image"],
+    )
+    assert dark == 0  # paper is black, and lines are white
+    page.find("watch").click()
+    assert until(lambda: page.text("state").startswith("Drawn"))
+    assert page.source("image") == page.source("live-picture")
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])

@@ -12,7 +12,7 @@ export class Adapters {
   know(loras, controls) {
     for (const [kind, files] of Object.entries({ loras, controls })) {
       const before = this.rows[kind];
-      const row = ({ name, file }) => before.get(name) ?? (kind === "loras" ? loraRow(name, file) : this.controlRow(name, file));
+      const row = ({ name, file }) => before.get(name) ?? (kind === "loras" ? adapterRow(name, file) : this.controlRow(name, file));
       this.rows[kind] = new Map(files.map((one) => [one.name, row(one)]));
       at(kind).replaceChildren(...[...this.rows[kind].values()].map(({ element }) => element));
       at(`${kind}-none`).hidden = files.length > 0;
@@ -20,7 +20,7 @@ export class Adapters {
   }
 
   controlRow(name, file) {
-    const row = adapterRow(name, file, 2);
+    const row = adapterRow(name, file);
     const image = make("img", { alt: `The image that ${name} follows`, hidden: true });
     const choose = make("input", { type: "file", accept: "image/png,image/jpeg,image/webp" });
     choose.setAttribute("aria-label", `An image for ${name} to follow`);
@@ -67,20 +67,19 @@ export class Adapters {
   }
 }
 
-const loraRow = (name, file) => adapterRow(name, file, 2);
-
-function adapterRow(name, file, most) {
+function adapterRow(name, file) {
   const box = make("input", { type: "checkbox" });
-  const range = make("input", { type: "range", min: 0, max: most, step: 0.05, value: 1 });
+  const range = make("input", { type: "range", min: 0, max: 2, step: 0.05, value: 1 });
   range.setAttribute("aria-label", `Strength of ${name}`);
   const now = make("output", { textContent: "1.00" });
-  range.addEventListener("input", () => (now.textContent = Number(range.value).toFixed(2)));
+  const show = () => (now.textContent = Number(range.value).toFixed(2));
+  range.addEventListener("input", show);
   const label = make("label", { title: file }, box, make("bdi", { textContent: name }));
   const element = make("li", {}, make("div", { className: "row" }, label, range, now));
   const set = (strength) => {
     box.checked = true;
     range.value = strength;
-    now.textContent = Number(strength).toFixed(2);
+    show();
   };
   return { element, box, range, set, url: null };
 }

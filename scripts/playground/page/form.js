@@ -32,6 +32,7 @@ export class Form {
     if (!first) return;
     this.choose({});
     at("width").value = at("height").value = models.image_size;
+    at("look").checked = models.tiny; // larger models take long enough without
     if (!at("prompt").value && models.tiny) at("prompt").value = "a red house on green hills at noon, with clouds";
     this.tokens();
   }

@@ -28,7 +28,6 @@ export class Words {
     at("words").hidden = !attention;
     this.look(null);
     if (!attention) return at("looked").replaceChildren();
-    this.lit.src = result.images[0];
     this.place(attention.box, result);
     const most = Math.max(...attention.tokens.filter(({ id }) => id !== null).map(({ share }) => share)) || 1;
     this.buttons = attention.tokens.map((token, i) => this.button(token, most, attention.tokens[i + 1]));
@@ -60,13 +59,15 @@ export class Words {
     this.look(button);
   }
 
-  // The picture keeps its colours where the token got attention.
+  // The picture, of whatever step, keeps its colours where the token got attention.
   look(button) {
     at("picture").classList.toggle("looking", button !== null);
     this.lit.hidden = button === null;
     for (const other of this.buttons ?? []) other.classList.toggle("on", other === button);
     at("share").textContent = button ? says(button.token) : HINT;
     if (!button) return;
+    this.lit.src = at("image").src;
+    this.lit.classList.toggle("pixels", at("image").classList.contains("pixels"));
     for (const name of ["webkitMaskImage", "maskImage"]) this.lit.style[name] = `url("${button.token.map}")`;
   }
 

@@ -48,14 +48,10 @@ function startFrom(url) {
 
 // Draws what the live canvas shows once more, with everything to look at.
 async function watch(work) {
-  at("negative").value = "";
-  form.write(work);
-  for (const name of ["n_inference_steps", "cfg_scale", "sampler_name"]) {
-    if (work[name] === null) form.choose(work);
-  }
-  adapters.write(work);
   await start.write(work);
-  form.tokens();
+  form.write(work);
+  if (work.sampler_name === null) form.choose(work);
+  adapters.write(work);
   studio.draw();
   at("studio").scrollIntoView();
 }
@@ -111,7 +107,7 @@ function showStatus(status) {
   const sentence = status ? sentences[worker] : "The server does not answer. This page tries again every two seconds.";
   const queue = waiting ? `, ${waiting} waiting` : "";
   if (at("server").textContent !== sentence + queue) at("server").textContent = sentence + queue;
-  at("server").className = worker === "ready" ? "ready" : "trouble";
+  at("server").className = { ready: "ready", starting: "" }[worker] ?? "trouble";
 }
 
 async function learn() {
@@ -120,7 +116,6 @@ async function learn() {
   adapters.know(loras, controls);
   form.know(models, samplers);
   compare.know(samplers);
-  at("look").checked &&= models.tiny;
   studio.player.drawSchedule(models.schedule);
   live.know(models, loras, controls);
 }

@@ -37,7 +37,12 @@ export class Player {
 
   empty() {
     at("picture").hidden = !this.run.result;
-    if (this.run.result) at("image").src = this.run.result.images[0];
+    if (this.run.result) {
+      const { images, width, height } = this.run.result;
+      at("image").src = images[0];
+      at("image").classList.remove("pixels");
+      at("picture").style.setProperty("--ratio", width / height);
+    }
     at("now").textContent = this.run.result ? "The steps of this picture are not kept. Draw it again to see them." : "";
     at("steps").hidden = true;
   }

@@ -16,7 +16,7 @@ export class Studio {
     this.stages = new Stages();
     this.player.moved = (position) => {
       this.stages.move(position);
-      if (this.run?.last !== position) this.words.look(null);
+      this.words.look(this.words.chosen);
     };
     at("form").addEventListener("submit", (event) => {
       event.preventDefault();
