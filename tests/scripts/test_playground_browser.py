@@ -198,7 +198,7 @@ def test_the_picture_follows_the_drawing(page):
     assert all(begun <= i + 1 for i, begun in enumerate(shown, 1))  # and at most the next one was asked for before
     page.find("undo").click()
     assert until(lambda: len(page.sent()) > asked)
-    assert {job["seed"] for job in page.sent()} == {4}
+    assert {job["seed"] for job in page.sent()} == {6}
     assert all(job["previews"] == "none" for job in page.sent())
     drawings = page.drawings()
     assert drawings[-1] == drawings[0] != drawings[-2]

@@ -9,11 +9,11 @@ const COLOURS = {
   sky: "#8ec5f2", night: "#1d2450", sea: "#3f78c2", grass: "#6fae4e", sand: "#dcb56c", snow: "#f4f6f8",
   red: "#c23a2b", yellow: "#f7d94c", purple: "#7a4fb0", brown: "#6b4a35", dark: "#26221f",
 };
-const SIZES = { shapes: 56, lines: 12 }; // of the brush at first, in pixels of the canvas
+const SIZES = { shapes: 56, lines: 10 }; // of the brush at first, in pixels of the canvas
 const PAPER = "#ffffff";
 const SLOW_STEPS = 8; // where there is no LoRA for four
 const PROMPTS = {
-  tiny: ["a red house on green hills", "a red house in the snow at night", "a purple tent in the desert", "a yellow tree at dawn"],
+  tiny: ["a red house on green hills at noon", "a red house in the snow at night", "a purple tent in the desert", "a yellow tree at dawn"],
   other: ["a red cottage in a meadow, oil painting", "a lighthouse at night, watercolour", "a tent in the desert, photograph"],
 };
 
@@ -21,7 +21,7 @@ export class Live {
   // `keep(run)` puts a picture into the gallery; `watch(work)` draws it again, to be watched.
   constructor(keep, watch) {
     this.mode = "shapes";
-    this.seed = 4;
+    this.seed = 6;
     this.picture = this.run = null;
     this.dirty = false;
     this.sketches = {};
@@ -190,7 +190,9 @@ function exampleLines(context) {
   for (const points of [
     [[262, 282], [266, 404], [424, 402], [420, 280]],
     [[244, 284], [300, 196], [392, 192], [446, 282]],
-    [[326, 402], [328, 344], [364, 344], [364, 402]],
+    [[326, 402], [328, 350], [364, 350], [364, 402]],
+    [[284, 310], [312, 310], [312, 338], [284, 338], [284, 310]],
+    [[378, 310], [406, 310], [406, 338], [378, 338], [378, 310]],
   ]) {
     shape(context, "#000", points);
     context.stroke();

@@ -11,7 +11,7 @@ export class Player {
     this.following = true; // shows the newest step, until the reader moves the slider
     this.slider = at("step");
     this.slider.addEventListener("input", () => {
-      this.following = Number(this.slider.value) >= this.run.last;
+      this.following = Number(this.slider.value) >= this.run.newest;
       this.show(Number(this.slider.value));
     });
   }
@@ -31,7 +31,7 @@ export class Player {
     if (run.starts.at(-1) !== this.ticked) this.tick(run.starts.at(-1));
     if (!known) return this.empty();
     slider.max = Math.max(run.last, run.total - 1, 1);
-    if (this.following) this.show(run.last);
+    if (this.following) this.show(run.newest);
     else this.show(Number(slider.value));
   }
 

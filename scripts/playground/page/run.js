@@ -33,6 +33,12 @@ export class Run {
     return this.frames.length - (this.result ? 0 : 1);
   }
 
+  // The newest position to show: a step waits for its decoded picture, if the one before it had one.
+  get newest() {
+    const [before, now] = this.frames.slice(-2);
+    return !this.result && before?.predicted && now && !now.predicted ? this.last - 1 : this.last;
+  }
+
   finishedAt(position) {
     return this.result !== null && position >= this.frames.length;
   }
