@@ -28,6 +28,7 @@ PACKAGES = ("fastapi", "uvicorn")
 PORT = 7860  # AUTOMATIC1111's, which its clients try first
 MIN_TOKEN = 12  # characters
 CLOSE_SECONDS = 3  # for streams of events that are still open
+MAX_CONNECTIONS = 256
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -106,6 +107,7 @@ async def serve(options: argparse.Namespace) -> int:
             log_level="warning",
             access_log=False,
             server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
             ws="none",
             proxy_headers=False,
             timeout_graceful_shutdown=CLOSE_SECONDS,

@@ -151,9 +151,9 @@ def recorded(job: Job, what: str) -> object:
     """What was recorded of a finished picture. Raises HTTPException if it was not."""
     if not job.over:
         raise HTTPException(409, f"The {what} maps are complete when the picture is: wait for the event done.")
-    if what not in job.result:
+    if what not in job.recorded:
         raise HTTPException(404, f"The picture should be asked for with {what}: true to have these maps.")
-    return job.result[what]
+    return job.recorded[what]
 
 
 async def stream(server: Server, job: Job, sent: int) -> AsyncIterator[str]:

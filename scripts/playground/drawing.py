@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import math
 import threading
 import time
 import warnings
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from scripts.demo import with_defaults
 from scripts.playground import files
-from scripts.playground.limits import Limits
+from scripts.playground.limits import FORMATS, Limits
 from scripts.support.embeddings import add_named
 from scripts.support.fast import SETTINGS
 from scripts.support.loras import find
@@ -72,7 +73,7 @@ class Studio:
         self.models, self.options, self.limits = models, options, limits
         self.preview = preview_for(models)
         self._models: OrderedDict[tuple, Models] = OrderedDict()
-        self._controls: OrderedDict[str, object] = OrderedDict()
+        self._controls: OrderedDict[tuple, object] = OrderedDict()
 
     def prepare(self, work: dict) -> Prepared:
         """Raises ValueError, in one sentence, for whatever cannot be drawn. No network runs."""
@@ -156,7 +157,7 @@ class Studio:
 
     def _control(self, given: dict) -> Control:
         path = files.choose("control.net", given["net"], files.control_files())
-        image = Image.open(self.limits.image_bytes("control.image", given["image"]))
+        image = Image.open(self.limits.image_bytes("control.image", given["image"]), formats=FORMATS)
         numbers = {name: given[name] for name in ("strength", "start", "end", "guess_mode") if name in given}
         return Control(path, image, **numbers)
 
@@ -168,7 +169,8 @@ class Studio:
     def _loaded(self, request: Request, models: Models) -> list[Control] | None:
         loaded = []
         for one in request.control or ():
-            net = _kept(self._controls, one.path, lambda one=one: one.loaded(models).net, KEPT_CONTROLS)
+            key = one.path, models.loras  # some files hold differences from the model's weights
+            net = _kept(self._controls, key, lambda one=one: one.loaded(models).net, KEPT_CONTROLS)
             loaded.append(replace(one, net=net).loaded(models))
         return loaded or None
 
@@ -231,7 +233,7 @@ class Run:
             "skipped": sampler.skipped,
             "timesteps": sampler.timesteps.tolist(),
             "alpha_bar": sampler.alpha_bar.tolist(),
-            "sigmas": sampler.sigmas.tolist(),
+            "sigmas": [_finite(sigma) for sigma in sampler.sigmas.tolist()],
             "latents": [latents.shape[3], latents.shape[2]],
             "width": latents.shape[3] * scale,
             "height": latents.shape[2] * scale,
@@ -271,7 +273,7 @@ class Run:
             "steps": len(self.sampler.timesteps),
             "timestep": step.timestep,
             "alpha_bar": self.sampler.alpha_bar[step.index].item(),
-            "sigma": self.sampler.sigmas[step.index].item(),
+            "sigma": _finite(self.sampler.sigmas[step.index].item()),
             "seconds": round(time.perf_counter() - self.begun, 3),
         }
         if self.work.get("previews", "full") == "none":
@@ -304,6 +306,11 @@ class Run:
             self.features.append({"pass": number, "index": step.index, "stages": stages})
         self.trace.calls[:] = calls[-1:]  # whose shapes the attention maps need
         self.trace.calls[0].activations.clear()
+
+
+def _finite(sigma: float) -> float | None:
+    """JSON has no infinity, which is the level of noise alone."""
+    return sigma if math.isfinite(sigma) else None
 
 
 _heard = threading.local()

@@ -10,7 +10,6 @@ MAX_PROMPT = 10_000
 MAX_SEED = 2**63 - 1
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
 Name = Annotated[str, Field(min_length=1, max_length=300)]

@@ -10,6 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 
 OVER = ("done", "failed", "cancelled")
+RECORDED = ("attention", "features")
 
 
 class Job:
@@ -22,8 +23,9 @@ class Job:
         self.state = "queued"  # then "running", and one of OVER
         self.position = 0  # in the queue, from 1
         self.events: list[tuple[str, str]] = []  # names and JSON
-        self.size = 0  # bytes of the events
-        self.result: dict = {}  # of the event that ended it
+        self.size = 0  # bytes of the events and of what was recorded
+        self.result: dict = {}  # the data of the event that ended it
+        self.recorded: dict = {}  # what is asked for by itself: RECORDED
         self.watchers = 0
         self.begun = self.step = self.steps = 0
         self.preview: str | None = None  # the latest predicted picture
@@ -47,12 +49,13 @@ class Job:
         if event == "predicted":
             self.preview = data["image"]
         if self.over:
+            self.recorded = {name: data.pop(name) for name in RECORDED if name in data}
             self.result = data
             self.work, self.preview = {}, None
-            data = {key: value for key, value in data.items() if key not in ("attention", "features")}
+            self.size += len(json.dumps(self.recorded))
         text = json.dumps(data, allow_nan=False)
         self.events.append((event, text))
-        self.size += len(text) + (len(json.dumps(self.result)) if self.over else 0)
+        self.size += len(text)
         self.touch()
 
     def touch(self) -> None:
@@ -96,11 +99,14 @@ class Queue:
         self._filled.set()
         self._number()
 
-    async def get(self) -> Job:
-        """Waits for a job, and gives the next client its turn."""
+    async def filled(self) -> None:
+        """Waits until there is a job."""
         while not self._waiting:
             self._filled.clear()
             await self._filled.wait()
+
+    def pop(self) -> Job:
+        """The next job: its client has had its turn."""
         client, jobs = self._waiting.popitem(last=False)
         job = jobs.popleft()
         if jobs:

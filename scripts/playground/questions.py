@@ -36,7 +36,6 @@ def about(studio) -> dict:
         "defaults": vars(config.sampling),
         "schedule": {"timesteps": points, "alphas_cumprod": [sampler.alphas_cumprod[t].item() for t in points]},
         "samplers": [_sampler(name) for name in SAMPLERS],
-        "unet": [name for name, _ in models.diffusion.named_children()],
     }
 
 

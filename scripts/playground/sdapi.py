@@ -17,7 +17,7 @@ from scripts.playground.forms import MAX_SEED
 from scripts.playground.jobs import Job
 from scripts.playground.limits import Wrong
 from scripts.playground.png_info import settings_in
-from scripts.playground.sdapi_forms import ImageToImage, Picture, TextToImage, check_model, work_of
+from scripts.playground.sdapi_forms import ImageToImage, Picture, TextToImage, check_model, renamed, work_of
 from scripts.playground.server import DIED, Server
 
 POLL = 1.0  # seconds between looks whether a client is still there
@@ -54,7 +54,10 @@ def add_sdapi(app: FastAPI) -> None:
         first = secrets.randbelow(2**32) if form.seed == -1 else form.seed
         if first + call.count - 1 > MAX_SEED:
             raise Wrong(f"seed should be at most {MAX_SEED - call.count + 1}, not {first}.")
-        checked = await server().ask("check", work=work | {"seed": first})
+        try:
+            checked = await server().ask("check", work=work | {"seed": first})
+        except Wrong as error:
+            raise Wrong(renamed(str(error))) from None
         calls.append(call)
         try:
             results = await draw_all(server(), call, work, first, request)

@@ -38,9 +38,21 @@ WITHOUT_EFFECT = {
     "initial_noise_multiplier": (1,),
 }
 MISSING = (None, [], {})
+# Our names of settings, with which errors begin -> AUTOMATIC1111's.
+NAMES = {
+    "uncond_prompt": "negative_prompt",
+    "n_inference_steps": "steps",
+    "strength": "denoising_strength",
+    "hires_strength": "denoising_strength",
+    "hires_scale": "hr_scale",
+    "input_image": "init_images",
+    "mask_image": "mask",
+    "feather": "mask_blur",
+    "padding_mask_crop": "inpaint_full_res_padding",
+    "clip_skip": "CLIP_stop_at_last_layers",
+}
 
 Side = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Picture(BaseModel):
@@ -61,7 +73,7 @@ class Picture(BaseModel):
     cfg_scale: float = Field(7.0, ge=-1000, le=1000, allow_inf_nan=False)
     width: Side | None = Field(None, description="default: the model's own, such as 512")
     height: Side | None = None
-    denoising_strength: float | None = Field(0.75, gt=0, le=1, allow_inf_nan=False)
+    denoising_strength: float | None = Field(0.75, ge=0, le=1, allow_inf_nan=False)
     override_settings: dict[str, Any] | None = None
     alwayson_scripts: dict[str, Any] | None = None
     send_images: bool = True
@@ -109,6 +121,12 @@ def work_of(form: Picture, about: dict) -> dict:
     if isinstance(form, ImageToImage):
         work |= image_and_mask(form)
     return work | {"control": controls_of(form.alwayson_scripts or {}, work.get("input_image"))}
+
+
+def renamed(sentence: str) -> str:
+    """An error with AUTOMATIC1111's name of the setting."""
+    name, space, rest = sentence.partition(" ")
+    return NAMES.get(name, name) + space + rest
 
 
 def refuse_what_has_no_equal(form: Picture) -> None:

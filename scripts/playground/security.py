@@ -92,7 +92,7 @@ class Guard:
         except ValueError:
             name, port = "", 0
         known = name in LOCAL if self.local else name in self._names() or _is_address(name)
-        if not known or port != self.port or parts_beyond_host(given):
+        if not known or port != self.port or _has_more_than_a_host(given):
             example = f"{'127.0.0.1' if self.local else self.host}:{self.port}"
             raise Refused(421, f"The Host header should name this server, such as {example}, not {given[:100]!r}.")
 
@@ -163,7 +163,7 @@ class Guard:
         return {*LOCAL, self.host.lower(), own, f"{own}.local"}
 
 
-def parts_beyond_host(given: str) -> bool:
+def _has_more_than_a_host(given: str) -> bool:
     """Whether a Host header has more than a name and a port."""
     return any(mark in given for mark in "/\\@?# \t")
 

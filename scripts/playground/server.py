@@ -134,7 +134,12 @@ class Server:
     def _later(self, work: Coroutine) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):  # a fault of this program
+            self.stop(f"The server cannot go on ({type(error).__name__}: {error}).")
 
     async def _keep_worker(self) -> None:
         """Starts the worker whenever there is none."""
@@ -213,12 +218,13 @@ class Server:
     async def _draw_all(self) -> None:
         """Gives the worker one job after the other."""
         while True:
-            job = await self.queue.get()
-            await self._ready.wait()  # also after it has died
+            await self.queue.filled()
+            await self._ready.wait()
             if self.state == "unusable":
                 return
-            if job.over:
+            if not len(self.queue):  # cancelled in the meantime
                 continue
+            job = self.queue.pop()
             self.running, self._finished, job.state = job, asyncio.Event(), "running"
             job.begun = time.monotonic()
             self._send({"draw": job.id, "work": job.work})

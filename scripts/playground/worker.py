@@ -20,7 +20,8 @@ import threading
 import traceback
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 KNOWN_ERRORS = (ValueError, OSError, MemoryError, ImportError)  # whose messages are sentences for users
 

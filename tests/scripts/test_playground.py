@@ -11,7 +11,7 @@ import json
 import random
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from scripts.playground import files
 from scripts.playground.jobs import Job, Queue, Store
@@ -42,9 +42,9 @@ def test_clients_take_turns():
         queue = waiting("aaaabbc")
         assert names(queue) == "0461523"
         assert [job.position for job in queue] == [1, 2, 3, 4, 5, 6, 7]
-        first = await queue.get()
+        first = queue.pop()
         queue.put(Job({"name": "9"}, "a"))  # comes behind the others' turns, and behind its own
-        return names([first, *[await queue.get() for _ in range(len(queue))]])
+        return names([first, *[queue.pop() for _ in range(len(queue))]])
 
     assert asyncio.run(order()) == "04615239"
 
@@ -55,7 +55,7 @@ def test_the_order_is_the_one_that_was_foretold():
         queue = waiting(*draw.choices("abcd", k=12))
         queue.remove(draw.choice([*queue]))
         foretold = names(queue)
-        assert names([await queue.get() for _ in range(len(queue))]) == foretold
+        assert names([queue.pop() for _ in range(len(queue))]) == foretold
 
     for seed in range(20):
         asyncio.run(same(seed))
@@ -64,10 +64,11 @@ def test_the_order_is_the_one_that_was_foretold():
 def test_an_empty_queue_waits():
     async def first():
         queue = Queue()
-        getting = asyncio.ensure_future(queue.get())
+        waiting = asyncio.ensure_future(queue.filled())
         await asyncio.sleep(0)
         queue.put(Job({"name": "1"}, "a"))
-        return names([await getting])
+        await waiting
+        return names([queue.pop()])
 
     assert asyncio.run(first()) == "1"
 
@@ -90,7 +91,7 @@ def test_finished_jobs_are_kept_up_to_a_size():
         jobs = [Job({}, "a") for _ in range(5)]
         for job in jobs:
             store.add(job)
-            job.emit("done", {"text": "x" * 400})  # counts twice, as event and result
+            job.emit("done", {"text": "x" * 400, "attention": "x" * 400})
         jobs[1].watchers = 1
         store.trim()
         return [jobs.index(job) for job in store]
@@ -130,6 +131,25 @@ def test_other_images(text, sentence):
     assert str(error.value).startswith(sentence)
 
 
+def test_settings_in_a_picture():
+    from scripts.playground.png_info import settings_in
+
+    def picture(text):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", text)
+        return Limits().image_bytes("image", data_url(pnginfo=info))
+
+    text = "a house\nNegative prompt: fog\nSteps: 20, Sampler: Euler a, Seed: 7"
+    settings = {"Steps": "20", "Sampler": "Euler a", "Seed": "7"}
+    assert settings_in(picture(text)) == {"info": text, "prompt": "a house", "negative": "fog", "settings": settings}
+    assert settings_in(picture("a photo")) == {"info": "a photo", "prompt": "", "negative": "", "settings": {}}
+    with pytest.raises(Wrong, match="image should have settings of at most 50,000 characters, 12,000 to a line"):
+        settings_in(picture("x" * 20_000))
+    damaged = picture(text).getvalue()[:50]
+    with pytest.raises(Wrong, match="image should be a picture that can be read, and this one is damaged"):
+        settings_in(io.BytesIO(damaged))
+
+
 @pytest.mark.parametrize("name", ["../tiny", "/etc/passwd", "tiny.ckpt", "", "tiny-lcm/../tiny-lcm", "x" * 1000])
 def test_names_never_become_paths(name):
     with pytest.raises(ValueError, match=r"loras should be one of those in data/ \(.*tiny-lcm.*\), not '.*"):
@@ -155,7 +175,7 @@ ABOUT = {"samplers": SAMPLERS, "model": "tiny", "file": "tiny.ckpt"}
 
 
 def translated(kind="TextToImage", **fields):
-    pytest.importorskip("fastapi")
+    pytest.importorskip("pydantic")
     from scripts.playground import sdapi_forms
 
     return sdapi_forms.work_of(getattr(sdapi_forms, kind)(**fields), ABOUT)
@@ -265,6 +285,21 @@ def test_what_the_web_ui_has_and_the_playground_has_not(kind, fields, sentence):
     with pytest.raises(Wrong) as error:
         translated(kind, **fields)
     assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ("n_inference_steps should be at most 150.", "steps should be at most 150."),
+        ("width should be a multiple of 8 pixels.", "width should be a multiple of 8 pixels."),
+        ("", ""),
+    ],
+)
+def test_errors_have_the_web_uis_names(ours, theirs):
+    pytest.importorskip("pydantic")
+    from scripts.playground.sdapi_forms import renamed
+
+    assert renamed(ours) == theirs
 
 
 def script():

@@ -8,30 +8,9 @@ import pytest
 
 from scripts.playground.limits import Limits
 from scripts.playground.security import COOKIE, Guard
+from tests.support.playground import HOST, call
 
 TOKEN = "a long password"
-HOST = "127.0.0.1:7860"
-
-
-def call(guard, method="GET", path="/", query="", body=(b"",), **headers):
-    """What a guard answers: the status, the headers and the body. `body` comes in parts."""
-    headers = {"host": HOST} | {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
-    pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": pairs}
-    sent, parts = [], [{"type": "http.request", "body": part, "more_body": True} for part in body]
-    parts[-1]["more_body"] = False
-
-    async def receive():
-        if not parts:
-            await asyncio.sleep(60)
-        return parts.pop(0)
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(guard(scope, receive, send))
-    answer = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-    return sent[0]["status"], answer, b"".join(message.get("body", b"") for message in sent[1:])
 
 
 def guard(host="127.0.0.1", token=None, **limits):

@@ -19,6 +19,7 @@ pytest.importorskip("uvicorn")
 from sd import generate, load_models  # noqa: E402
 from tests.support.playground import Live, memory  # noqa: E402
 
+THINGS = ("house", "tent", "tree", "balloon")
 QUICK = {"n_inference_steps": 2, "sampler_name": "euler", "width": 64, "height": 64, "previews": "none"}
 
 
@@ -280,11 +281,57 @@ def test_files_outside_the_page_are_not_served(live):
         assert live.call("GET", path)[0] in (404, 422)
 
 
-def test_memory_does_not_grow(live):
-    """A short version: the results of finished pictures are dropped beyond 24 MB."""
-    sizes = []
-    for _ in range(3):
-        for seed in range(15):
-            live.draw(prompt="a house", seed=seed, **QUICK)
-        sizes.append(memory(live.process.pid) + sum(map(memory, live.workers())))
-    assert sizes[2] - sizes[1] < 20_000_000
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads /proc")
+def test_sixteen_clients(models, capsys):
+    """Each asks for one picture after the other, for PLAYGROUND_MINUTES (default 0.5). Prints the figures."""
+    seconds = 60 * float(os.environ.get("PLAYGROUND_MINUTES", 0.5))
+    settings = {name: value for name, value in QUICK.items() if name != "previews"}
+    prompts = [f"a {colour} {thing}" for colour in ("red", "blue", "green", "white") for thing in THINGS]
+    expected = [generate(prompt, seed=i, models=models, **settings) for i, prompt in enumerate(prompts)]
+    counts, wrong, firsts = [0] * 16, [], []
+
+    def client(live, i, until):
+        while time.monotonic() < until:
+            begun, first = time.monotonic(), None
+            for end in live.events(live.ask(prompt=prompts[i], seed=i, client=str(i), **QUICK)):
+                if end[0] == "step" and first is None:
+                    first = time.monotonic() - begun
+            event, data = end
+            firsts.append(first)
+            counts[i] += 1
+            if event != "done" or np.abs(pixels(data["images"][0]).astype(int) - expected[i]).max() > 1:
+                wrong.append((i, event))
+
+    def size():
+        return memory(live.process.pid) + sum(map(memory, live.workers()))
+
+    with Live() as live:
+        live.wait_until_ready()
+        sizes = []
+        for share in (0.3, 0.7):  # the first part fills what is kept
+            until = time.monotonic() + share * seconds
+            threads = [threading.Thread(target=client, args=(live, i, until)) for i in range(16)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            sizes.append(size())
+        alone = []
+        for seed in range(10):
+            begun = time.monotonic()
+            stream = live.events(live.ask(prompt="a house", seed=seed))
+            next(event for event, _ in stream if event == "step")
+            alone.append(time.monotonic() - begun)
+            stream.close()
+            time.sleep(0.2)
+        started = live.call("GET", "/api/status")[1]["started"]
+    with capsys.disabled():
+        print(
+            f"\n{sum(counts)} pictures in {seconds / 60:g} minutes, {min(counts)} to {max(counts)} for each client, "
+            f"{len(wrong)} wrong; memory {sizes[0] / 1e6:.0f} MB, then {sizes[1] / 1e6:.0f} MB; first step after "
+            f"{sorted(firsts)[len(firsts) // 2]:.2f} s with 16 clients, {sorted(alone)[5]:.2f} s alone"
+        )
+    assert not wrong
+    assert max(counts) - min(counts) <= 3  # a fair order
+    assert sizes[1] - sizes[0] < 50_000_000
+    assert started == 1

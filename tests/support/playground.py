@@ -1,7 +1,8 @@
-"""A playground on a free port, in its own process, and what its clients do."""
+"""A playground on a free port, in its own process, and what its clients do; and calls of an application alone."""
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -10,7 +11,33 @@ import sys
 import time
 from collections.abc import Iterator
 
+from scripts.playground.limits import Limits
+from scripts.playground.server import Server
 from tests import ROOT
+
+HOST = "127.0.0.1:7860"
+DEFAULTS = Limits()
+
+
+def call(app, method="GET", path="/", query="", body=(b"",), **headers):
+    """What an ASGI application answers: the status, the headers and the body. `body` comes in parts."""
+    headers = {"host": HOST} | {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
+    pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": pairs}
+    sent, parts = [], [{"type": "http.request", "body": part, "more_body": True} for part in body]
+    parts[-1]["more_body"] = False
+
+    async def receive():
+        if not parts:
+            await asyncio.sleep(60)
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    answer = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], answer, b"".join(message.get("body", b"") for message in sent[1:])
 
 
 class Live:
@@ -89,6 +116,24 @@ class Live:
         while self.call("GET", "/api/status")[1]["worker"] != "ready":
             assert time.monotonic() < until
             time.sleep(0.1)
+
+
+class FakeServer(Server):
+    """A server whose worker answers at once, and draws nothing."""
+
+    def __init__(self, limits: Limits = DEFAULTS):
+        super().__init__({}, limits, print)
+        samplers = [{"name": "euler", "label": "Euler", "default_steps": 30, "max_steps": None}]
+        self.about = {"samplers": samplers, "model": "tiny", "file": "tiny.ckpt", "vae": None}
+        self.wrong: Exception | None = None
+
+    async def ready(self) -> None:
+        pass
+
+    async def ask(self, what: str, **more: object) -> dict:
+        if self.wrong:
+            raise self.wrong
+        return {"what": what} | ({"loras": []} if what == "files" else {})
 
 
 def memory(process: int) -> int:
