@@ -177,7 +177,7 @@ def page(browser, live):
 def opened(browser, port: int) -> Page:
     browser.get(f"http://127.0.0.1:{port}/")
     page = Page(browser)
-    assert until(lambda: page.source("live-picture"))
+    assert until(lambda: page.source("live-picture"), 180)  # the model may still be being loaded
     if page.find("modes").is_displayed():  # there is a ControlNet, so the page has begun with lines
         page.use("shapes")
     page.set("steps-count", 3)
