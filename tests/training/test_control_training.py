@@ -283,7 +283,7 @@ def test_a_start_that_does_not_fit(start, checkpoint, tmp_path, capsys):
         config = SD2_MICRO if start == "sd2" else FEW_LAYERS
         write_controlnet(path, random_controlnet(config.unet), random_models(config))
     assert run(checkpoint, tmp_path / "out", "--start", path) == 2
-    assert "control" in capsys.readouterr().err
+    assert "ControlNet" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
