@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import mimetypes
 import socket
 import sys
 import webbrowser
@@ -100,6 +101,7 @@ async def serve(options: argparse.Namespace) -> int:
         problems.append(sentence)
         server.should_exit = True
 
+    mimetypes.add_type("text/javascript", ".js")  # Windows may say otherwise, and browsers then refuse modules
     app = make_app(settings, limits, options.host, port, options.token, stop)
     server = uvicorn.Server(
         uvicorn.Config(

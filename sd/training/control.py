@@ -76,7 +76,7 @@ class ControlStage:
         tokens = pick_captions(self.tokens, indices, generator).long()
         tokens = drop_captions(tokens, self.empty, DROPPED, generator)
         # Evenly spread, as in stage `diffusion`, but most of them early in the run, where the layout is decided
-        # (2302.08453, section 3.4).
+        # (2302.08453).
         spread = (torch.rand(1, generator=generator) + torch.arange(self.batch_size) / self.batch_size) % 1
         timesteps = ((1 - spread**2) * (self.schedule.num_training_steps - 1)).long()  # (B,)
         hints = self.hints(indices, generator)
