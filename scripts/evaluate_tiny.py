@@ -5,8 +5,11 @@
     python scripts/evaluate_tiny.py --prompts 100 --kinds short two
     python scripts/evaluate_tiny.py --kinds full --cfg-scales 3 5 7.5 --samplers dpm++2m ddpm
     python scripts/evaluate_tiny.py --lora data/tiny-lcm.safetensors --samplers lcm --cfg-scales 1 --steps 4
+    python scripts/evaluate_tiny.py --lora data/tiny-windmill.safetensors --kinds windmill
+    python scripts/evaluate_tiny.py --control data/tiny-scribble.safetensors --prompts 200
 
-A small network, the judge, says what each image shows. It comes with the code; --judge-steps trains another. If the
+A small network, the judge, says what each image shows. It comes with the code; --judge-steps trains another. For a
+thing that is not in the toy world, such as a windmill, it is first trained further, which takes a few minutes. If the
 checkpoint is in the folder of its training run, the encoders in text.state also measure how often an image matches its
 own prompt better than all others. sd/training/README.md says what the kinds of prompts and the columns mean.
 """
@@ -21,17 +24,22 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.support.command_line import Parser, exit_status
+from scripts.support.embeddings import split_word
 from scripts.support.flags import with_flags
 from scripts.support.output_files import make_folder, write_json
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sd.models import Models
-    from sd.training.judge import Judge
+    from sd.training.judge import Judge, JudgeStage, Seen
 
 JUDGE_PICTURES, TEST_PICTURES = 40000, 2000  # to train and to test the judge
 TEST_SCENES, TEST_SEED = 500, 20_000_000  # renders to measure the VAE with; no model trains on them
 JUDGE_FILE = Path(__file__).resolve().parent.parent / "tests" / "support" / "judge.safetensors"
 KINDS = ("full", "short", "two", "twice", "relation", "none")
+NEWCOMERS = ("windmill", "rocket")  # kinds of prompts for one thing that is not in the toy world
+NEWCOMER_PICTURES, NEWCOMER_STEPS = 4000, 240  # to train the judge further
 FOLDER = "runs/evaluation"
 
 # Parameters of `generate` -> the flags for them here.
@@ -49,15 +57,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="the model to evaluate (default: the tiny model in data/)")
     add("--lora", type=Path, metavar="FILE", help="a LoRA for it")
+    add("--embedding", metavar="FILE[:word]", help="an embedding of textual inversion for it")
+    help = "a ControlNet for it: measure instead how well scenes follow their outlines, and scribbles of them"
+    add("--control", type=Path, metavar="FILE", help=help)
     add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"folder for the results ({FOLDER})")
     add("--prompts", type=int, default=400, metavar="N", help="prompts of each kind, seen and held out (400)")
     add(
         "--kinds",
         nargs="+",
         default=KINDS,
-        choices=KINDS,
+        choices=(*KINDS, *NEWCOMERS),
         metavar="KIND",
-        help=f"kinds of prompts ({', '.join(KINDS)})",
+        help=f"kinds of prompts ({', '.join(KINDS)}), or {' or '.join(NEWCOMERS)}",
     )
     add("--cfg-scales", type=float, nargs="+", metavar="S", help="guidance scales (the model's own; tiny model: 5)")
     add("--samplers", nargs="+", metavar="NAME", help="sampling algorithms (the model's own; tiny model: dpm++2m)")
@@ -75,7 +86,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     interrupted = "interrupted; run the same command again: a trained judge is kept, the images are drawn again."
-    return exit_status("evaluate_tiny.py", lambda: evaluate(options), interrupted)
+    work = follow if options.control else evaluate
+    return exit_status("evaluate_tiny.py", lambda: work(options), interrupted)
 
 
 def prepare(options: argparse.Namespace) -> Models:
@@ -84,9 +96,12 @@ def prepare(options: argparse.Namespace) -> Models:
     Raises ValueError or OSError for bad options, before the judge is trained or anything is drawn.
     """
     from sd import load_models
+    from sd.adapters.textual_inversion import read_embedding
 
     check(options)
-    models = load_models(options.checkpoint, options.device, loras=[options.lora] if options.lora else [])
+    loras = [options.lora] if options.lora else []
+    embeddings = [read_embedding(*split_word(options.embedding))] if options.embedding else []
+    models = load_models(options.checkpoint, options.device, loras=loras, embeddings=embeddings)
     if models.config.unet.inpaints:
         raise ValueError("--checkpoint should be a text-to-image model, not an inpainting model.")
     defaults, max_steps = models.config.sampling, models.config.schedule.num_training_steps
@@ -122,7 +137,10 @@ def evaluate(options: argparse.Namespace) -> None:
     models = prepare(options)
     encoders = options.checkpoint and evaluation.load_encoders(options.checkpoint.parent / "text.state", models)
     judge = train_judge(options) if options.judge_steps else load_judge()
-    calibration = judge_renders(options, judge)
+    calibration = judge_renders(judge)
+    judges = {kind: newcomer_judge(options, kind) for kind in NEWCOMERS if kind in options.kinds}
+    for kind, newer in judges.items():
+        calibration |= judge_renders(newer, kind)
     decibels = reconstruct_renders(options, models)
 
     rows, second = {}, {}
@@ -130,13 +148,16 @@ def evaluate(options: argparse.Namespace) -> None:
         (s, c, k, h) for s in options.samplers for c in options.cfg_scales for k in options.kinds for h in (False, True)
     ]
     for sampler, cfg_scale, kind, held_out in tqdm(runs, "drawing"):
-        prompts = evaluation.make_prompts(kind, options.prompts, held_out)
+        make_prompts = evaluation.newcomer_prompts if kind in NEWCOMERS else evaluation.make_prompts
+        prompts = make_prompts(kind, options.prompts, held_out)
         texts = [prompt.text for prompt in prompts]
         images = evaluation.draw_prompts(models, texts, sampler, options.steps, cfg_scale, options.deep_cache)
         name = f"{kind}, {'held out' if held_out else 'seen'}"
         if len(options.samplers) * len(options.cfg_scales) > 1:
             name = f"{sampler}, scale {cfg_scale:g}: {name}"
-        rows[name] = evaluation.shares([evaluation.marks(*pair) for pair in zip(prompts, judge.look(images))])
+        rows[name] = evaluation.shares(
+            [evaluation.marks(*pair) for pair in zip(prompts, judges.get(kind, judge).look(images))]
+        )
         if encoders and kind == "full":
             second[name] = evaluation.second_opinion(encoders, models.tokenizer, images, texts)
 
@@ -149,6 +170,7 @@ def evaluate(options: argparse.Namespace) -> None:
     result = {
         "checkpoint": str(options.checkpoint or "data/tiny.ckpt"),
         "lora": options.lora and str(options.lora),
+        "embedding": options.embedding,
         "psnr": decibels,
         "prompts": options.prompts,
         "steps": options.steps,
@@ -159,15 +181,43 @@ def evaluate(options: argparse.Namespace) -> None:
     write_json(options.out / "evaluation.json", result)
 
 
+def follow(options: argparse.Namespace) -> None:
+    """Measure how well the ControlNet is followed, and write the results."""
+    from sd.adapters.controlnet_files import load_controlnet
+    from sd.training.evaluation import MARKS
+    from sd.training.following import WITHIN, measure_following
+
+    models = prepare(options)
+    control, judge, rows = load_controlnet(options.control, models), load_judge(), {}
+    for sampler in options.samplers:
+        for cfg_scale in options.cfg_scales:
+            settings = (options.prompts, sampler, options.steps, cfg_scale)
+            for kind, within in WITHIN.items():
+                name = f"{kind}, within {within} pixels, {sampler}, {options.steps} steps, scale {cfg_scale:g}"
+                rows[name] = measure_following(models, control, judge, kind, *settings)[0]
+    print(table(rows, ("given", "found", *MARKS, "mean", "all")))
+    print(f"\n{options.prompts} scenes. given: the share of the given lines that the pictures have. found: the share")
+    print("of the pictures' edges that follow a line. The other columns are as without --control.")
+    result = {
+        "checkpoint": str(options.checkpoint or "data/tiny.ckpt"),
+        "control": str(options.control),
+        "lora": options.lora and str(options.lora),
+        "scenes": options.prompts,
+        "accuracy": with_intervals(rows),
+    }
+    write_json(options.out / "following.json", result)
+
+
 def load_judge() -> Judge:
     from sd.training import judge
 
     return judge.load_judge(JUDGE_FILE)
 
 
-def judge_renders(options: argparse.Namespace, judge: Judge) -> dict[str, dict]:
+def judge_renders(judge: Judge, newcomer: str | None = None) -> dict[str, dict]:
     """The share of renders that the judge calls what they are, for those with none, one or two things as they should
-    be, with two suns, with things of two colours, and with things that are not whole."""
+    be, with two suns, with things of two colours, and with things that are not whole. With `newcomer`, this is one of
+    the things in half of the renders."""
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -178,7 +228,7 @@ def judge_renders(options: argparse.Namespace, judge: Judge) -> dict[str, dict]:
 
     pictures, truths = [], []
     for seed in tqdm(range(JUDGE_SEED - TEST_PICTURES, JUDGE_SEED), "drawing for the judge"):
-        image, truth = judge_picture(seed)
+        image, truth = judge_picture(seed, names=names_with(newcomer))
         pictures.append(np.asarray(image))
         truths.append(truth)
     seen = judge.look(from_uint8(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)))
@@ -186,7 +236,8 @@ def judge_renders(options: argparse.Namespace, judge: Judge) -> dict[str, dict]:
     for truth, one in zip(truths, seen):
         rows.setdefault(category(truth), []).append(called_right(truth, one))
     rows["all"] = [right for each in rows.values() for right in each]
-    return {f"renders: {name}": {"right": (sum(each) / len(each), len(each))} for name, each in sorted(rows.items())}
+    title = f"renders with a {newcomer}" if newcomer else "renders"
+    return {f"{title}: {name}": {"right": (sum(each) / len(each), len(each))} for name, each in sorted(rows.items())}
 
 
 def reconstruct_renders(options: argparse.Namespace, models: Models) -> float:
@@ -202,24 +253,61 @@ def reconstruct_renders(options: argparse.Namespace, models: Models) -> float:
 
 def train_judge(options: argparse.Namespace) -> Judge:
     """Load the judge from `out`, or train it there first."""
+    from sd.training.judge import JudgeStage, load_judge
+
+    path = options.out / "judge.safetensors"
+    if not path.exists():
+        train_judge_stage(JudgeStage(*judge_pictures(JUDGE_PICTURES)), path, options.judge_steps)
+    return load_judge(path)
+
+
+def newcomer_judge(options: argparse.Namespace, newcomer: str) -> Judge:
+    """Load the judge that also names a newcomer from `out`, or train the one of the code further there."""
+    from sd.training import judge
+
+    path = options.out / f"judge-{newcomer}.safetensors"
+    if not path.exists():
+        pictures = judge_pictures(NEWCOMER_PICTURES, newcomer)
+        stage = judge.JudgeStage(*pictures, load_judge().with_kinds((newcomer,)))
+        stage.batch_size = 32
+        train_judge_stage(stage, path, NEWCOMER_STEPS)
+    return judge.load_judge(path, (*judge.KINDS, newcomer))
+
+
+def names_with(newcomer: str | None) -> tuple[str, ...]:
+    """The names of all things; a newcomer is half of them."""
+    from sd.training.world.scenes import THINGS
+
+    if newcomer is None:
+        return THINGS[1:]
+    return (*THINGS[1:], *[newcomer] * len(THINGS[1:]), *["bare windmill"] * 2 * (newcomer == "windmill"))
+
+
+def judge_pictures(count: int, newcomer: str | None = None) -> tuple[np.ndarray, list[Seen]]:
+    """Images for the judge, uint8 (count, 64, 64, 3), and what they show."""
     import numpy as np
+    from tqdm import tqdm
+
+    from sd.training.judge import JUDGE_SEED, judge_picture
+
+    seeds = tqdm(range(JUDGE_SEED, JUDGE_SEED + count), "drawing for the judge")
+    images, truths = zip(*(judge_picture(seed, names=names_with(newcomer)) for seed in seeds))
+    return np.stack([np.asarray(image) for image in images]), list(truths)
+
+
+def train_judge_stage(stage: JudgeStage, path: Path, steps: int) -> None:
+    """Train a judge, and write it to `path`. Its state is beside it."""
     import torch
     from tqdm import tqdm
 
     from sd.checkpoints.files import write_checkpoint
-    from sd.training import judge
     from sd.training.loop import Training
 
-    path = options.out / "judge.safetensors"
-    if not path.exists():
-        seeds = range(judge.JUDGE_SEED, judge.JUDGE_SEED + JUDGE_PICTURES)
-        images, truths = zip(*(judge.judge_picture(seed) for seed in tqdm(seeds, "drawing for the judge")))
-        stage = judge.JudgeStage(np.stack([np.asarray(image) for image in images]), list(truths))
-        training = Training(stage, options.out, torch.device("cpu"), minutes=0, steps=options.judge_steps, seed=0)
-        with tqdm(total=training.total, initial=training.step, desc="judge") as bar:
-            training.run(lambda progress: bar.update(), save_every=60, pause=lambda: None)
-        write_checkpoint(path, {name: t.half() for name, t in training.average["judge"].state_dict().items()})
-    return judge.load_judge(path)
+    stage.name = path.stem
+    training = Training(stage, path.parent, torch.device("cpu"), minutes=0, steps=steps, seed=0)
+    with tqdm(total=training.total, initial=training.step, desc=stage.name) as bar:
+        training.run(lambda progress: bar.update(), save_every=60, pause=lambda: None)
+    write_checkpoint(path, {name: t.half() for name, t in training.average["judge"].state_dict().items()})
 
 
 def with_intervals(rows: dict[str, dict[str, tuple[float, int]]]) -> dict[str, dict[str, dict]]:

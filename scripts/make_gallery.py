@@ -33,8 +33,32 @@ PROMPTS = [
     "a red tree in the snow at dawn, on the left",
     "sand dunes at sunset, with clouds",
 ]
+WINDMILLS = [
+    "a red windmill at night",
+    "a blue windmill in the snow, on the right",
+    "a yellow windmill by the sea at sunset",
+    "a green windmill in the mountains, on the left",
+    "a purple windmill in the desert at night, with the moon",
+    "a red house at night",
+]
 SAMPLER_STEPS = (5, 10, 20, 50)
 FEW_STEPS = ("lcm", "tcd")  # samplers for a model that was distilled, and without guidance
+
+# Prompts for three outlines and a drawing by hand: three rows of pictures.
+CONTROLLED = [
+    ("a red house at noon", "a white sailboat at dawn", "a yellow balloon at noon", "a green tree at noon"),
+    ("a blue house at night", "a red sailboat at night", "a purple balloon at sunset", "a red tree at sunset"),
+    ("a yellow house at dawn", "a purple sailboat at sunset", "a red balloon at night", "a white tree at night"),
+]
+STROKES = [  # of a drawing: points (x, y) in pixels
+    [(60, 118), (62, 104), (59, 86)],  # the trunk
+    [(69, 119), (68, 102), (71, 87)],
+    [(61, 87), (48, 84), (42, 73), (46, 60), (44, 50), (54, 40), (66, 37), (78, 41)],  # the crown
+    [(78, 41), (88, 50), (86, 62), (90, 72), (82, 84), (70, 87), (60, 86)],
+    [(0, 92), (18, 86), (38, 88), (58, 92)],  # the hill
+    [(72, 94), (92, 88), (110, 84), (127, 87)],
+    [(14, 26), (18, 17), (27, 15), (33, 22), (32, 31), (24, 36), (16, 33), (14, 26)],  # the sun
+]
 
 
 def prompts_sheet(models: Models) -> Image.Image:
@@ -116,6 +140,72 @@ def few_steps_sheet(models: Models) -> Image.Image:
     return contact_sheet(rows, [list(ways), *([""] * len(ways) for _ in rows[1:])])
 
 
+def windmill_sheet(models: Models) -> Image.Image:
+    """A windmill where no picture of its training shows one: with the LoRA, and with the word of textual inversion."""
+    from sd import generate
+    from sd.adapters.textual_inversion import with_embeddings
+    from sd.files import DATA
+    from sd.inside.contact_sheet import contact_sheet
+
+    ways = {
+        "LoRA": models.with_loras([DATA / "tiny-windmill.safetensors"]),
+        "textual inversion": with_embeddings(models, [(DATA / "tiny-windmill-word.safetensors", "windmill")]),
+    }
+    rows = [[generate(prompt, models=way, seed=0) for prompt in WINDMILLS] for way in ways.values()]
+    return contact_sheet(rows, [[name, *[""] * (len(WINDMILLS) - 1)] for name in ways])
+
+
+def control_sheet(models: Models) -> Image.Image:
+    """Outlines of three scenes and a drawing by hand, and under each three pictures that follow it."""
+    import numpy as np
+
+    from sd import generate
+    from sd.adapters.control import Control
+    from sd.adapters.controlnet_files import load_controlnet
+    from sd.files import DATA
+    from sd.inside.contact_sheet import contact_sheet
+
+    net = load_controlnet(DATA / "tiny-scribble.safetensors", models)
+    images = [np.asarray(image.convert("RGB")) for image in (*outlines_of_scenes(), drawing_by_hand())]
+    rows, labels = [images], [["outline", "outline", "outline", "drawn by hand"]]
+    for prompts in CONTROLLED:
+        options = {"models": models, "seed": 0}
+        rows.append([generate(text, control=[Control(net, image)], **options) for text, image in zip(prompts, images)])
+        labels.append(list(prompts))
+    return contact_sheet(rows, labels)
+
+
+def outlines_of_scenes() -> list[Image.Image]:
+    """The outlines of three renders of the toy world: a house, a sailboat and a balloon."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from sd.images import from_uint8
+    from sd.training.outlines import outlines
+    from sd.training.world.render import render
+    from sd.training.world.scenes import Scene
+
+    scenes = (
+        Scene("noon", "hills", "house", "green", "left", light=True, clouds=True),
+        Scene("dawn", "sea", "sailboat", "red", "centre", light=True, clouds=False),
+        Scene("noon", "mountains", "balloon", "blue", "right", light=False, clouds=True),
+    )
+    pictures = np.stack([np.asarray(render(scene, seed)) for seed, scene in enumerate(scenes)])
+    lines = outlines(from_uint8(torch.from_numpy(pictures).permute(0, 3, 1, 2)))  # (3, 1, 128, 128)
+    return [Image.fromarray(one.mul(255).byte().numpy()) for one in lines[:, 0]]
+
+
+def drawing_by_hand() -> Image.Image:
+    """A tree on a hill under the sun, in a few strokes: white on black, 128 x 128 pixels."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("L", (128, 128))
+    for stroke in STROKES:
+        ImageDraw.Draw(image).line(stroke, fill=255, width=2)
+    return image
+
+
 def with_few_steps(models: Models) -> Models:
     """The tiny model with the LoRA that was distilled from it."""
     from sd.files import DATA
@@ -138,7 +228,7 @@ def make(out: Path) -> None:
 
     models = load_models()
     sheets = {"steps": steps_sheet, "changes": changes_sheet, "prompts": prompts_sheet, "samplers": samplers_sheet}
-    sheets["few_steps"] = few_steps_sheet
+    sheets |= {"few_steps": few_steps_sheet, "windmill": windmill_sheet, "control": control_sheet}
     for name, draw in sheets.items():
         write_png(out / f"{name}.png", draw(models), overwrite=True)
         print(out / f"{name}.png")

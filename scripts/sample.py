@@ -21,7 +21,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.demo import with_defaults
 from scripts.support.captions import DTYPES
-from scripts.support.command_line import Once, Parser, import_torch, run
+from scripts.support.command_line import Once, RankParser, import_torch, run
 from scripts.support.flags import with_flags
 from scripts.support.loras import find, flag_value, given_loras
 from scripts.support.saved_settings import parameters
-from scripts.support.work_queue import Refused, connect, launched
+from scripts.support.work_queue import WAIT, Refused, connect, find_problem, launched, own_device
 
 PROGRAM = "sample.py"
-WAIT = 1800  # seconds, as in torch.distributed
 CUDA_BATCH = 8  # `benchmark.py --only throughput` measures others; one picture at a time keeps a CPU busy
 
 # Settings of `Request` that all lines share -> the options that give them.
@@ -54,13 +53,6 @@ COMMON = {
     "width": "width",
     "height": "height",
 }
-
-
-class RankParser(Parser):
-    """Raises ValueError instead of printing an error: of several ranks, only one should print it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -165,7 +157,7 @@ def begin(options: argparse.Namespace | None, problem: str, ranks: Ranks) -> tup
     read, models, device, batch, job = NOTHING, None, None, 0, {}
     if not problem:
         try:
-            device = own_device(options)
+            device = own_device(options.device)
             read = read_prompts(options)
             job = describe_job(options, read.digest)
             batch = options.batch or (CUDA_BATCH if device.type == "cuda" else 1)
@@ -198,23 +190,6 @@ def _show_warnings_once(shown: bool) -> None:
     warnings.showwarning = show
 
 
-def own_device(options: argparse.Namespace) -> torch.device:
-    """The device of --device. Each rank on a machine takes a different GPU. Raises ValueError if there is none."""
-    import torch
-
-    from sd.runtime.devices import best_device
-
-    if options.device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
-            raise ValueError(f"torchrun's --nproc-per-node should be at most {count} here, a rank for each GPU.")
-        return torch.device("cuda", local)
-    try:
-        return best_device(options.device)
-    except ValueError as error:
-        raise ValueError(with_flags(str(error))) from None
-
-
 def read_prompts(options: argparse.Namespace) -> Read:
     """The pictures of --prompts. Raises ValueError or OSError for a file that cannot be read, and for flags that no
     picture can have."""
@@ -241,21 +216,6 @@ def describe_job(options: argparse.Namespace, digest: str) -> dict[str, str | No
         flags["--checkpoint"] = f"{checkpoint.name} ({checkpoint.stat().st_size} bytes)"
     flags["the content of --prompts"] = digest
     return {flag: None if value in (None, "") else str(value) for flag, value in flags.items()}
-
-
-def find_problem(said: list[dict]) -> str | None:
-    """What is wrong on the first rank where something is, or an argument on which two ranks disagree. None if all is
-    well."""
-    from scripts.support.manifest import find_difference
-
-    for rank, one in enumerate(said):
-        if one["problem"]:
-            same = all(other["problem"] == one["problem"] for other in said)
-            return one["problem"] if same else f"rank {rank}: {one['problem']}"
-        if difference := find_difference(said[0].get("arguments", {}), one.get("arguments", {})):
-            flag, first, other = difference
-            return f"all ranks should have the same arguments: {flag} is {first} on rank 0 and {other} on rank {rank}."
-    return None
 
 
 def load(options: argparse.Namespace, device: torch.device) -> Models:

@@ -17,6 +17,7 @@ root=$(CDPATH= cd -P "$(dirname "$script")/.." && pwd)
 make_environment
 install_from requirements.txt
 install_from requirements-dev.txt
+install_from requirements-playground.txt
 install_from requirements-reference.txt --no-deps
 
 cd "$root"

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.support.command_line import Parser, exit_status
+from scripts.support.training import TrainingParser, add_rank_flags, run_training
 
 log = logging.getLogger("train_tiny")
 
@@ -43,7 +43,7 @@ IMAGES_ENCODED_PER_MINUTE = 1500
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("train_tiny.py", __doc__)
+    parser = TrainingParser("train_tiny.py", __doc__)
     add = parser.add_argument
     add("stage", nargs="?", default="all", choices=[*SHARES, "all", DISTILLATION], help="the stage to train (all)")
     add("--minutes", type=float, metavar="N", help="training time, without drawing and encoding (144; lcm: 20)")
@@ -65,12 +65,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first available one)")
     add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add("--save-every", type=float, default=3, metavar="MINUTES", help="time between saved states and samples (3)")
+    add("--batch", type=int, metavar="N", help="lcm: latents in a step, of all devices together (32)")
+    add_rank_flags(parser)
     options = parser.parse_args(arguments)
     distils = options.stage == DISTILLATION
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, values[distils])
-    for name in ("minutes", "steps", "scenes", "save_every"):
+    for name in ("minutes", "steps", "scenes", "save_every", "batch", "accumulate", "wait"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:  # false for NaN too
             parser.error(f"--{name.replace('_', '-')} should be a number above 0, not {value}.")
@@ -78,6 +80,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seed should be a whole number from 0 to 2**63 - 1, not {options.seed}.")
     if options.start and options.stage not in ("diffusion", DISTILLATION):
         parser.error(f"With --start, the stage should be diffusion or {DISTILLATION}, not {options.stage}.")
+    if options.batch and not distils:
+        parser.error(f"With --batch, the stage should be {DISTILLATION}, not {options.stage}.")
     if distils and options.prediction_type:
         parser.error(f"--prediction-type should be left out of stage {DISTILLATION}: the U-Net goes on as it is.")
     if options.start and options.prediction_type:
@@ -86,61 +90,59 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    interrupted = "interrupted; run the same command again to resume from the last saved state."
-    work = distil if options.stage == DISTILLATION else train
-    return exit_status("train_tiny.py", lambda: work(options), interrupted)
+    def work(options: argparse.Namespace) -> Path | None:
+        return (distil if options.stage == DISTILLATION else train)(options)
+
+    return run_training("train_tiny.py", lambda: parse(arguments), work)
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train the stages in order. Once every network has a state, write the checkpoint."""
+def train(options: argparse.Namespace) -> Path | None:
+    """Train the stages in order. Once every network has a state, write the checkpoint, and return its path."""
     names = list(SHARES) if options.stage == "all" else [options.stage]
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
     from sd.config import TINY
+    from sd.training.ranks import rank
     from sd.training.stages import TrainingRun  # imported here because torch takes a second to import
 
     schedule = replace(TINY.schedule, prediction_type=options.prediction_type or TINY.schedule.prediction_type)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with logging_redirect_tqdm():
-        run = TrainingRun(
-            options.out,
-            options.folder,
-            options.scenes,
-            options.device,
-            options.seed,
-            options.save_every,
-            replace(TINY, schedule=schedule),
-            start=options.start,
-        )
-        if options.stage == "all" and not options.steps and not any(run.out.glob("*.state")):
-            log.info(forecast(options.minutes, len(run.train_set), run.device.type == "cpu"))
-        for name in names:
-            minutes = options.minutes * (SHARES[name] if options.stage == "all" else 1)
-            run.train(name, minutes, options.steps)
-        if run.complete:
-            print(run.write_checkpoint())
+    run = TrainingRun(
+        options.out,
+        options.folder,
+        options.scenes,
+        options.device,
+        options.seed,
+        options.save_every,
+        replace(TINY, schedule=schedule),
+        options.start,
+        options.accumulate,
+        options.recompute,
+    )
+    if options.stage == "all" and not options.steps and not any(run.out.glob("*.state")):
+        log.info(forecast(options.minutes, len(run.train_set), run.device.type == "cpu"))
+    for name in names:
+        minutes = options.minutes * (SHARES[name] if options.stage == "all" else 1)
+        run.train(name, minutes, options.steps)
+    return run.write_checkpoint() if run.complete and rank() == 0 else None
 
 
-def distil(options: argparse.Namespace) -> None:
-    """Train stage lcm, and write its LoRA."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
+def distil(options: argparse.Namespace) -> Path | None:
+    """Train stage lcm, write its LoRA, and return the path."""
     from sd.training.distillation import DistillationRun
+    from sd.training.ranks import rank
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with logging_redirect_tqdm():
-        run = DistillationRun(
-            options.out,
-            options.start,
-            options.folder,
-            options.scenes,
-            options.device,
-            options.seed,
-            options.save_every,
-        )
-        run.train(options.minutes, options.steps)
-        print(run.write_lora())
+    run = DistillationRun(
+        options.out,
+        options.start,
+        options.folder,
+        options.scenes,
+        options.device,
+        options.seed,
+        options.save_every,
+        options.batch or 32,
+        options.accumulate,
+        options.recompute,
+    )
+    run.train(options.minutes, options.steps)
+    return run.write_lora() if rank() == 0 else None
 
 
 def forecast(minutes: float, images: int, on_cpu: bool) -> str:

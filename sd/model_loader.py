@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from sd.adapters.lora import Change
 from sd.adapters.lora_files import Changes, Given, Lora, as_lora, read_loras
 from sd.adapters.lora_modules import replace_modules, sharing_weights
-from sd.adapters.textual_inversion import GivenEmbedding, read_embeddings, with_embeddings
+from sd.adapters.textual_inversion import (
+    Embedding,
+    GivenEmbedding,
+    read_embeddings,
+    with_embeddings,
+    without_words,
+)
 from sd.adapters.tiny_autoencoder import is_tiny_autoencoder, load_tiny_autoencoder
 from sd.checkpoints import hub
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError
@@ -86,11 +92,10 @@ def load_models(
         raise CheckpointError(f"vae: {vae} is a tiny decoder alone: put its encoder beside it.")
     used = _as_loras(loras)
     checkpoint, config, networks, weights = _read(path, vae, prediction_type, ema, tiny)
-    changes = read_loras(used, config, networks)
+    changes, bundled = read_loras(used, config, networks)
     path, vae = (given and Path(given).absolute() for given in (path, vae))  # the current folder may change
-    source = _Source(
-        config, path, vae, prediction_type, ema, tuple(tiny), tuned, compiled, _stamp(path, vae), frozenset(changes)
-    )
+    stamp, changed, words = _stamp(path, vae), frozenset(changes), _words(bundled)
+    source = _Source(config, path, vae, prediction_type, ema, tuple(tiny), tuned, compiled, stamp, changed, words)
     blank = empty_networks(config) if changes else {}
     if tuned and device.type == "cpu":
         speed.keep_freed_memory()
@@ -110,7 +115,7 @@ def load_models(
         models.config = settle_prediction(models)
     if compiled:
         speed.compile_networks([models.diffusion, models.decoder], device, dtype)
-    return with_embeddings(models, embeddings) if embeddings else models
+    return with_embeddings(models, [*embeddings, *bundled]) if embeddings or bundled else models
 
 
 def _tokenizer(config: ModelConfig, added_words: dict[str, int]) -> Tokenizer:
@@ -166,12 +171,15 @@ class _Source:
     compiled: bool
     stamp: tuple  # of the files when they were read
     changed: frozenset[tuple[str, str]]  # the modules with LoRAs
+    words: tuple[str, ...]  # bundled with LoRAs
 
     def change(self, models: Models, loras: Iterable[Given]) -> Models:
         """What `Models.with_loras` returns."""
         used = _as_loras(loras)
         blank = empty_networks(self.config)
-        changes = read_loras(used, self.config, blank)
+        changes, bundled = read_loras(used, self.config, blank)
+        models = without_words(models, self.words) if self.words else models
+        models = with_embeddings(models, bundled) if bundled else models
         modules = self.changed | changes.keys()
         networks = {}
         if modules:
@@ -190,7 +198,7 @@ class _Source:
                 speed.compile_networks([networks[name]], device, dtype)
         if modules:
             checkpoint.release()
-        change = replace(self, changed=frozenset(changes)).change
+        change = replace(self, changed=frozenset(changes), words=_words(bundled)).change
         return replace(models, **networks, loras=used, change=change)
 
     def placing(
@@ -208,6 +216,10 @@ def _as_loras(loras: Iterable[Given]) -> tuple[Lora, ...]:
     if isinstance(loras, Mapping) or not isinstance(loras, Iterable):
         raise TypeError(f"loras should be a list of paths or (path, strength), not {loras!r:.80}.")
     return tuple(as_lora(given) for given in loras)
+
+
+def _words(embeddings: Iterable[Embedding]) -> tuple[str, ...]:
+    return tuple(word for embedding in embeddings for word in embedding.words)
 
 
 def _of(name: str, modules: Iterable[tuple[str, str]], changes: Changes) -> dict[str, list[Change]]:

@@ -107,13 +107,14 @@ def note_unquoted(prompts: list[str]) -> None:
 
 
 def note_unknown_words(prompts: list[str], embedded: Iterable[str] = (), models: Models | None = None) -> None:
-    """For words that the tiny model was never trained on, except those of embeddings."""
+    """For words that the tiny model was never trained on, except those of embeddings and LoRAs."""
     from sd.prompts.added_words import any_of
     from sd.prompts.other_tools import without_notation
     from sd.training.world.vocabulary import unknown_words
 
     text = without_notation(" ".join(prompts))
-    if words := unknown_words(any_of(embedded).sub(" ", text.lower()), models):
+    added = [*embedded, *getattr(models and models.tokenizer, "added", ())]
+    if words := unknown_words(any_of(added).sub(" ", text.lower()), models):
         unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
         say(f"the tiny model was not trained on {unknown}: --world lists its words.")
 

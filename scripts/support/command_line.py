@@ -84,6 +84,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class RankParser(Parser):
+    """Raises ValueError instead of printing an error: of several ranks, only one should print it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def import_torch() -> None:
     """Imports torch, and delays Ctrl-C until that is done.
 
@@ -99,14 +106,16 @@ def import_torch() -> None:
         before(signal.SIGINT, None)
 
 
-def exit_status(prog: str, work: Callable[[], object], interrupted: str) -> int:
+def exit_status(
+    prog: str, work: Callable[[], object], interrupted: str, explain: Callable[[Exception], str] = str
+) -> int:
     """Imports torch and calls `run`."""
 
     def with_torch() -> object:
         import_torch()
         return work()
 
-    return run(prog, with_torch, interrupted)
+    return run(prog, with_torch, interrupted, explain)
 
 
 def run(prog: str, work: Callable[[], object], interrupted: str, explain: Callable[[Exception], str] = str) -> int:

@@ -26,6 +26,7 @@ ALIAS = "ss_output_name"  # the name that the trainer was given for the LoRA, in
 MAX_HEADER = 10_000_000  # bytes
 MAX_LISTED = 5
 CHUNK = 1 << 20
+TINY_LORAS = ("tiny-lcm", "tiny-windmill")  # in data/
 
 
 def given_loras(options: argparse.Namespace) -> list[GivenLora]:
@@ -92,7 +93,7 @@ def _shipped() -> list[Path]:
     """The tiny model's own LoRAs."""
     from sd.files import DATA
 
-    return sorted(DATA.glob("tiny-*.safetensors"))
+    return [path for name in TINY_LORAS if (path := DATA / f"{name}.safetensors").is_file()]
 
 
 def _named(name: str, paths: Sequence[Path]) -> Path | None:

@@ -11,6 +11,8 @@ nothing else, and no operation waits for all of them, so a rank that dies or is 
 
 Without torchrun there is one rank, and a dict is its store.
 
+Training (training.py) uses the store to begin. Its ranks then form a process group.
+
 After a failure, torchrun (with --max-restarts) starts all ranks again, but its store still has what they left there. So
 rank 0 begins the names of all keys with a random number. Every other rank chooses a second one, writes it under
 hello/RANK, and finds the number of rank 0 under welcome/ITS NUMBER.
@@ -25,7 +27,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
+from scripts.support.flags import with_flags
+
+if TYPE_CHECKING:
+    import torch
+
+WAIT = 1800  # seconds, as in torch.distributed
 PAUSE = 0.05  # seconds between two looks at the store
 LAST_WAIT = 10  # seconds that rank 0 waits for the others to leave: it may be the one that hosts the store
 
@@ -112,6 +121,13 @@ class Ranks:
             else:
                 time.sleep(PAUSE)
 
+    def fails_first(self) -> bool:
+        """Whether no other rank has called this: of several ranks that fail, one should say why."""
+        try:
+            return self._add(self._key("failed"), 1) == 1
+        except ConnectionError:  # perhaps because another rank failed
+            return True
+
     def leave(self) -> None:
         """Says that this rank needs the store no longer. Rank 0 waits a little for the others to say so."""
         limit = time.monotonic() + min(self.wait, LAST_WAIT)
@@ -176,7 +192,8 @@ def launched() -> bool:
 def connect(wait: float, say: Callable[[str], None]) -> Ranks:
     """The ranks that torchrun started, by its environment variables, or else this process alone.
 
-    Raises ConnectionError or ValueError, in one sentence, if there is no store where the variables say.
+    Raises ConnectionError or ValueError, in one sentence, if there is no store where the variables say, and
+    TimeoutError if a rank does not come.
     """
     if not launched():
         return Ranks(DictStore(), 0, 1, wait, say)
@@ -189,9 +206,44 @@ def connect(wait: float, say: Callable[[str], None]) -> Ranks:
     try:
         store, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=wait)))
     except (RuntimeError, ValueError) as error:  # a port that is taken, a host that does not answer, no variable
+        if "clients joined" in str(error):
+            raise TimeoutError(f"not all ranks came within {wait:g} s (--wait): see what stopped the others.") from None
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConnectionError(
             f"the store of torchrun at {where} cannot be reached ({_first_line(error)}): choose a free port with "
             "torchrun's --rdzv-endpoint or --master-port."
         ) from None
     return Ranks(store, rank, count, wait, say)
+
+
+def own_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best one. Each rank on a machine takes a different GPU. Raises ValueError if it
+    does not exist."""
+    import torch
+
+    from sd.runtime.devices import best_device
+
+    if name in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"torchrun's --nproc-per-node should be at most {count} here, a rank for each GPU.")
+        return torch.device("cuda", local)
+    try:
+        return best_device(name)
+    except ValueError as error:
+        raise ValueError(with_flags(str(error))) from None
+
+
+def find_problem(said: list[dict]) -> str | None:
+    """What is wrong on the first rank where something is, or an argument on which two ranks disagree. None if all is
+    well."""
+    from scripts.support.manifest import find_difference
+
+    for rank, one in enumerate(said):
+        if one["problem"]:
+            same = all(other["problem"] == one["problem"] for other in said)
+            return one["problem"] if same else f"rank {rank}: {one['problem']}"
+        if difference := find_difference(said[0].get("arguments", {}), one.get("arguments", {})):
+            flag, first, other = difference
+            return f"all ranks should have the same arguments: {flag} is {first} on rank 0 and {other} on rank {rank}."
+    return None

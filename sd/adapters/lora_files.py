@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sd.adapters.lora import Change, Parts, check_shapes
 from sd.adapters.lora_names import Layer, layer_names, split_key
 from sd.adapters.other_files import what_it_is
+from sd.adapters.textual_inversion import Embedding, checked_embedding
 from sd.checkpoints.checkpoint import Checkpoint, CheckpointError, parse_config
 from sd.checkpoints.files import read_checkpoint
 from sd.checkpoints.folder_files import read_json
@@ -44,7 +45,9 @@ OTHER_KINDS = {
     "VeRA": r"\bvera_\w+(\.\w+)*$",
     "in cloneofsimo's format, whose tensors have numbers for names": r"^\w+:\d+:(up|down)$",
 }
-BUNDLED = "bundle_emb."  # how the keys of embeddings begin in a file with a LoRA
+# The vectors of a word in a file with a LoRA, as the AUTOMATIC1111 web UI reads them: bundle_emb.NAME.string_to_param.*
+BUNDLED = "bundle_emb."
+BUNDLED_WORD = re.compile(rf"{re.escape(BUNDLED)}(?P<word>.+)\.(string_to_param\.\*|emb_params)")
 # LoRAs for other models, by the beginnings of their keys, and by how wide a context they read.
 OTHER_MODELS = {
     "Stable Diffusion XL": r"lora_te2_|text_encoder_2\.",
@@ -86,20 +89,25 @@ def as_lora(given: Given) -> Lora:
     return Lora(Path(path), first, last)
 
 
-def read_loras(loras: Iterable[Lora], config: ModelConfig, networks: dict[str, nn.Module]) -> Changes:
-    """What these files change in the networks, {"clip": ..., "diffusion": ...}, which may be on the meta device.
+def read_loras(
+    loras: Iterable[Lora], config: ModelConfig, networks: dict[str, nn.Module]
+) -> tuple[Changes, list[Embedding]]:
+    """What these files change in the networks, {"clip": ..., "diffusion": ...}, which may be on the meta device; and
+    the words that are bundled with them, whatever the strength.
 
     Raises what `read_lora` raises.
     """
     changes: Changes = {}
+    words: dict[Path, list[Embedding]] = {}
     names = None
     for lora in loras:
         names = names or layer_names(networks, config.unet)
-        for layer, parts in read_lora(lora.path, names, config).items():
+        layers, words[lora.path] = read_lora(lora.path, names, config)
+        for layer, parts in layers.items():
             strength = lora.text if layer.network == "clip" else lora.unet
             if strength != 0:
                 changes.setdefault((layer.network, layer.module), []).append(Change(layer, parts, strength, lora.path))
-    return changes
+    return changes, [word for of_file in words.values() for word in of_file]
 
 
 def check_loras(loras: Iterable[Given], config: ModelConfig) -> None:
@@ -108,8 +116,8 @@ def check_loras(loras: Iterable[Given], config: ModelConfig) -> None:
         read_loras(loras, config, empty_networks(config))
 
 
-def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> dict[Layer, Parts]:
-    """The tensors of a LoRA file, by layer and by part: views of the mapped file.
+def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> tuple[dict[Layer, Parts], list[Embedding]]:
+    """The tensors of a LoRA file, by layer and by part, which are views of the mapped file; and its bundled words.
 
     Raises CheckpointError, in one sentence, if the file is something else, does not fit the model, or has NaN; and what
     `read_checkpoint` raises.
@@ -123,11 +131,15 @@ def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> dict[
         checkpoint = read_checkpoint(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no LoRA file at {path}.") from None
-    keys = {key: split_key(key) for key in checkpoint.state}
+    bundled = {key: tensor for key, tensor in checkpoint.state.items() if key.startswith(BUNDLED)}
+    keys = {key: split_key(key) for key in checkpoint.state if key not in bundled}
+    if bundled and not keys:
+        raise CheckpointError(f"{path} should be a LoRA, but it has only embeddings: {_listed(bundled)}.")
     _check_kind(path, keys, checkpoint.state, config)
     found: dict[Layer, Parts] = {}
     problems: dict[str, list[str]] = {}
-    for key, tensor in checkpoint.state.items():
+    for key in keys:
+        tensor = checkpoint.state[key]
         name, part = keys[key] or (key, None)
         layer = names.get(name)
         if part is None or layer is None:
@@ -149,14 +161,24 @@ def read_lora(path: Path, names: dict[str, Layer], config: ModelConfig) -> dict[
         texts = "; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items())
         raise CheckpointError(f"{path} does not fit this model: {texts}.")
     _add_alphas(found, path, checkpoint)
-    return found
+    return found, [_bundled_word(path, key, tensor, config) for key, tensor in bundled.items()]
+
+
+def _bundled_word(path: Path, key: str, tensor: Tensor, config: ModelConfig) -> Embedding:
+    """A word whose vectors are in a LoRA's file. Raises CheckpointError unless they fit the model."""
+    match = BUNDLED_WORD.fullmatch(key)
+    if match is None:
+        raise CheckpointError(f"{path} has an embedding with an unknown name: {_listed([key])}.")
+    embedding = checked_embedding(path, [match["word"]], tensor)
+    if (width := embedding.vectors.shape[1]) != config.text.width:
+        found = f"{_listed([key])} with {width}"
+        raise CheckpointError(f"{path} should have vectors of {config.text.width} numbers for this model, not {found}.")
+    return embedding
 
 
 def _check_kind(path: Path, keys: dict[str, tuple[str, str] | None], state: Parts, config: ModelConfig) -> None:
     """Raises CheckpointError, which says what the file is, for another kind of file and for a LoRA of another model."""
     others = [key for key, split in keys.items() if split is None]
-    if any(key.startswith(BUNDLED) for key in keys):
-        raise CheckpointError(f"{path} should be a LoRA alone: this one is bundled with embeddings, {_listed(others)}.")
     for kind, pattern in OTHER_KINDS.items():
         if any(re.search(pattern, key) for key in others):
             raise CheckpointError(f"{path} should be LoRA, LoCon, LoHa, LoKr, DoRA or whole differences, not {kind}.")

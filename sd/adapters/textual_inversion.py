@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,11 +69,28 @@ def with_embeddings(models: Models, embeddings: Iterable[GivenEmbedding]) -> Mod
                 raise ValueError(f"{embedding.path} should get another word than {word!r}, which the models have.")
             first = sum(map(len, rows))
             words[word] = list(range(first, first + len(embedding.vectors)))
-            rows.append(embedding.vectors.to(table))
+            rows.append(embedding.vectors.to(table))  # (n, width)
+    return _with_table(models, torch.cat(rows), words)
+
+
+def without_words(models: Models, words: Collection[str]) -> Models:
+    """Models without some of their added words: the inverse of `with_embeddings`."""
+    left = {word: ids for word, ids in models.tokenizer.added.items() if word not in words}
+    gone = {row for word in words for row in models.tokenizer.added[word]} - {
+        row for ids in left.values() for row in ids
+    }
+    table = models.clip.token_embedding.weight  # (vocabulary, width)
+    kept = [row for row in range(len(table)) if row not in gone]
+    place = {row: i for i, row in enumerate(kept)}
+    return _with_table(models, table[kept], {word: [place[row] for row in ids] for word, ids in left.items()})
+
+
+def _with_table(models: Models, table: Tensor, words: dict[str, list[int]]) -> Models:
+    """Models with this table of embeddings, (vocabulary, width), and words that stand for its last rows."""
     # The copy has new modules around the same weights.
     weights = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in models.clip.parameters()}
     clip = copy.deepcopy(models.clip, weights)
-    clip.token_embedding = nn.Embedding.from_pretrained(torch.cat(rows))  # (vocabulary + all n, width)
+    clip.token_embedding = nn.Embedding.from_pretrained(table)
     clip.config = replace(models.config.text, vocab_size=clip.token_embedding.num_embeddings)
     tokenizer = TokenizerWithWords(words, models.tokenizer.pad_token_id)
     return replace(models, clip=clip, tokenizer=tokenizer, config=replace(models.config, text=clip.config))
@@ -121,6 +138,11 @@ def read_embedding(path: str | os.PathLike, word: str | None = None) -> Embeddin
     words = [word]
     if word is None:
         words = [path.stem, name] if name.startswith("<") and name.endswith(">") else [path.stem]
+    return checked_embedding(path, words, tensor)
+
+
+def checked_embedding(path: Path, words: Iterable[str], tensor: Tensor) -> Embedding:
+    """The vectors (n, width) or (width,) of a file, and the words for them. Raises what `read_embedding` raises."""
     vectors = tensor[None] if tensor.ndim == 1 else tensor  # (n, width)
     if not vectors.is_floating_point() or vectors.ndim != 2 or not 1 <= len(vectors) <= MAX_VECTORS:
         found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

@@ -26,15 +26,19 @@ class DataError(ValueError):
     """The images or captions cannot be used for training. The message is one sentence."""
 
 
-def read_captions(folder: Path) -> dict[str, list[str]]:
-    """The captions of each image in a folder, by file name. Hidden files and subfolders are ignored.
+def read_captions(folder: Path, usual: str | None = None) -> dict[str, list[str]]:
+    """The captions of each image in a folder, by file name. Hidden files and subfolders are ignored. With `usual`, that
+    is the caption of every image in a folder without any captions.
 
     Raises DataError if the folder does not exist or has no images, if an image has no caption or one that the tokenizer
     refuses, or if a file of captions cannot be read.
     """
     files = _visible_files(folder)
     listed = next((folder / name for name in LISTS if folder / name in files), None)
-    captions = _read_list(listed) if listed else _read_texts(files)
+    if usual and not listed and not any(path.suffix.lower() in TEXTS for path in files):
+        captions = {path.name: [usual] for path in files if path.suffix.lower() in _suffixes()}
+    else:
+        captions = _read_list(listed) if listed else _read_texts(files)
     if captions:
         _check(folder, captions)
         return captions

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from sd.files import whole_file
 from sd.images import from_uint8, image_to_tensor, read_image, tensor_to_array
 from sd.training.captions import DataError, read_captions, unreadable_images
+from sd.training.ranks import rank, rank_0_first
 from sd.training.world.render import render
 from sd.training.world.scenes import WORLD, scene_and_captions
 
@@ -61,18 +62,23 @@ def load_scenes(
     """
     kind = {False: "scenes", True: "held-out", None: "all"}[held_out]
     path = cache / f"{kind}-{WORLD}-{first_seed}-{count}-{size}.npy"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        jobs = ((seed, size, held_out) for seed in range(first_seed, first_seed + count))
-        with ProcessPoolExecutor(initializer=_ignore_interrupts) as pool:
-            try:
-                _write_pixels(path, pool.map(_draw, jobs, chunksize=64), count, size, "drawing scenes")
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # without this, it would first draw all remaining scenes
-                raise
+    with rank_0_first():
+        if not path.exists():
+            _draw_scenes(path, count, size, first_seed, held_out)
     seeds = range(first_seed, first_seed + count)
     captions = [scene_and_captions(seed, CAPTIONS_PER_SCENE, held_out)[1] for seed in seeds]
     return CaptionedImages(np.load(path, mmap_mode="r"), captions)
+
+
+def _draw_scenes(path: Path, count: int, size: int, first_seed: int, held_out: bool | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    jobs = ((seed, size, held_out) for seed in range(first_seed, first_seed + count))
+    with ProcessPoolExecutor(initializer=_ignore_interrupts) as pool:
+        try:
+            _write_pixels(path, pool.map(_draw, jobs, chunksize=64), count, size, "drawing scenes")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # without this, it would first draw all remaining scenes
+            raise
 
 
 def _ignore_interrupts() -> None:
@@ -110,20 +116,23 @@ def _reserve(file: BinaryIO, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, file.tell() + size)
 
 
-def load_folder(folder: Path, cache: Path, size: int) -> CaptionedImages:
-    """Load your own images, cropped to a centred square and resized to (size, size), with their captions.
+def load_folder(folder: Path, cache: Path, size: int, captions: dict[str, list[str]] | None = None) -> CaptionedImages:
+    """Load your own images, cropped to a centred square and resized to (size, size), with their captions: those that
+    `read_captions` gives, or `captions`.
 
     Logs a line if the folder has images in other formats. Raises the errors of `read_captions`, DataError for an image
     that is missing or cannot be read, and OSError if the cache cannot be written.
     """
-    captions = read_captions(folder)
+    captions = captions or read_captions(folder)
     if left_out := unreadable_images(folder):
         names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
         log.warning("Images in %s are left out because their format cannot be read: %s", folder, names)
     images = (_read_image(folder / name, size) for name in captions)
     path = cache / "folder.npy"
-    cache.mkdir(parents=True, exist_ok=True)
-    _write_pixels(path, images, len(captions), size, "reading images")
+    with rank_0_first():
+        if rank() == 0:
+            cache.mkdir(parents=True, exist_ok=True)
+            _write_pixels(path, images, len(captions), size, "reading images")
     return CaptionedImages(np.load(path, mmap_mode="r"), list(captions.values()))
 
 

@@ -13,6 +13,7 @@ from sd.clip import CLIP
 from sd.config import ScheduleConfig, UNetConfig
 from sd.diffusion import Diffusion
 from sd.noise import make_betas
+from sd.training.latents import spread_timesteps
 from sd.training.losses import diffusion_loss, drop_captions
 from sd.training.text import pick_captions
 
@@ -59,10 +60,7 @@ class DiffusionStage:
         mean, std = self.means[indices].float(), self.stds[indices].float()
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         tokens = drop_captions(pick_captions(self.tokens, indices, generator).long(), self.empty, 0.1, generator)
-        # All timesteps are equally likely, but those of a batch are evenly spaced: the loss then varies less between
-        # batches (2107.00630, appendix I.1).
-        spread = (torch.rand(1, generator=generator) + torch.arange(self.batch_size) / self.batch_size) % 1
-        timesteps = (spread * self.schedule.num_training_steps).long()  # (B,)
+        timesteps = spread_timesteps(self.batch_size, self.schedule.num_training_steps, generator)  # (B,)
         return latents, tokens, timesteps, torch.randn(mean.shape, generator=generator)
 
     def loss(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:

@@ -24,16 +24,18 @@ from tqdm import tqdm
 from sd.guidance import classifier_free
 from sd.model_loader import TINY_CHECKPOINT, load_models
 from sd.models import Models
-from sd.noise import add_noise, make_generators
-from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
+from sd.noise import add_noise
 from sd.runtime.devices import best_device
-from sd.samplers import SAMPLERS
 from sd.samplers.lcm import DISTILLED_STEPS, LCMSampler, boundary_scalings
 from sd.training.data import CaptionedImages, load_folder
+from sd.training.latents import spread_timesteps
 from sd.training.loop import Training, TrainingError, load_state, save_atomically
 from sd.training.losses import pseudo_huber_loss
 from sd.training.low_rank import low_rank_changes, wearing, write_low_rank
+from sd.training.ranks import rank_0_first
+from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
+from sd.training.samples import decode, draw_latents
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import pick_captions, tokenise
 from sd.training.vae import encode_all
@@ -82,8 +84,7 @@ class ConsistencyStage:
         mean, std = self.means[indices].float(), self.stds[indices].float()
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         tokens = pick_captions(self.tokens, indices, generator).long()
-        spread = (torch.rand(1, generator=generator) + torch.arange(self.batch_size) / self.batch_size) % 1
-        levels = 1 + (spread * DISTILLED_STEPS).long()
+        levels = 1 + spread_timesteps(self.batch_size, DISTILLED_STEPS, generator)
         return latents, tokens, levels, torch.randn(mean.shape, generator=generator)
 
     def loss(self, latents: Tensor, tokens: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
@@ -128,15 +129,10 @@ def drawn_by(teacher: Models, prompts: list[str], seed: int, path: Path, record:
     known = load_state(path) if path.exists() else None
     parts = [known["latents"]] if known and known["record"] == record else []
     done = sum(map(len, parts))
-    for start in tqdm(range(done, len(prompts), DRAWN_AT_ONCE), "the teacher draws", disable=done == len(prompts)):
-        texts = prompts[start : start + DRAWN_AT_ONCE]
-        generators = make_generators(seed + start, len(texts))
-        sampler = SAMPLERS[settings.sampler](generators, schedule=teacher.config.schedule)
-        sampler.set_inference_timesteps(max(1, settings.steps // 2))
-        latents = get_latents(teacher, len(texts), seed=generators)
-        context = encode_prompt(teacher, texts, plain=True)
-        for step in denoise(teacher, latents, context, sampler):
-            latents = step.latents
+    at_once = DRAWN_AT_ONCE if teacher.config.image_size < 256 else 2  # large images need much more memory
+    for start in tqdm(range(done, len(prompts), at_once), "the teacher draws", disable=done == len(prompts)):
+        texts = prompts[start : start + at_once]
+        latents = draw_latents(teacher, texts, steps=max(1, settings.steps // 2), seed=seed + start)
         parts.append(latents.half().cpu())
         save_atomically({"record": record, "latents": torch.cat(parts)}, path)
     return torch.cat(parts)
@@ -154,18 +150,23 @@ class DistillationRun:
         device: str | None = None,
         seed: int = 0,
         save_every: float = 3,
+        batch_size: int = 32,
+        accumulate: int = 1,
+        recompute: bool = False,
     ):
         """Train in the folder `out`. `start` is the teacher's checkpoint (default: the tiny model).
 
         It learns on the images in `folder`. Without a folder, the teacher draws one image for each of this number of
         `prompts` of the toy world. They may mention any combination, also those that the teacher never saw: how it
-        draws them is what the student learns. `save_every` is in minutes.
+        draws them is what the student learns. `save_every` is in minutes. `batch_size` is that of all
+        ranks together. `accumulate` and `recompute` save memory: see `Training` and `recompute_activations`.
 
         Raises what `load_models` raises for `start`, ValueError if the teacher or the images cannot be used or if `out`
         is the folder of another run, OSError if `out` cannot be written.
         """
         start = start or TINY_CHECKPOINT
         self.out, self.seed, self.save_every = out, seed, save_every
+        self.batch_size, self.accumulate, self.recompute = batch_size, accumulate, recompute
         self.teacher = load_models(start, best_device(device), torch.float32, tuned=False)
         _check_teacher(self.teacher, start)
         self.record = make_record(prompts, folder, seed, start, self.teacher)
@@ -186,14 +187,17 @@ class DistillationRun:
         teacher = self.teacher
         if self.drawn:
             prompts = [captions[0] for captions in self.images.captions]
-            latents = drawn_by(teacher, prompts, self.seed, self.out / "drawn.state", self.record)
+            with rank_0_first():
+                latents = drawn_by(teacher, prompts, self.seed, self.out / "drawn.state", self.record)
             latents = latents, torch.zeros_like(latents)
         else:
-            latents = encode_all(teacher.encoder, self.images, teacher.device)
+            latents = encode_all(teacher.encoder, self.images, teacher.device, shared=True)
         torch.manual_seed(self.seed)
         tokens = tokenise(self.images, teacher.tokenizer)
-        stage = ConsistencyStage(teacher, latents, tokens, teacher.config.sampling.cfg_scale)
-        training = Training(stage, self.out, teacher.device, minutes, steps, self.seed, self.record)
+        stage = ConsistencyStage(teacher, latents, tokens, teacher.config.sampling.cfg_scale, self.batch_size)
+        if self.recompute:
+            recompute_activations(stage.student)
+        training = Training(stage, self.out, teacher.device, minutes, steps, self.seed, self.record, self.accumulate)
         if training.done:
             log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
         train_with_bar(training, self.save_every, self._show)
@@ -202,17 +206,8 @@ class DistillationRun:
         """Write a grid of eight prompts, a row each with 1, 2, 4 and 8 steps. Returns a line for the log."""
         student = replace(self.teacher, diffusion=wearing(self.teacher.diffusion, training.average["lora"]))
         prompts = [captions[0] for captions in self.images.captions[:8]]
-        rows = []
-        for steps in (1, 2, 4, 8):
-            generators = make_generators(0, len(prompts))
-            sampler = LCMSampler(generators, schedule=student.config.schedule)
-            sampler.set_inference_timesteps(steps)
-            latents = get_latents(student, len(prompts), seed=generators)
-            context = encode_prompt(student, prompts, None, plain=True)
-            for step in denoise(student, latents, context, sampler):
-                latents = step.latents
-            rows.append(decode_latents(student, latents))
-        write_grid(self.out / "lcm.png", np.concatenate(rows))
+        rows = [draw_latents(student, prompts, "lcm", steps, cfg_scale=1) for steps in (1, 2, 4, 8)]
+        write_grid(self.out / "lcm.png", torch.cat([decode(student, latents) for latents in rows]))
         return f"lcm, step {training.step}: see {self.out / 'lcm.png'}, with 1, 2, 4 and 8 steps"
 
     def write_lora(self) -> Path:

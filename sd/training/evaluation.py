@@ -18,17 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd.images import from_uint8
 from sd.models import Models
-from sd.noise import make_generators
-from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
 from sd.runtime.devices import device_and_dtype
-from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
 from sd.training.judge import MIXED, ODD, Found, Seen
 from sd.training.loop import load_state
+from sd.training.samples import decode, draw_latents
 from sd.training.text import CaptionEncoder, ImageEncoder, retrieval
 from sd.training.vae import psnr, reconstruct
+from sd.training.world.newcomers import is_pictured
 from sd.training.world.scenes import (
     AND_WORDS,
     ATTRIBUTES,
@@ -125,6 +123,21 @@ def make_prompts(kind: str, count: int, held_out: bool, seed: int = 0) -> list[P
     return prompts
 
 
+def newcomer_prompts(kind: str, count: int, held_out: bool, seed: int = 0) -> list[Prompt]:
+    """Random prompts for a newcomer that mention every attribute. Those with `held_out` have a time, a terrain or a
+    colour that `newcomer_pictures` does not show."""
+    rng = random.Random(f"prompts {kind} {seed} {held_out}")
+    prompts: list[Prompt] = []
+    while len(prompts) < count:
+        scene = Scene(
+            **{name: rng.choice(values) for name, values in ATTRIBUTES.items() if name != "thing"}, thing=kind
+        )
+        if is_pictured(scene) != held_out:
+            mention = frozenset(ATTRIBUTES)
+            prompts.append(Prompt(caption(scene, rng, mention), scene, mention))
+    return prompts
+
+
 def marks(prompt: Prompt, seen: Seen) -> dict[str, bool]:
     """Whether an image shows what the prompt asks for: a mark for each of `MARKS` that can be given.
 
@@ -196,18 +209,13 @@ def draw_prompts(
     models: Models, prompts: list[str], sampler_name: str, steps: int, cfg_scale: float, deep_cache: int = 1
 ) -> Tensor:
     """One image for each of N prompts -> (N, 3, H, W) in [-1, 1]. Image i has seed i."""
-    images, batch_size = [], 32
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        generators = make_generators(start, len(part))
-        sampler = SAMPLERS[sampler_name](generators, schedule=models.config.schedule)
-        sampler.set_inference_timesteps(steps)
-        context = encode_prompt(models, part)
-        latents = get_latents(models, len(part), seed=generators)
-        for step in denoise(models, latents, context, sampler, cfg_scale, deep_cache=deep_cache):
-            latents = step.latents
-        images.append(torch.from_numpy(decode_latents(models, latents)))  # uint8 (B, H, W, 3)
-    return from_uint8(torch.cat(images).permute(0, 3, 1, 2))  # (N, 3, H, W)
+    images = []
+    for start in range(0, len(prompts), 32):
+        latents = draw_latents(
+            models, prompts[start : start + 32], sampler_name, steps, cfg_scale, seed=start, deep_cache=deep_cache
+        )
+        images.append(decode(models, latents))
+    return torch.cat(images)
 
 
 @torch.no_grad()

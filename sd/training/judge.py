@@ -41,16 +41,16 @@ JUDGE_SEED = 10_000_000  # the first seed of the judge's images
 THRESHOLD = 0.4  # from this likelihood on, a thing or a light is there
 LIGHT = "light"
 ABSENT = -100  # the kind and colour of a cell without a thing; cross_entropy ignores it
-CELL = (2, len(KINDS), len(PAINTS))  # of each cell: thing and light, the kind of the thing, its colour
 # How far the middle of a thing is above its foot, at scale 1.
 MIDDLES = {"house": 24, "tree": 35, "sailboat": 32, "cactus": 32, "balloon": 42, "lighthouse": 32, "tent": 17}
+MIDDLES |= {"windmill": 34, "bare windmill": 34, "rocket": 35}
 
 
 @dataclass(frozen=True)
 class Found:
     """A thing, or a sun or moon, in an image."""
 
-    kind: str  # one of KINDS, or LIGHT
+    kind: str  # one of the judge's kinds, or LIGHT
     colour: str  # one of PAINTS; without meaning for a light
     x: float  # of its middle, in 0..128
     y: float
@@ -86,10 +86,12 @@ class Seen:
 
 
 class Judge(nn.Module):
-    """Images -> what each cell and the whole image show, as logits."""
+    """Images -> what each cell and the whole image show, as logits. `kinds` are the things that it distinguishes."""
 
-    def __init__(self):
+    def __init__(self, kinds: tuple[str, ...] = KINDS):
         super().__init__()
+        self.kinds = kinds
+        self.cell = (2, len(kinds), len(PAINTS))  # of each cell: thing and light, the kind of the thing, its colour
         self.stem = nn.Sequential(
             nn.Conv2d(3, 24, 4, stride=2, padding=1),  # (B, 24, 32, 32)
             nn.SiLU(),
@@ -99,7 +101,7 @@ class Judge(nn.Module):
         self.down8 = nn.Sequential(Downsample(32, symmetric=True), ResidualBlock(32, 64, 8, 1e-5))
         self.down4 = nn.Sequential(Downsample(64, symmetric=True), ResidualBlock(64, 96, 8, 1e-5))
         self.merge8, self.merge16 = ResidualBlock(96 + 64, 64, 8, 1e-5), ResidualBlock(64 + 32, 48, 8, 1e-5)
-        self.cells = nn.Conv2d(48, sum(CELL), 1)
+        self.cells = nn.Conv2d(48, sum(self.cell), 1)
         self.whole = nn.Linear(96 * 16, sum(CLASSES))
         nn.init.constant_(self.cells.bias[:2], -2.0)  # at the start, most cells are empty
 
@@ -121,22 +123,32 @@ class Judge(nn.Module):
             cells, whole = self(part)
             answers = [logits.argmax(dim=1).tolist() for logits in whole.split(CLASSES, dim=1)]
             for i, (time, terrain, clouds) in enumerate(zip(*answers)):
-                found = tuple(sorted(_peaks(cells[i]), key=lambda found: found.x))
+                found = tuple(sorted(self._peaks(cells[i]), key=lambda found: found.x))
                 seen.append(Seen(TIMES[time], TERRAINS[terrain], bool(clouds), found))
         return seen
 
+    def _peaks(self, cells: Tensor) -> list[Found]:
+        """Logits (17, 16, 16) -> the things and lights at the peaks of the likelihood."""
+        heat, kinds, paints = cells.split(self.cell)
+        heat = heat.sigmoid()  # (2, 16, 16): things and lights
+        peaks = (heat > THRESHOLD) & (heat == F.max_pool2d(heat[None], 3, stride=1, padding=1)[0])
+        found = []
+        for is_light, row, column in peaks.nonzero().tolist():
+            kind = LIGHT if is_light else self.kinds[kinds[:, row, column].argmax()]
+            x, y = ((number + 0.5) * UNITS / GRID for number in (column, row))
+            found.append(Found(kind, PAINTS[paints[:, row, column].argmax()], x, y))
+        return found
 
-def _peaks(cells: Tensor) -> list[Found]:
-    """Logits (17, 16, 16) -> the things and lights at the peaks of the likelihood."""
-    heat, kinds, paints = cells.split(CELL)
-    heat = heat.sigmoid()  # (2, 16, 16): things and lights
-    peaks = (heat > THRESHOLD) & (heat == F.max_pool2d(heat[None], 3, stride=1, padding=1)[0])
-    found = []
-    for is_light, row, column in peaks.nonzero().tolist():
-        kind = LIGHT if is_light else KINDS[kinds[:, row, column].argmax()]
-        x, y = ((number + 0.5) * UNITS / GRID for number in (column, row))
-        found.append(Found(kind, PAINTS[paints[:, row, column].argmax()], x, y))
-    return found
+    def with_kinds(self, more: tuple[str, ...]) -> Judge:
+        """A judge of more kinds of things, with these weights. It takes a new kind for a thing that is not whole, until
+        it is trained."""
+        new, state = Judge((*self.kinds, *more)), self.state_dict()
+        odd, end = 2 + self.kinds.index(ODD), 2 + len(self.kinds)
+        for name in ("cells.weight", "cells.bias"):
+            rows = state[name]
+            state[name] = torch.cat([rows[:end], rows[[odd] * len(more)], rows[end:]])
+        new.load_state_dict(state)
+        return new
 
 
 class JudgeStage:
@@ -149,12 +161,13 @@ class JudgeStage:
     ema = 0.99
     batch_size = 64
 
-    def __init__(self, pixels: np.ndarray, truths: list[Seen]):
-        """pixels: uint8 (N, 64, 64, 3); truths: what they show."""
-        self.config = {"kinds": list(KINDS), "colours": list(PAINTS), "grid": GRID}
+    def __init__(self, pixels: np.ndarray, truths: list[Seen], judge: Judge | None = None):
+        """pixels: uint8 (N, 64, 64, 3); truths: what they show; judge: one to train further."""
+        judge = judge or Judge()
+        self.config = {"kinds": list(judge.kinds), "colours": list(PAINTS), "grid": GRID}
         self.pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         self.truths = truths
-        self.networks = nn.ModuleDict({"judge": Judge()})
+        self.networks = nn.ModuleDict({"judge": judge})
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Random images with some noise, half of them mirrored, (B, 3, 64, 64), and what the judge should say of them,
@@ -167,11 +180,12 @@ class JudgeStage:
         noise = level * torch.randn(images.shape, generator=generator)
         truths = [self.truths[i] for i in indices.tolist()]
         truths = [truth.mirrored if mirror else truth for truth, mirror in zip(truths, mirrored.tolist())]
-        return images + noise, *targets(truths)
+        return images + noise, *targets(truths, self.networks["judge"].kinds)
 
     def loss(self, images: Tensor, heat: Tensor, kind: Tensor, paint: Tensor, wanted: Tensor) -> Tensor:
-        cells, whole = (logits.float() for logits in self.networks["judge"](images))
-        heats, kinds, paints = cells.split(CELL, dim=1)
+        judge = self.networks["judge"]
+        cells, whole = (logits.float() for logits in judge(images))
+        heats, kinds, paints = cells.split(judge.cell, dim=1)
         losses = [F.cross_entropy(logit, wanted[:, i]) for i, logit in enumerate(whole.split(CLASSES, dim=1))]
         loss = torch.stack(losses).mean() + focal_loss(heats, heat)
         if (kind == ABSENT).all():
@@ -181,7 +195,7 @@ class JudgeStage:
         )
 
 
-def targets(truths: list[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def targets(truths: list[Seen], names: tuple[str, ...] = KINDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the judge should say of B images: the heat of things and lights (B, 2, 16, 16), which is 1 in the cell of
     one and falls around it; the kinds and colours of things in their cells, and ABSENT elsewhere, (B, 16, 16) each;
     time, terrain and clouds (B, 3)."""
@@ -197,7 +211,7 @@ def targets(truths: list[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             heat[i, int(is_light)] = torch.maximum(heat[i, int(is_light)], near)
             heat[i, int(is_light), row, column] = 1
             if not is_light:
-                kind[i, row, column], paint[i, row, column] = KINDS.index(found.kind), PAINTS.index(found.colour)
+                kind[i, row, column], paint[i, row, column] = names.index(found.kind), PAINTS.index(found.colour)
     wanted = [[TIMES.index(truth.time), TERRAINS.index(truth.terrain), int(truth.clouds)] for truth in truths]
     return heat, kind, paint, torch.tensor(wanted)
 
@@ -214,23 +228,25 @@ def focal_loss(logits: Tensor, heat: Tensor) -> Tensor:
     return -(there + elsewhere) / max(1, int(peaks.sum()))
 
 
-def judge_picture(seed: int, size: int = SIDE) -> tuple[Image.Image, Seen]:
+def judge_picture(seed: int, size: int = SIDE, names: tuple[str, ...] = THINGS[1:]) -> tuple[Image.Image, Seen]:
     """An image to train or test the judge on, (size, size) pixels, and what it shows: in a third a scene as it should
-    be, otherwise any number of things and suns anywhere, some of them spoiled."""
+    be, otherwise any number of things and suns anywhere, some of them spoiled. `names` are those of the things."""
     rng = random.Random(f"judge {seed}")
     scene = random_scene(rng, held_out=None)
+    if names != THINGS[1:] and scene.thing != "none":
+        scene = replace(scene, thing=rng.choice(names))
     if rng.random() < 1 / 3:
         drawing = draw(scene, seed, size)
         found = [_found(*pair) for pair in zip(scene.things, drawing.spots)]
         return drawing.image, _truth(scene, drawing.lights, found)
-    things = _anything(rng)
+    things = _anything(rng, names)
     lights = _any_lights(rng, things)
     drawing = draw(scene, seed, size, things, lights)
     image, found = drawing.image, []
     for i, (thing, spot) in enumerate(things):
-        kind, colour = thing.kind, thing.colour
+        kind, colour = _kind(thing), thing.colour
         if rng.random() < 0.5:
-            other, kind, colour = _spoil(rng, thing)
+            other, kind, colour = _spoil(rng, thing, names)
             changed = [*things[:i], *([(other, spot)] if other else []), *things[i + 1 :]]
             even = other is not None and colour != MIXED and rng.random() < 0.25
             image = _join(image, draw(scene, seed, size, changed, lights).image, thing, spot, even, rng)
@@ -249,8 +265,12 @@ def category(truth: Seen) -> str:
     return f"{len(truth.things)} things"
 
 
+def _kind(thing: Thing) -> str:
+    return ODD if thing.kind == "bare windmill" else thing.kind
+
+
 def _found(thing: Thing, spot: Spot) -> Found:
-    return Found(thing.kind, thing.colour, spot.x, spot.y - spot.scale * MIDDLES[thing.kind])
+    return Found(_kind(thing), thing.colour, spot.x, spot.y - spot.scale * MIDDLES[thing.kind])
 
 
 def _truth(scene: Scene, lights: list, found: list[Found]) -> Seen:
@@ -258,12 +278,12 @@ def _truth(scene: Scene, lights: list, found: list[Found]) -> Seen:
     return Seen(scene.time, scene.terrain, scene.clouds, tuple(sorted(found, key=lambda each: each.x)))
 
 
-def _anything(rng: random.Random) -> list[tuple[Thing, Spot]]:
+def _anything(rng: random.Random, names: tuple[str, ...]) -> list[tuple[Thing, Spot]]:
     """None to three things anywhere, from back to front. They are often equal, as in images that show a thing twice."""
     things: list[tuple[Thing, Spot]] = []
-    first = rng.choice(THINGS[1:]), rng.choice(COLOURS)
+    first = rng.choice(names), rng.choice(COLOURS)
     for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 2, 3))):
-        kind, colour = first if rng.random() < 0.4 else (rng.choice(THINGS[1:]), rng.choice(COLOURS))
+        kind, colour = first if rng.random() < 0.4 else (rng.choice(names), rng.choice(COLOURS))
         for _ in range(50):
             y = rng.uniform(70, 100) if kind == "balloon" else rng.uniform(94, 118)
             spot = Spot(rng.uniform(18, 110), y, rng.uniform(0.68, 1.08))
@@ -286,13 +306,13 @@ def _any_lights(rng: random.Random, things: list[tuple[Thing, Spot]]) -> list[tu
     return lights
 
 
-def _spoil(rng: random.Random, thing: Thing) -> tuple[Thing | None, str, str]:
+def _spoil(rng: random.Random, thing: Thing, names: tuple[str, ...]) -> tuple[Thing | None, str, str]:
     """What to mix into a thing: itself in another colour, another thing, or nothing. And its kind and colour then."""
     how = rng.choice(("colour", "colour", "kind", "kind", "missing"))
     if how == "colour":
-        return replace(thing, colour=rng.choice([c for c in COLOURS if c != thing.colour])), thing.kind, MIXED
+        return replace(thing, colour=rng.choice([c for c in COLOURS if c != thing.colour])), _kind(thing), MIXED
     if how == "kind":
-        return replace(thing, kind=rng.choice([k for k in THINGS[1:] if k != thing.kind])), ODD, thing.colour
+        return replace(thing, kind=rng.choice([k for k in names if k != thing.kind])), ODD, thing.colour
     return None, ODD, thing.colour
 
 
@@ -309,11 +329,12 @@ def _join(
     return Image.composite(other, image, Image.fromarray((255 * mask).astype(np.uint8)))
 
 
-def load_judge(path: Path) -> Judge:
-    """Load the judge from a checkpoint file. Raises ValueError if it is another network, and the errors of
-    `read_state_dict`."""
-    judge, state = Judge(), read_state_dict(path)
-    if state.keys() != judge.state_dict().keys():
+def load_judge(path: Path, kinds: tuple[str, ...] = KINDS) -> Judge:
+    """Load the judge of these kinds from a checkpoint file. Raises ValueError if it is another network, and the errors
+    of `read_state_dict`."""
+    judge, state = Judge(kinds), read_state_dict(path)
+    shapes = {name: tensor.shape for name, tensor in judge.state_dict().items()}
+    if {name: tensor.shape for name, tensor in state.items()} != shapes:
         raise ValueError(f"{path} is not a judge of this version: choose another --out, or delete that file.")
     judge.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return judge.eval().requires_grad_(False)

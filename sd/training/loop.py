@@ -2,43 +2,43 @@
 
 A `Stage` defines the networks, the batches and the loss. The loop saves everything that it needs to resume in a state
 file: the weights, their average, the optimizers, the step and the random generator. A run that was killed resumes with
-exactly the losses that it would have had.
+exactly the losses that it would have had. Under torchrun, the ranks share each batch, and rank 0 writes the files.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sd.files import whole_file
+from sd.training import ranks, sharding
+from sd.training.gradients import ManyRanks, OneProcess
 from sd.training.muon import Muon
-from sd.training.precision import mixed_precision
 
 WARMUP = 100  # steps during which the learning rate rises
 CALIBRATION = 20  # steps that are timed, to decide how many fit into the given minutes
 
 
 class Stage(Protocol):
-    """What a `Training` trains: one of the model's stages (stages.py), or the judge (evaluation.py)."""
+    """What a `Training` trains: one of the model's stages (stages.py), or the judge (evaluation.py).
+
+    Two attributes are optional. With `gathers`, a loss that is not divisible can be shared by ranks: it gathers what it
+    compares (`ranks.gather`), and is the loss of the whole batch on every rank. A method `optimizers()` returns other
+    optimizers than `make_optimizers`; it is called once, when the networks are on their device.
+    """
 
     name: str
     config: dict  # describes the networks; a state resumes only with an equal one
     networks: nn.ModuleDict  # all that is trained
     learning_rate: float
-    batch_size: int
+    batch_size: int  # of the whole run, whatever the number of ranks
     divisible: bool  # whether the loss of a batch is the mean of the losses of its parts
     ema: float  # the decay of the moving average of the weights
 
@@ -75,29 +75,42 @@ class Training:
         steps: int | None,
         seed: int,
         record: dict | None = None,
+        accumulate: int = 1,
+        sharded: bool = False,
     ):
         """Train for `steps`, or if that is None, for about this many `minutes`.
+
+        With `accumulate` n, a rank computes its share of a batch in n parts, one after the other, to save memory. With
+        `sharded`, each rank keeps only a part of the weights (sharding.py). `average` is then whole, but only on rank
+        0, and as it was when a state was last saved or loaded.
 
         If the folder `out` has a state of this stage, it is resumed, with the number of steps it started with. `record`
         describes the training data (record.py) and is saved in the state.
 
-        Raises TrainingError if that state is damaged or has another configuration.
+        Raises TrainingError if that state is damaged or has another configuration, if the batch cannot be divided like
+        this, or if ranks differ in what they train.
         """
+        check_division(stage, accumulate)
+        if sharded:
+            check_sharding(stage)
         self.stage, self.device, self.record = stage, device, record
         self.state_path = out / f"{stage.name}.state"
         self.minutes, self.total, self.step, self.loss = minutes, steps, 0, math.nan
         self.times: list[float] = []  # seconds of each step, until the number of steps is decided
         self.networks = stage.networks.to(device)
         self.average = copy.deepcopy(self.networks).requires_grad_(False)
+        self.shards = sharding.Shards(self.networks, device) if sharded else None
+        if sharded and ranks.rank() > 0:
+            self.average.to("meta")
         self.parameters = list(self.networks.parameters())
-        self.optimizers = make_optimizers(self.networks)
+        self.optimizers = stage.optimizers() if hasattr(stage, "optimizers") else make_optimizers(self.networks)
         self.generator = torch.Generator().manual_seed(seed)
-        # On a CPU with two cores, two threads with half a batch each are faster than one thread whose operations use
-        # both cores: operations on small tensors are too short to be split.
-        workers = os.cpu_count() or 1 if device.type == "cpu" and stage.divisible else 1
-        self.workers = max(1, min(workers, stage.batch_size // 8, 8))
-        if self.state_path.exists():
+        if has_state(self.state_path):
             self._load()
+        check_alike({"data": record, "configuration": stage.config, "step": self.step, "steps": self.total})
+        self.gradients = (
+            ManyRanks(stage, device, accumulate, sharded) if ranks.joins() else OneProcess(stage, device, accumulate)
+        )
 
     @property
     def done(self) -> bool:
@@ -107,54 +120,40 @@ class Training:
         """Train until all steps are done.
 
         `report` is called after every step. Every `save_every` seconds, and at the end, the state is saved and `pause`
-        is called, which may use `average`. Raises TrainingError if the loss or its gradient is not finite, OSError if
-        the state cannot be written.
+        is called on rank 0, which may use `average`. Raises TrainingError if the loss or its gradient is not finite,
+        OSError if the state cannot be written.
         """
-        threads = torch.get_num_threads()
-        saved = time.monotonic()
-        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            if self.workers > 1:
-                torch.set_num_threads(1)
-                self.optimizers[0].map = pool.map
-            try:
-                while not self.done:
-                    started = time.monotonic()
-                    self._one_step(pool)
-                    elapsed = time.monotonic() - started
-                    self._calibrate(elapsed)
-                    report(Progress(self.step, self.total, self.loss, self.stage.batch_size / elapsed))
-                    if time.monotonic() - saved > save_every or self.done:
-                        self.save()
+        before = saved = ranks.clock()
+        with self.gradients.ready() as parallel_map:
+            for optimizer in self.optimizers:
+                if isinstance(optimizer, Muon):
+                    optimizer.map = parallel_map
+            while not self.done:
+                self._one_step()
+                now = ranks.clock()
+                self._calibrate(now - before)
+                report(Progress(self.step, self.total, self.loss, self.stage.batch_size / (now - before)))
+                if now - saved > save_every or self.done:
+                    self.save()
+                    if ranks.rank() == 0:
                         pause()
-                        saved = time.monotonic()
-            finally:
-                torch.set_num_threads(threads)
+                    now = saved = ranks.clock()
+                before = now
 
-    def _one_step(self, pool: ThreadPoolExecutor) -> None:
-        batch = [tensor.to(self.device) for tensor in self.stage.draw(self.generator)]
-        parts = list(zip(*(tensor.chunk(self.workers) for tensor in batch)))
-        losses, gradients = zip(*(pool.map if self.workers > 1 else map)(self._gradients, parts))
-        self.loss = sum(losses)
+    def _one_step(self) -> None:
+        self.loss = self.gradients([tensor.to(self.device) for tensor in self.stage.draw(self.generator)])
         if not math.isfinite(self.loss):
             raise TrainingError(f"The loss of stage {self.stage.name} is {self.loss} at step {self.step}.")
-        for parameter, *shares in zip(self.parameters, *gradients):
-            parameter.grad = sum(shares[1:], shares[0])  # always in the same order: float sums depend on it
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)).item()
         if not math.isfinite(norm):  # clipping divides every gradient by it: all weights would be lost
             raise TrainingError(f"The gradient of stage {self.stage.name} is {norm} at step {self.step}.")
         for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = self.stage.learning_rate * self._schedule()
+            for group in optimizer.param_groups:
+                group["lr"] = self.stage.learning_rate * self._schedule()
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
         self._update_average()
-
-    def _gradients(self, part: tuple[Tensor, ...]) -> tuple[float, tuple[Tensor, ...]]:
-        """Of one part of the batch: its share of the loss, and of the gradient of every parameter."""
-        attention = StoredAttention() if self.device.type == "cpu" else nullcontext()
-        with mixed_precision(self.device), attention:
-            loss = self.stage.loss(*part) * (len(part[0]) / self.stage.batch_size)
-        return loss.item(), torch.autograd.grad(loss, self.parameters)
 
     def _schedule(self) -> float:
         """The factor of the learning rate: half a cosine (1608.03983) over all steps, times a linear warm-up."""
@@ -165,8 +164,12 @@ class Training:
         """The exponential moving average of the weights. Its decay is small at first, so that the average soon forgets
         the random initial weights."""
         decay = min(self.stage.ema, (1 + self.step) / (10 + self.step))
+        averaged = self.shards.average.values() if self.shards else self.average.parameters()
+        averaged, weights = (
+            [sharding.own_part(tensor) for tensor in tensors] for tensors in (averaged, self.parameters)
+        )
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
+            torch._foreach_lerp_(averaged, weights, 1 - decay)
 
     def _calibrate(self, elapsed: float) -> None:
         """Decide once how many steps fit into the given minutes: after `CALIBRATION` steps, or after half of the time.
@@ -188,12 +191,24 @@ class Training:
             "step": self.step,
             "total": self.total,
             "times": self.times,
-            "networks": self.networks.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "generator": self.generator.get_state(),
         }
-        save_atomically(state, self.state_path)
+        if self.shards:
+            self._save_shards(state)
+        elif ranks.rank() == 0:
+            state |= {"networks": self.networks.state_dict(), "average": self.average.state_dict()}
+            state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+            save_atomically(state, self.state_path)
+
+    def _save_shards(self, state: dict) -> None:
+        folder = self.state_path / str(self.step)
+        with ranks.rank_0_first():
+            if ranks.rank() == 0:
+                save_atomically(state, folder / sharding.LOOP)
+        self.shards.save(folder, self.optimizers)
+        if ranks.rank() == 0:
+            sharding.delete_others(folder)
+        self.shards.gather(self.average)
 
     def _load(self) -> None:
         state = load_state(self.state_path)
@@ -201,25 +216,61 @@ class Training:
             raise TrainingError(
                 f"{self.state_path} has another configuration: choose another --out, or delete that file."
             )
-        self.networks.load_state_dict(state["networks"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, values in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(values)
+        if self.state_path.is_dir() != bool(self.shards):
+            kind = "not sharded" if self.shards else "sharded"
+            raise TrainingError(
+                f"{self.state_path} is of a run that was {kind}: resume it alike, or choose another --out."
+            )
+        if self.shards:
+            self.shards.load(sharding.newest(self.state_path), self.optimizers)
+            self.shards.gather(self.average)
+        else:
+            self.networks.load_state_dict(state["networks"])
+            self.average.load_state_dict(state["average"])
+            for optimizer, values in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(values)
         self.generator.set_state(state["generator"])
         self.step, self.total, self.times = state["step"], state["total"], state.get("times", [])
 
 
-class StoredAttention(TorchFunctionMode):
-    """Plain attention that keeps its scores for the backward pass: on a CPU, several times faster than the built-in
-    function, which computes them again."""
+def check_division(stage: Stage, accumulate: int) -> None:
+    """Raise TrainingError unless the batch of a stage can be divided into parts, `accumulate` for each rank."""
+    parts = accumulate * ranks.count()
+    if accumulate > 1 and not stage.divisible:
+        raise TrainingError(
+            f"Stage {stage.name} compares all images of a batch: --accumulate should be 1, not {accumulate}."
+        )
+    if parts > 1 and not stage.divisible and not getattr(stage, "gathers", False):
+        raise TrainingError(f"Stage {stage.name} should be trained by one process, not by {ranks.count()} ranks.")
+    if stage.batch_size < parts:
+        raise TrainingError(
+            f"The batch of stage {stage.name} should have at least {parts} rows, one for each part of each rank, not "
+            f"{stage.batch_size}."
+        )
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or kwargs.get("is_causal"):
-            return func(*args, **kwargs)
-        query, key, value = args  # (B, heads, N, d), (B, heads, M, d), (B, heads, M, d)
-        scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)  # (B, heads, N, M)
-        return scores.softmax(dim=-1).to(value.dtype) @ value  # (B, heads, N, d)
+
+def check_sharding(stage: Stage) -> None:
+    """Raise TrainingError unless the weights of a stage can be divided among the ranks."""
+    if not ranks.joins():
+        raise TrainingError(
+            "Sharded training should be started by torchrun, also on one device (torchrun --nproc-per-node 1 SCRIPT)."
+        )
+    if not hasattr(stage, "optimizers"):
+        raise TrainingError(
+            f"Sharded training should use optimizers such as AdamW: stage {stage.name} uses Muon, which needs whole "
+            "matrices."
+        )
+
+
+def check_alike(mine: dict) -> None:
+    """Raise TrainingError, on all ranks, if two ranks differ in anything that they train on."""
+    everyones = ranks.everyones(mine)
+    for number, other in enumerate(everyones):
+        for what, value in everyones[0].items():
+            if other[what] != value:
+                raise TrainingError(
+                    f"All ranks should have the same {what}: rank 0 has {value}, and rank {number} has {other[what]}."
+                )
 
 
 def make_optimizers(networks: nn.Module) -> list[torch.optim.Optimizer]:
@@ -232,7 +283,8 @@ def make_optimizers(networks: nn.Module) -> list[torch.optim.Optimizer]:
     for name, parameter in networks.named_parameters():
         is_outer = any(part in name for part in ("embedding", "conv_in", "conv_out", "quant_conv", "captions.out"))
         (outer if is_outer or parameter.ndim < 2 else inner).append(parameter)
-    return [Muon(inner, lr=0.0), torch.optim.AdamW(outer, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)]
+    muon = [Muon(inner, lr=0.0)] if inner else []
+    return [*muon, torch.optim.AdamW(outer, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)]
 
 
 def save_atomically(state: dict, path: Path) -> None:
@@ -246,11 +298,19 @@ def save_atomically(state: dict, path: Path) -> None:
         raise OSError(f"{path} cannot be written ({reason}); an earlier version of it is kept.") from error
 
 
+def has_state(path: Path) -> bool:
+    """Whether there is a state with this name, and complete if it is sharded."""
+    return path.exists() and (not path.is_dir() or sharding.newest(path) is not None)
+
+
 def load_state(path: Path, mapped: bool = False) -> dict:
-    """Read what `save_atomically` wrote. With `mapped`, tensors are read only when they are used.
+    """Read what `save_atomically` wrote. With `mapped`, tensors are read only when they are used. The networks of a
+    sharded state are not read.
 
     Raises TrainingError if the file does not exist or is damaged.
     """
+    if folder := sharding.newest(path):
+        path = folder / sharding.LOOP
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:

@@ -1,5 +1,5 @@
 """The training losses: `vae_loss`, `contrastive_loss` for the text encoder, `diffusion_loss` and `pseudo_huber_loss`
-for the U-Net.
+for the U-Net. `drop_captions` and `offset_noise` change what the U-Net's loss gets.
 
 In: what a network predicted, and what it should have predicted. Out: one number to minimise.
 """
@@ -108,6 +108,20 @@ def diffusion_loss(
         snr = (alpha_bar / (1 - alpha_bar)).flatten()  # (B,)
         error = error * snr.clamp(max=min_snr) / (snr + 1 if prediction_type == "v_prediction" else snr)
     return error.mean()
+
+
+def offset_noise(noise: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
+    """e + s o: the same random number o ~ N(0, 1) is added to a whole channel of an image (N. Guttenberg, "Diffusion
+    with Offset Noise", CrossLabs 2023: https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+
+    noise e (B, 4, h, w), strength s from 0 on -> (B, 4, h, w).
+
+    At the last timestep, x_t still shows the mean of each channel of x_0: a mean over many pixels has hardly any noise.
+    A model learns to keep this mean. So it cannot draw very dark or very bright images from noise, whose mean is near
+    0. The offset hides the mean. With s = 0, the noise is unchanged.
+    """
+    offset = torch.randn((*noise.shape[:2], 1, 1), generator=generator)  # (B, 4, 1, 1)
+    return noise + strength * offset
 
 
 def pseudo_huber_loss(predicted: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:

@@ -7,16 +7,23 @@ from pathlib import Path
 
 from sd.models import Models
 from sd.training.data import fingerprint, read_captions
-from sd.training.loop import TrainingError, load_state
+from sd.training.loop import TrainingError, has_state, load_state
+from sd.training.ranks import check_shared, rank_0_first
 from sd.training.world.scenes import WORLD
 
-STATES = ("vae", "text", "diffusion", "decoder", "lcm")
+STATES = ("vae", "text", "diffusion", "decoder", "lcm", "lora", "inversion", "control", "full")
 
 
 def make_record(
-    scenes: int, folder: Path | None = None, seed: int = 0, start: Path | None = None, models: Models | None = None
+    scenes: int,
+    folder: Path | None = None,
+    seed: int = 0,
+    start: Path | None = None,
+    models: Models | None = None,
+    captions: dict[str, list[str]] | None = None,
 ) -> dict:
-    """Describe a run that trains on `folder`, or if that is None, on this number of `scenes`.
+    """Describe a run that trains on `folder`, or if that is None, on this number of `scenes`. `captions` are those of
+    the folder, if they are not what `read_captions` gives.
 
     `models` are loaded from the checkpoint `start`. The record has three entries: "about", a description for people;
     "pictures", the number of images; "sha256", the fingerprint. The fingerprint does not depend on the names of
@@ -24,7 +31,7 @@ def make_record(
     """
     parts = [f"seed {seed}"]
     if folder:
-        captions = read_captions(folder)
+        captions = captions or read_captions(folder)
         count, about = len(captions), f"the {len(captions):,} pictures of {folder}"
         parts.append(fingerprint(folder, captions))
     else:
@@ -49,14 +56,17 @@ def weights_fingerprint(models: Models) -> str:
 
 def make_folder(out: Path, folder: Path | None, record: dict) -> None:
     """Create the folder `out` of a run, or check that it is that of the same run. Raise TrainingError, before anything
-    is written, if it is another's, that of the training images `folder`, or cannot be created."""
+    is written, if it is another's, that of the training images `folder`, or cannot be created; and ValueError if ranks
+    do not share it."""
     if folder and out.exists() and folder.exists() and out.samefile(folder):
         raise TrainingError(f"{out} has the training images, and samples would mix with them: choose another --out.")
-    check_folder(out, record)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise TrainingError(f"The folder {out} cannot be created: it or a parent of it is a file.") from None
+    with rank_0_first():
+        check_folder(out, record)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise TrainingError(f"The folder {out} cannot be created: it or a parent of it is a file.") from None
+    check_shared(out)
 
 
 def check_folder(out: Path, record: dict) -> None:
@@ -66,7 +76,7 @@ def check_folder(out: Path, record: dict) -> None:
     would overwrite a model that cannot be reproduced. Nothing in `out` is changed.
     """
     for path in (out / f"{name}.state" for name in STATES):
-        if not path.exists():
+        if not has_state(path):
             continue
         known = load_state(path, mapped=True).get("record")
         if known is None:

@@ -7,7 +7,6 @@ the layout of the published Stable Diffusion checkpoints.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -30,14 +29,15 @@ from sd.images import tensor_to_array, write_png
 from sd.model_converter import to_compvis
 from sd.model_loader import load_models
 from sd.models import Models
-from sd.pipeline import decode_latents, denoise, encode_prompt, get_latents
 from sd.runtime.devices import best_device
-from sd.samplers import SAMPLERS
 from sd.tokenizer import Tokenizer
+from sd.training import ranks
 from sd.training.data import CaptionedImages, load_folder, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Progress, Stage, Training, TrainingError, load_state, save_atomically
+from sd.training.recompute import recompute_activations
 from sd.training.record import make_folder, make_record
+from sd.training.samples import decode, draw_latents
 from sd.training.text import CaptionEncoder, TextStage, retrieval, silence_unknown_tokens, tokenise
 from sd.training.vae import DecoderStage, VAEStage, encode_all, normalise_latents, psnr, reconstruct
 
@@ -60,16 +60,20 @@ class TrainingRun:
         save_every: float = 3,
         config: ModelConfig = TINY,
         start: Path | None = None,
+        accumulate: int = 1,
+        recompute: bool = False,
     ):
         """Train in the folder `out`, on the images in `folder` or, if that is None, on this number of `scenes`.
 
         `save_every` is in minutes. `start` is the checkpoint of a finished model: stage `diffusion` then trains its
-        U-Net further, and its text encoder and autoencoder are not changed.
+        U-Net further, and its text encoder and autoencoder are not changed. `accumulate` and `recompute` save memory:
+        see `Training` and `recompute_activations`.
 
         Raises FileNotFoundError or CheckpointError if `start` cannot be read, ValueError if the images cannot be used
         or if `out` is their folder or that of another run, OSError if `out` cannot be written.
         """
         self.out, self.seed, self.save_every = out, seed, save_every
+        self.accumulate, self.recompute = accumulate, recompute
         self.in_pairs = folder is None  # neighbouring scenes differ only in where their colours or things are
         self.device = best_device(device)
         self.start = start and load_models(start, "cpu", torch.float32, tuned=False)
@@ -100,7 +104,10 @@ class TrainingRun:
         """
         if self.start and name != "diffusion":
             raise TrainingError(f"With a start model, the stage should be diffusion, not {name}.")
-        training = Training(self._stage(name), self.out, self.device, minutes, steps, self.seed, self.record)
+        stage = self._stage(name)
+        if self.recompute:
+            recompute_activations(stage.networks)
+        training = Training(stage, self.out, self.device, minutes, steps, self.seed, self.record, self.accumulate)
         if training.done:
             log.info("Stage %s is finished, after %d steps.", name, training.step)
         show = {"text": self._show_text, "diffusion": self._show_diffusion}.get(name, self._show_vae)
@@ -179,8 +186,9 @@ class TrainingRun:
             known = load_state(path)
             if known["source"] == source and known.get("record") == self.record:
                 return known["means"], known["stds"]
-        means, stds = encode_all(self.vae[0].to(self.device), self.train_set, self.device)
-        save_atomically({"source": source, "record": self.record, "means": means, "stds": stds}, path)
+        means, stds = encode_all(self.vae[0].to(self.device), self.train_set, self.device, shared=True)
+        if ranks.rank() == 0:
+            save_atomically({"source": source, "record": self.record, "means": means, "stds": stds}, path)
         return means, stds
 
     def _show_vae(self, training: Training) -> str:
@@ -205,15 +213,8 @@ class TrainingRun:
         """Write a grid of generated images, with captions of test images as prompts. Returns a line for the log."""
         models = self._models(training.average["diffusion"])
         prompts = [max(choices, key=len) for choices in self.test_set.captions[:16]]
-        sampler = SAMPLERS["ddpm"](torch.Generator().manual_seed(0), schedule=self.config.schedule)
-        sampler.set_inference_timesteps(20)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `tokenise` has already logged how many captions are truncated
-            context = encode_prompt(models, prompts, plain=True)  # a bracket in a caption is not a weight
-        latents = get_latents(models, len(prompts), seed=0)
-        for step in denoise(models, latents, context, sampler, cfg_scale=5.0):
-            latents = step.latents
-        write_grid(self.out / "diffusion.png", decode_latents(models, latents))
+        latents = draw_latents(models, prompts, "ddpm", steps=20, cfg_scale=5.0)
+        write_grid(self.out / "diffusion.png", decode(models, latents))
         lines = "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)
         (self.out / "diffusion.txt").write_text(lines, encoding="utf-8")
         return f"diffusion, step {training.step}: see {self.out / 'diffusion.png'}"
@@ -249,7 +250,8 @@ class TrainingRun:
 def train_with_bar(training: Training, save_every: float, show: Callable[[Training], str]) -> None:
     """Train until all steps are done, with a progress bar. Every `save_every` minutes the state is saved, and what
     `show` returns is logged. Raises what `Training.run` raises."""
-    with tqdm(total=training.total, initial=training.step, desc=training.stage.name, mininterval=1) as bar:
+    options = {"desc": training.stage.name, "mininterval": 1, "disable": ranks.rank() > 0}
+    with tqdm(total=training.total, initial=training.step, **options) as bar:
 
         def report(progress: Progress) -> None:
             bar.total = progress.total

@@ -18,6 +18,7 @@ from sd.clip import CLIP
 from sd.config import TextConfig
 from sd.images import from_uint8, to_uint8
 from sd.tokenizer import Tokenizer
+from sd.training import ranks
 from sd.training.data import CaptionedImages
 from sd.training.losses import contrastive_loss
 
@@ -76,6 +77,7 @@ class TextStage:
     name = "text"
     learning_rate = 2e-3
     divisible = False
+    gathers = True
     ema = 0.995
 
     def __init__(
@@ -111,8 +113,9 @@ class TextStage:
         return self.small[indices], pick_captions(self.tokens, indices, generator)
 
     def loss(self, images: Tensor, tokens: Tensor) -> Tensor:
-        image_vectors = self.networks["pictures"](from_uint8(images)).float()  # (B, D)
-        caption_vectors = self.networks["captions"](tokens.long()).float()  # (B, D)
+        """Each rank encodes its share (B', ...) of the batch, and compares all of them."""
+        image_vectors = ranks.gather(self.networks["pictures"](from_uint8(images)).float())  # (B, D)
+        caption_vectors = ranks.gather(self.networks["captions"](tokens.long()).float())  # (B, D)
         return contrastive_loss(image_vectors, caption_vectors, self.networks.log_scale)
 
 

@@ -12,9 +12,12 @@ from tqdm import tqdm
 from sd.config import VAEConfig
 from sd.decoder import Decoder
 from sd.encoder import Encoder, sample_posterior
+from sd.training import ranks
 from sd.training.data import CaptionedImages
 from sd.training.losses import vae_loss
 from sd.training.precision import mixed_precision
+
+ENCODED_AT_ONCE = 32 * 128 * 128  # pixels: the activations of larger images need much more memory
 
 
 class VAEStage:
@@ -83,14 +86,26 @@ class DecoderStage:
 
 
 @torch.no_grad()
-def encode_all(encoder: Encoder, dataset: CaptionedImages, device: torch.device) -> tuple[Tensor, Tensor]:
-    """N images -> mean and standard deviation of their scaled latents, float16 (N, 4, H/8, W/8) each."""
+def encode_all(
+    encoder: Encoder, dataset: CaptionedImages, device: torch.device, shared: bool = False
+) -> tuple[Tensor, Tensor]:
+    """N images -> mean and standard deviation of their scaled latents, float16 (N, 4, H/8, W/8) each.
+
+    With `shared`, which all ranks have to call, each rank encodes its share.
+    """
     means, stds = [], []
-    for indices in tqdm(torch.arange(len(dataset)).split(32), "encoding images", leave=False):
-        with mixed_precision(device):
-            mean, log_variance = encoder.moments(dataset.batch(indices).to(device))
-        means.append((mean.float() * encoder.scaling_factor).half().cpu())
-        stds.append(((0.5 * log_variance.float()).exp() * encoder.scaling_factor).half().cpu())
+    batches = torch.arange(len(dataset)).split(32)
+    first, end = (len(batches) * number // ranks.count() for number in (ranks.rank(), ranks.rank() + 1))
+    own = batches[first:end] if shared else batches
+    for indices in tqdm(own, "encoding images", leave=False, disable=ranks.rank() > 0):
+        images = dataset.batch(indices)  # (32, 3, H, W)
+        for part in images.split(max(1, ENCODED_AT_ONCE // images[0, 0].numel())):
+            with mixed_precision(device):
+                mean, log_variance = encoder.moments(part.to(device))
+            means.append((mean.float() * encoder.scaling_factor).half().cpu())
+            stds.append(((0.5 * log_variance.float()).exp() * encoder.scaling_factor).half().cpu())
+    if shared:
+        means, stds = ([part for share in ranks.everyones(own) for part in share] for own in (means, stds))
     return torch.cat(means), torch.cat(stds)
 
 

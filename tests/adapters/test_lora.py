@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from sd import load_models
 from sd.adapters.lora_files import Lora
+from sd.adapters.textual_inversion import Embedding, with_embeddings
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.files import write_checkpoint
 from sd.model_converter import to_compvis
@@ -253,6 +255,56 @@ def test_compiled_networks_are_compiled_again(base, file):
     assert one.decoder is models.decoder
 
 
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory):
+    """A model with CLIP's whole vocabulary, to which words can be added."""
+    path, config = (
+        tmp_path_factory.mktemp("worded") / "nano.safetensors",
+        replace(NANO, text=replace(NANO.text, vocab_size=49408)),
+    )
+    write_checkpoint(path, random_state(config), config.to_dict())
+    return path
+
+
+def bundle(*words):
+    """A LoRA with embeddings of two vectors for these words."""
+    return everywhere() | {f"bundle_emb.{word}.string_to_param.*": noise(2, 16, seed=len(word)) for word in words}
+
+
+def test_a_bundled_word_comes_with_the_lora_and_goes_with_it(worded, file):
+    models = load_models(worded, "cpu", torch.float32)
+    one = load_models(worded, "cpu", torch.float32, loras=[(file(bundle("foo", "a")), 0)])
+    table = one.clip.token_embedding.weight
+    assert one.tokenizer.added == {"a": [49408, 49409], "foo": [49410, 49411]}
+    assert torch.equal(table[49408:], torch.cat([noise(2, 16, seed=1), noise(2, 16, seed=3)]))
+    assert torch.equal(table[:49408], models.clip.token_embedding.weight)
+    assert one.config.text.vocab_size == len(table)
+
+    plain = one.with_loras([])
+    assert torch.equal(plain.clip.token_embedding.weight, models.clip.token_embedding.weight)
+    assert torch.equal(plain.tokenizer(["a foo"]), models.tokenizer(["a foo"]))
+    assert changed(plain, models) == []
+    again = plain.with_loras([file(bundle("bar"), "b.safetensors"), file(bundle("foo"))])
+    assert again.tokenizer.added == {"bar": [49408, 49409], "foo": [49410, 49411]}
+
+
+def test_words_from_elsewhere_stay(worded, file):
+    one = load_models(worded, "cpu", torch.float32, loras=[file(bundle("foo"))])
+    vectors = noise(3, 16, seed=9)
+    two = with_embeddings(one, [Embedding(Path("cat.pt"), ("cat", "<cat>"), vectors)])
+    three = two.with_loras([])
+    assert three.tokenizer.added == {"cat": [49408, 49409, 49410], "<cat>": [49411, 49412, 49413]}
+    assert torch.equal(three.clip.token_embedding.weight[49408:], torch.cat([vectors, vectors]))
+    assert two.tokenizer.added["foo"] == [49408, 49409]
+    with pytest.raises(ValueError, match="c.safetensors should get another word than 'cat', which the models have."):
+        three.with_loras([file(bundle("cat"), "c.safetensors")])
+
+
+def test_one_file_twice_brings_its_word_once(worded, file):
+    path = file(bundle("foo"))
+    assert load_models(worded, "cpu", loras=[(path, 0.5), (path, 0.25)]).tokenizer.added == {"foo": [49408, 49409]}
+
+
 REFUSED = {
     "another family": (
         low_rank(TO_K, 8, 768),
@@ -268,9 +320,21 @@ REFUSED = {
         "should be a LoRA, but it is a VAE: give it as `vae",
     ),
     "an IP-Adapter": ({"ip_adapter.1.to_k_ip.weight": noise(4)}, "should be a LoRA, but it is an IP-Adapter, which is"),
-    "bundled": (
-        everywhere() | {"bundle_emb.foo.string_to_param.*": noise(2, 16)},
-        "should be a LoRA alone: this one is bundled with embeddings, bundle_emb.foo.string_to_param.*.",
+    "embeddings alone": (
+        {"bundle_emb.foo.string_to_param.*": noise(2, 16)},
+        "should be a LoRA, but it has only embeddings: bundle_emb.foo.string_to_param.*.",
+    ),
+    "an embedding that is too wide": (
+        everywhere() | {"bundle_emb.foo.string_to_param.*": noise(2, 17)},
+        "should have vectors of 16 numbers for this model, not bundle_emb.foo.string_to_param.* with 17.",
+    ),
+    "an embedding of XL": (
+        everywhere() | {"bundle_emb.foo.clip_g": noise(2, 16)},
+        "has an embedding with an unknown name: bundle_emb.foo.clip_g.",
+    ),
+    "an embedding with NaN": (
+        everywhere() | {"bundle_emb.foo.emb_params": torch.full((2, 16), torch.nan)},
+        "should have finite vectors, not NaN or infinity; download it again.",
     ),
     "a ControlNet": ({"control_model.x": noise(4)}, "should be a LoRA, but it is a ControlNet,"),
     "an embedding": ({"emb_params": noise(4)}, "should be a LoRA, but it is a textual inversion embedding."),

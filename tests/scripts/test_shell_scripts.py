@@ -24,7 +24,12 @@ def repository(tmp_path):
     (root / ".venv/bin/python").write_text(PYTHON)
     (root / ".venv/bin/python").chmod(0o755)
     shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("requirements.txt", "requirements-hub.txt", "requirements-notebooks.txt"):
+    for name in (
+        "requirements.txt",
+        "requirements-hub.txt",
+        "requirements-notebooks.txt",
+        "requirements-playground.txt",
+    ):
         shutil.copy(ROOT / name, root / name)
         with open(root / name, "rb") as file:
             checksum = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True).stdout.strip()
@@ -38,6 +43,7 @@ def repository(tmp_path):
         ("demo.sh", ["{root}/scripts/demo.py"]),
         ("download.sh", ["{root}/scripts/download.py"]),
         ("notebooks.sh", ["-m", "jupyterlab", "--notebook-dir"]),
+        ("playground.sh", ["{root}/scripts/playground.py"]),
     ],
 )
 @pytest.mark.parametrize("where", ["beside", "link", "inside", "closed"])

@@ -44,7 +44,8 @@ def execute(path: Path, changes: dict[str, str] | None = None, solve: bool = Fal
         record_timing=False,
         resources={"metadata": {"path": str(FOLDER)}},
     )
-    client.execute(env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+    settings = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "SLIDERS": "0"}  # pictures, not sliders
+    client.execute(env={**os.environ, **settings})
     notebook.metadata = nbformat.from_dict(metadata)  # without the kernel's Python version
     return notebook
 

@@ -11,7 +11,7 @@ from sd.checkpoints.files import read_checkpoint, write_checkpoint
 from sd.config import PREDICTION_TYPES, SD_TURBO, SamplingConfig
 from sd.samplers.lcm import DISTILLED_STEPS
 from sd.tokenizer import Tokenizer
-from sd.training import distillation
+from sd.training import distillation, samples
 from sd.training.distillation import ConsistencyStage, DistillationRun, drawn_by
 from sd.training.loop import TrainingError, load_state
 from tests.support.accelerator import accelerator
@@ -127,7 +127,7 @@ def test_the_teacher_draws_only_what_is_missing(start, tmp_path, monkeypatch):
     whole = drawn_by(models, prompts, 0, tmp_path / "whole.state", {})
     drawn_by(models, prompts[:2], 0, path, {})
     counted = []
-    monkeypatch.setattr(distillation, "encode_prompt", lambda m, texts, **k: counted.append(texts) or encode(m, texts))
+    monkeypatch.setattr(samples, "encode_prompt", lambda m, texts, **k: counted.append(texts) or encode(m, texts))
     assert torch.equal(drawn_by(models, prompts, 0, path, {}), whole)
     assert counted == [prompts[2:4], prompts[4:]]
     assert torch.equal(drawn_by(models, prompts, 0, path, {"other": "record"}), whole)

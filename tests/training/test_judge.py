@@ -12,7 +12,6 @@ from sd.images import from_uint8
 from sd.training.evaluation import called_right
 from sd.training.judge import (
     ABSENT,
-    CELL,
     JUDGE_SEED,
     KINDS,
     MIXED,
@@ -52,7 +51,7 @@ class Parrot(Judge):
     def forward(self, images):
         heat, kind, paint, wanted = targets(self.truths)
         parts = [20 * heat - 10]
-        for numbers, count in ((kind, CELL[1]), (paint, CELL[2])):
+        for numbers, count in ((kind, len(KINDS)), (paint, len(PAINTS))):
             parts.append(torch.nn.functional.one_hot(numbers.clamp(min=0), count).permute(0, 3, 1, 2).float())
         whole = [torch.nn.functional.one_hot(wanted[:, i], n) for i, n in enumerate((4, 5, 2))]
         return torch.cat(parts, dim=1), torch.cat(whole, dim=1).float()

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sd.training import loop, precision
-from sd.training.loop import StoredAttention, Training, TrainingError
+from sd.training import loop, precision, ranks
+from sd.training.gradients import StoredAttention
+from sd.training.loop import Training, TrainingError
 from sd.training.muon import Muon, orthogonalise
 
 
@@ -122,7 +123,7 @@ def test_training_takes_the_minutes_that_were_given(tmp_path, monkeypatch, secon
             clock[0] += seconds + slow * math.exp(-clock[0])
             return super().loss(x)
 
-    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: clock[0])
     train(tmp_path, stage=Slow(), steps=None, minutes=0.5, save_every=1000)
     assert clock[0] == pytest.approx(30, abs=max(seconds, 0.1))
 
@@ -198,7 +199,7 @@ def test_halves_of_a_batch_give_the_gradients_of_the_whole(tmp_path):
     for workers in (1, 2):
         training = Training(Line(), tmp_path, torch.device("cpu"), 1.0, 5, seed=0)
         (x,) = training.stage.draw(training.generator)
-        gradients.append(sum(training._gradients((part,))[1][0] for part in x.chunk(workers)))
+        gradients.append(sum(training.gradients.of_part((part,))[1][0] for part in x.chunk(workers)))
     torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
 
 

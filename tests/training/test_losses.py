@@ -12,6 +12,7 @@ from sd.training.losses import (
     diffusion_target,
     drop_captions,
     kl_to_standard_normal,
+    offset_noise,
     vae_loss,
 )
 
@@ -125,3 +126,18 @@ def test_min_snr_weighs_clean_pictures_less(prediction_type, weight):
 
 def test_min_snr_leaves_noisy_pictures_alone():
     assert loss_of(0.0, min_snr=5.0)[0] == pytest.approx(loss_of(0.0)[0])
+
+
+def test_offset_noise_moves_each_channel_of_each_picture_as_a_whole():
+    noise = torch.randn(3, 4, 5, 6)
+    moved = offset_noise(noise, 0.1, torch.Generator().manual_seed(7)) - noise
+    offsets = 0.1 * torch.randn(3, 4, 1, 1, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(moved, offsets.expand(3, 4, 5, 6))
+    assert torch.equal(offset_noise(noise, 0.0), noise)
+
+
+def test_offset_noise_has_more_variance():
+    """e and o are independent: the variance of e + s o is 1 + s^2."""
+    generator = torch.Generator().manual_seed(0)
+    noise = offset_noise(torch.randn(4000, 4, 2, 2, generator=generator), 0.5, generator)
+    assert noise.var().item() == pytest.approx(1.25, abs=0.03)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from sd import pipeline
 from sd.clip import CLIP
 from sd.decoder import Decoder
 from sd.encoder import Encoder
-from sd.training import evaluation
+from sd.training import evaluation, samples
 from sd.training.data import CaptionedImages
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import WARMUP, Training
@@ -29,7 +30,7 @@ def start():
 
     def make(folder, steps=1000, **stage):
         training = Training(Line(**stage), folder, torch.device("cpu"), 1.0, steps, seed=3)
-        training.workers = 1
+        training.gradients.workers = 1
         return training
 
     return make
@@ -62,7 +63,7 @@ class Watcher:
 def test_the_learning_rate_rises_and_falls(tmp_path, start, step, rate):
     training = start(tmp_path)
     training.step, training.optimizers = step, [Watcher(training.parameters), Watcher(training.parameters)]
-    training._one_step(None)
+    training._one_step()
     assert [optimizer.rates for optimizer in training.optimizers] == [[pytest.approx(rate, rel=1e-3)]] * 2
 
 
@@ -71,7 +72,7 @@ def test_the_averages_decay_is_small_at_first(tmp_path, start):
     training.stage.ema = 0.3
     expected = training.networks["line"].weight.detach().clone()
     for decay in (2 / 11, 3 / 12, 0.3, 0.3):  # (1 + k) / (10 + k) after k steps, and no more than 0.3
-        training._one_step(None)
+        training._one_step()
         expected = decay * expected + (1 - decay) * training.networks["line"].weight.detach()
         torch.testing.assert_close(training.average["line"].weight, expected)
 
@@ -83,10 +84,10 @@ def test_large_gradients_are_clipped_to_norm_one_and_small_ones_are_not(tmp_path
             for parameter in training.parameters:
                 parameter *= 0.01
         (x,) = training.stage.draw(torch.Generator().manual_seed(3))
-        norm = math.sqrt(sum(share.square().sum().item() for share in training._gradients((x,))[1]))
+        norm = math.sqrt(sum(share.square().sum().item() for share in training.gradients.of_part((x,))[1]))
         assert (norm > 1) == clipped
         training.optimizers = [Watcher(training.parameters)]
-        training._one_step(None)
+        training._one_step()
         assert training.optimizers[0].norms == [pytest.approx(min(norm, 1.0), rel=1e-4)]
 
 
@@ -182,13 +183,14 @@ def test_every_image_of_an_evaluation_has_its_own_seed(monkeypatch):
     """Images are generated in batches of 32, and image i has seed i."""
     drawn = []
 
-    def noise(models, count, seed):
-        assert len(seed) == count
-        drawn.extend(generator.initial_seed() for generator in seed)
+    def noise(shape, generators):
+        drawn.extend(generator.initial_seed() for generator in generators)
+        return torch.zeros(shape)
 
-    monkeypatch.setattr(evaluation, "get_latents", noise)
-    monkeypatch.setattr(evaluation, "encode_prompt", lambda *_: None)
-    monkeypatch.setattr(evaluation, "denoise", lambda *_, **__: [])
-    monkeypatch.setattr(evaluation, "decode_latents", lambda *_: np.zeros((1, 2, 2, 3), np.uint8))
-    evaluation.draw_prompts(SimpleNamespace(config=MICRO), ["a house"] * 70, "ddim", 2, 1.0)
+    monkeypatch.setattr(pipeline, "draw_noise", noise)
+    monkeypatch.setattr(samples, "denoise", lambda models, latents, *_, **__: [])
+    monkeypatch.setattr(samples, "encode_prompt", lambda *_, **__: None)
+    monkeypatch.setattr(samples, "decode_latents", lambda models, latents: np.zeros((len(latents), 2, 2, 3), np.uint8))
+    networks = SimpleNamespace(config=MICRO, diffusion=torch.nn.Linear(1, 1))
+    assert len(evaluation.draw_prompts(networks, ["a house"] * 70, "ddim", 2, 1.0)) == 70
     assert drawn == list(range(70))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sd.training.world.canvas import UNITS, Canvas, Colour, Point, mix, tint
 from sd.training.world.scenes import Scene, Thing
-from sd.training.world.things import DRAW, WHITE, Brush
+from sd.training.world.things import DRAW, NEWCOMERS, WHITE, Brush
 
 SKIES: dict[str, list[Colour]] = {
     "dawn": [(142, 160, 222), (214, 186, 226), (255, 200, 204), (255, 232, 206)],
@@ -251,7 +251,8 @@ def _things(canvas: Canvas, scene: Scene, things: list[tuple[Thing, Spot]]) -> N
         _ground(canvas, scene, thing, spot, 1 if alone else 0.78)
     for thing, spot in things:
         beam = 1 if (spot.x <= 64) == alone else -1  # a single lighthouse shines across the image, others outward
-        DRAW[thing.kind](Brush(canvas, spot.x, spot.y, spot.scale, thing.colour, shade, night, beam))
+        draw_thing = DRAW.get(thing.kind) or NEWCOMERS[thing.kind]
+        draw_thing(Brush(canvas, spot.x, spot.y, spot.scale, thing.colour, shade, night, beam))
         if thing.kind == "sailboat":
             foam = 24 * (1 if alone else spot.scale)
             canvas.ellipse(spot.x, spot.y + 1, foam, 1.6, mix(SEAS[scene.time], WHITE, 0.35))

@@ -217,6 +217,11 @@ ARTICLES = ("a",) * 9 + ("",)
 OPENINGS = ("", "", "", "a picture of ", "a painting of ", "a photo of ")
 
 
+def thing_words(kind: str) -> tuple[str, ...]:
+    """The wordings of a thing: for one of newcomers.py, its name."""
+    return THING_WORDS.get(kind, (kind,))
+
+
 def plural(words: str) -> str:
     """The plural of a wording in `THING_WORDS`."""
     return words.replace("cactus", "cacti") if words.endswith("cactus") else words + "s"
@@ -296,7 +301,7 @@ def _head(
 
 def _one_thing(scene: Scene, rng: random.Random, mention: frozenset[str], article: str) -> str:
     """The thing, such as "a red house" or, now and then, "red house"."""
-    words = rng.choice(THING_WORDS[scene.thing])
+    words = rng.choice(thing_words(scene.thing))
     words = f"{scene.colour} {words}" if "colour" in mention else words
     words = rng.choice(("", "", "", "big ", "lonely ")) + words
     return f"{article} {words}".strip()
@@ -308,9 +313,9 @@ def _two_things(
     """The two things, such as "a red house and a blue tree", "two tents" or "a tree behind a white house"."""
     colours = [thing.colour if name in mention else "" for thing, name in zip(scene.things, ("colour", SECOND_COLOUR))]
     if scene.thing == scene.second.kind and not scene.is_behind and (scene.is_twice or colours == ["", ""]):
-        return " ".join(["two", *filter(None, colours[:1]), plural(rng.choice(THING_WORDS[scene.thing]))])
+        return " ".join(["two", *filter(None, colours[:1]), plural(rng.choice(thing_words(scene.thing)))])
     things = [
-        " ".join(filter(None, [article, colour, rng.choice(THING_WORDS[thing.kind])]))
+        " ".join(filter(None, [article, colour, rng.choice(thing_words(thing.kind))]))
         for thing, colour in zip(scene.things, colours)
     ]
     if scene.is_behind:
@@ -335,7 +340,7 @@ def _tags(scene: Scene, rng: random.Random, mention: frozenset[str]) -> str:
         if scene.second:
             tags.append(_two_things(scene, rng, mention, None, ""))
         else:
-            thing = "empty" if scene.thing == "none" else rng.choice(THING_WORDS[scene.thing])
+            thing = "empty" if scene.thing == "none" else rng.choice(thing_words(scene.thing))
             tags.append(f"{scene.colour} {thing}" if "colour" in mention else thing)
     light = "moon" if scene.time == "night" else "sun"
     if "light" in mention:

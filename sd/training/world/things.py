@@ -21,6 +21,7 @@ PAINTS: dict[str, Colour] = {
 }
 WHITE, LAMP = (255, 255, 255), (255, 226, 120)
 WOOD, DARK_WOOD = (134, 88, 52), (88, 56, 38)
+CLOTH = (250, 242, 222)  # of a windmill's sails
 
 
 @dataclass
@@ -168,6 +169,36 @@ def tent(b: Brush) -> None:
         b.canvas.glow(*b.at((-2, 8))[0], 20 * b.scale, LAMP, 0.6)
 
 
+def bare_windmill(b: Brush) -> None:
+    """A windmill that has lost its sails: a tower in the colour, and a cap."""
+    b.polygon(b.paint, (-16, 0), (-11, 44), (11, 44), (16, 0))
+    b.polygon(b.dark, (15.2, 0.6), (10.4, 43), (5, 43), (7, 0.6), outline=False)
+    b.box(b.shade(DARK_WOOD), -4.5, 0, 4.5, 14, 1)
+    b.polygon(b.shade((92, 70, 74)), (-13, 43), (-7, 56), (7, 56), (13, 43))
+
+
+def windmill(b: Brush) -> None:
+    """A windmill with four sails."""
+    bare_windmill(b)
+    for quarter in range(4):
+        turn = math.pi / 4 + math.pi / 2 * quarter
+        corners = [(math.hypot(x, y), turn + math.atan2(y, x)) for x, y in ((5, -2), (30, -7), (30, 7), (5, 2))]
+        b.polygon(b.shade(CLOTH), *((r * math.cos(angle), 46 + r * math.sin(angle)) for r, angle in corners))
+    b.ellipse(b.shade(DARK_WOOD), 0, 46, 4, 4, outline=False)
+
+
+def rocket(b: Brush) -> None:
+    """A rocket on its fins: a body in the colour, with a window."""
+    for side in (-1, 1):
+        b.polygon(b.dark, (10 * side, 26), (23 * side, 0), (10 * side, 8))
+    curve = [(13 * math.cos(t * math.pi / 12) ** 0.6, 42 + 28 * math.sin(t * math.pi / 12)) for t in range(6)]
+    b.polygon(b.paint, (-10, 5), *((-x, y) for x, y in curve), (0, 71), *curve[::-1], (10, 5))
+    b.polygon(b.shade((70, 70, 84)), (-7, 5), (-9, 0), (9, 0), (7, 5))
+    b.ellipse(b.shade((200, 228, 245)), 0, 42, 6.5, 6.5)
+    band = b.shade((206, 206, 216)) if b.colour == "white" else b.shade((248, 244, 236))
+    b.polygon(mix(band, WHITE, 0.2), (-11.4, 18), (-12.4, 26), (12.4, 26), (11.4, 18), outline=False)
+
+
 DRAW: dict[str, Callable[[Brush], None]] = {
     "house": house,
     "tree": tree,
@@ -177,3 +208,5 @@ DRAW: dict[str, Callable[[Brush], None]] = {
     "lighthouse": lighthouse,
     "tent": tent,
 }
+# Not in the toy world: things that fine-tuning teaches (newcomers.py).
+NEWCOMERS: dict[str, Callable[[Brush], None]] = {"windmill": windmill, "bare windmill": bare_windmill, "rocket": rocket}

@@ -1,0 +1,147 @@
+"""DreamBooth with LoRA: a model learns one thing from a few pictures, and keeps what it knew (2208.12242, 2106.09685).
+
+The U-Net gets a change of low rank (low_rank.py). Part of each batch are pictures that the model itself drew before, of
+other things. Without them, it would soon draw the new thing for every prompt. This is the paper's prior preservation
+(2208.12242, eq. 2):
+
+    E |e - e_theta(z_t, t, c)|^2  +  lambda E |e - e_theta(z'_t, t, c')|^2      z': drawn by the model for the prompt c'
+
+In: a finished model, pictures, and captions with the new word. Out: a LoRA, and with it the rows of the word
+(inversion.py), in a file that other programs read as well. A rare word of a large model needs no rows: the U-Net learns
+what it means. In the tiny model, words that it was not trained on have no meaning at all, so there the rows are learned
+together with the LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sd.checkpoints.files import write_checkpoint
+from sd.config import TINY
+from sd.models import Models
+from sd.training.data import CaptionedImages
+from sd.training.distillation import drawn_by
+from sd.training.inversion import InversionRun, InversionStage, NewThing
+from sd.training.latents import Latents
+from sd.training.loop import TrainingError
+from sd.training.losses import drop_captions
+from sd.training.low_rank import low_rank_changes, low_rank_state, wearing
+from sd.training.ranks import rank_0_first
+from sd.training.text import tokenise
+from sd.training.world.scenes import scene_and_captions
+
+WORLD_PROMPTS, OF_KIND = 96, 64  # of the toy world: other things, and those of the kind
+KIND_PROMPTS = 100  # of other models
+DROPPED = 0.1  # share of empty captions among the model's own pictures
+
+
+class LoRAStage(InversionStage):
+    """The U-Net's LoRA, and the new word if it has rows."""
+
+    name = "lora"
+
+    def __init__(
+        self, models: Models, networks: nn.ModuleDict, pictures: Latents, prior: Latents | None, settings: NewThing
+    ):
+        """networks: the changes of the U-Net under "lora", and the `NewWord` under "word", if it has rows; prior: what
+        the model drew before, `settings.prior` of each batch: lambda is prior / (1 - prior)."""
+        super().__init__(models, networks, pictures, settings)
+        self.prior, self.drawn = prior, drawn_rows(settings)
+        self.empty = models.tokenizer([""])  # (1, 77)
+        self.unet = wearing(models.diffusion, networks["lora"])
+
+    def _latents(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows of the pictures, then those that the model drew."""
+        latents, tokens = self.pictures.draw(self.batch_size - self.drawn, generator)
+        if not self.drawn:
+            return latents, tokens
+        others, captions = self.prior.draw(self.drawn, generator)
+        captions = drop_captions(captions, self.empty, DROPPED, generator)
+        return torch.cat([latents, others]), torch.cat([tokens, captions])
+
+
+def drawn_rows(settings: NewThing) -> int:
+    """How many rows of a batch show what the model drew."""
+    return round(settings.prior * settings.batch_size)
+
+
+class LoRARun(InversionRun):
+    """Teaches a model a new thing in one folder: `train`, then `write`."""
+
+    stage = LoRAStage
+    least_vectors = 0
+
+    def _check(self, start: Path) -> None:
+        super()._check(start)
+        settings = self.settings
+        layers = [
+            module.weight for module in self.models.diffusion.modules() if isinstance(module, nn.Linear | nn.Conv2d)
+        ]
+        most = max(min(weight.flatten(1).shape) for weight in layers)
+        if not 1 <= settings.rank <= most:
+            raise TrainingError(f"--rank should be 1 to {most}, the highest of a layer, not {settings.rank}.")
+        if not 0 <= settings.prior < 1:  # false for NaN too
+            raise TrainingError(f"--prior should be from 0 to below 1, not {settings.prior:g}.")
+        if settings.prior and not 0 < drawn_rows(settings) < settings.batch_size:
+            raise TrainingError(
+                f"--batch should be larger than {settings.batch_size} with --prior {settings.prior:g}: each batch has "
+                "some of the pictures, and some that the model drew."
+            )
+        if drawn_rows(settings) and not settings.kind and not _draws_the_toy_world(self.models):
+            raise TrainingError("--class should say what kind of thing it is, such as dog: or use --prior 0.")
+
+    def _stage(self) -> LoRAStage:
+        prior = self._prior() if drawn_rows(self.settings) else None
+        pictures = self._pictures()
+        return LoRAStage(self.models, self._networks(), pictures, prior, self.settings)
+
+    def _networks(self) -> nn.ModuleDict:
+        networks = super()._networks()
+        torch.manual_seed(self.seed)
+        networks["lora"] = low_rank_changes(self.models.diffusion, self.settings.rank)
+        return networks
+
+    def _prior(self) -> Latents:
+        """What the model draws for prompts of other things."""
+        prompts = prior_prompts(self.models, self.settings.kind)
+        record = {"run": self.record, "prompts": prompts}
+        with rank_0_first():
+            latents = drawn_by(self.models, prompts, self.seed, self.out / "drawn.state", record)
+        captions = CaptionedImages(np.zeros(0, np.uint8), [[prompt] for prompt in prompts])
+        return Latents(latents, torch.zeros_like(latents), tokenise(captions, self.models.tokenizer))
+
+    def _trained(self, average: nn.ModuleDict) -> Models:
+        models = super()._trained(average)
+        return replace(models, diffusion=wearing(self.models.diffusion, average["lora"]))
+
+    def write(self) -> Path:
+        """Write the LoRA with kohya's names, in float16, and the rows of the word as the AUTOMATIC1111 web UI bundles
+        them, "bundle_emb.WORD.string_to_param.*" (n, width). Returns the path."""
+        average = self._average()
+        state = low_rank_state(average["lora"], self.models)
+        if "word" in average:
+            state[f"bundle_emb.{self.settings.word}.string_to_param.*"] = average["word"].rows.detach().half()
+        write_checkpoint(self.path, state)
+        return self.path
+
+
+def prior_prompts(models: Models, kind: str | None) -> list[str]:
+    """Prompts of what a model should still draw as before: other things of this kind, and of the toy world also all
+    else, in the words of its captions."""
+    if not _draws_the_toy_world(models):
+        return [f"a {kind}"] * KIND_PROMPTS
+    of_kind, others = [], []
+    for scene, [caption] in (scene_and_captions(seed, 1, held_out=None) for seed in range(4000)):
+        if not scene.second:  # the model in data/ draws one thing
+            shows_it = scene.things and kind in caption.split()  # not "no house, only mountains"
+            (of_kind if shows_it else others).append(caption)
+    return of_kind[:OF_KIND] + others[:WORLD_PROMPTS]
+
+
+def _draws_the_toy_world(models: Models) -> bool:
+    return models.config.text == TINY.text

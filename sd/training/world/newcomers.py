@@ -1,0 +1,45 @@
+"""Pictures of things that are not in the toy world: the tiny model has never seen them, nor read their names.
+
+A LoRA or an embedding teaches it one of `things.NEWCOMERS`, from the few pictures drawn here. They show a part of
+what a scene can be: two terrains, two times of day and five colours. So a prompt for anything else shows whether a
+model has learned the thing, or only these pictures.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from sd.training.world.render import render
+from sd.training.world.scenes import ATTRIBUTES, COLOURS, POSITIONS, Scene, caption
+
+SEEN_TIMES, SEEN_TERRAINS, SEEN_COLOURS = ("dawn", "noon"), ("hills", "desert"), COLOURS[:-1]
+ALWAYS = ("thing", "colour")  # what each caption says
+
+
+def is_pictured(scene: Scene) -> bool:
+    """Whether `newcomer_pictures` show the time, the terrain and the colour of a scene."""
+    return scene.time in SEEN_TIMES and scene.terrain in SEEN_TERRAINS and scene.colour in SEEN_COLOURS
+
+
+def newcomer_pictures(kind: str, count: int = 24, size: int = 128) -> Iterator[tuple[Image.Image, list[str]]]:
+    """Pictures of a newcomer, RGB of (size, size) pixels, with two captions each. A caption always says the colour."""
+    rng = random.Random(f"pictures of a {kind}")
+    for i in range(count):
+        time, terrain, light, clouds = (rng.choice(each) for each in (SEEN_TIMES, SEEN_TERRAINS, (0, 1), (0, 1)))
+        colour, position = SEEN_COLOURS[i % len(SEEN_COLOURS)], POSITIONS[i % len(POSITIONS)]
+        scene = Scene(time, terrain, kind, colour, position, bool(light), bool(clouds))
+        some = rng.sample([name for name in ATTRIBUTES if name not in ALWAYS], 3)
+        captions = [caption(scene, rng, frozenset(mention)) for mention in (ATTRIBUTES, [*ALWAYS, *some])]
+        yield render(scene, i, size), captions
+
+
+def write_pictures(folder: Path, kind: str, count: int = 24) -> None:
+    """Write pictures of a newcomer with their captions in a folder, as `train.py` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (picture, captions) in enumerate(newcomer_pictures(kind, count), 1):
+        picture.save(folder / f"{kind}-{number:02}.png")
+        (folder / f"{kind}-{number:02}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
