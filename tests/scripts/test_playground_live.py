@@ -335,3 +335,33 @@ def test_sixteen_clients(models, capsys):
     assert max(counts) - min(counts) <= 3  # a fair order
     assert sizes[1] - sizes[0] < 50_000_000
     assert started == 1
+
+
+def house_in_lines():
+    """A drawing as the page sends it: white lines on black."""
+    image, file = Image.new("L", (128, 128)), io.BytesIO()
+    walls = [(40, 100), (40, 60), (64, 40), (88, 60), (88, 100), (40, 100)]
+    ImageDraw.Draw(image).line(walls, fill=255, width=2)
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def test_how_long_one_waits(capsys):
+    """Prints the medians of five pictures each, the first of six left out. On two free cores, a first step should be
+    there within half a second, and so should the picture along a drawing."""
+    along = {"fast": True, "previews": "none", "control": [{"net": "tiny-scribble", "image": house_in_lines()}]}
+    ways = {"20 steps, every prediction decoded": {}, "20 steps": {"previews": "small"}, "along a drawing": along}
+    with Live(threads=os.cpu_count()) as live:
+        live.wait_until_ready()
+        for name, settings in ways.items():
+            waits = []
+            for seed in range(6):
+                begun, first = time.monotonic(), None
+                for event, _ in live.events(live.ask(prompt="a red house at noon", seed=seed, **settings)):
+                    if event == "step" and first is None:
+                        first = time.monotonic() - begun
+                assert event == "done"
+                waits.append((first, time.monotonic() - begun))
+            first, whole = (sorted(times)[2] for times in zip(*waits[1:]))
+            with capsys.disabled():
+                print(f"\n{name}: first step after {first:.2f} s, picture after {whole:.2f} s")

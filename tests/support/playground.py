@@ -43,13 +43,13 @@ def call(app, method="GET", path="/", query="", body=(b"",), **headers):
 class Live:
     """A running playground. `arguments` are flags of playground.py."""
 
-    def __init__(self, *arguments: object):
+    def __init__(self, *arguments: object, threads: int = 1):
         command = [sys.executable, str(ROOT / "scripts/playground.py"), "--port", "0", "--no-browser"]
         self.process = subprocess.Popen(
             [*command, *map(str, arguments)],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
         line = self.process.stdout.readline()  # "The playground is at http://127.0.0.1:PORT/"
         self.port = int(line.rpartition(":")[2].partition("/")[0])
