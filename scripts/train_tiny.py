@@ -27,7 +27,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.support.training import TrainingParser, add_rank_flags, run_training
+from scripts.support.training import (
+    TrainingParser,
+    add_rank_flags,
+    run_training,
+    shared_arguments,
+    train_and_write,
+)
 
 log = logging.getLogger("train_tiny")
 
@@ -108,13 +114,9 @@ def train(options: argparse.Namespace) -> Path | None:
         options.out,
         options.folder,
         options.scenes,
-        options.device,
-        options.seed,
-        options.save_every,
-        replace(TINY, schedule=schedule),
-        options.start,
-        options.accumulate,
-        options.recompute,
+        config=replace(TINY, schedule=schedule),
+        start=options.start,
+        **shared_arguments(options),
     )
     if options.stage == "all" and not options.steps and not any(run.out.glob("*.state")):
         log.info(forecast(options.minutes, len(run.train_set), run.device.type == "cpu"))
@@ -127,22 +129,16 @@ def train(options: argparse.Namespace) -> Path | None:
 def distil(options: argparse.Namespace) -> Path | None:
     """Train stage lcm, write its LoRA, and return the path."""
     from sd.training.distillation import DistillationRun
-    from sd.training.ranks import rank
 
     run = DistillationRun(
         options.out,
         options.start,
         options.folder,
         options.scenes,
-        options.device,
-        options.seed,
-        options.save_every,
-        options.batch or 32,
-        options.accumulate,
-        options.recompute,
+        batch_size=options.batch or 32,
+        **shared_arguments(options),
     )
-    run.train(options.minutes, options.steps)
-    return run.write_lora() if rank() == 0 else None
+    return train_and_write(options, run.train, run.write_lora)
 
 
 def forecast(minutes: float, images: int, on_cpu: bool) -> str:

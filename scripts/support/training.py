@@ -54,6 +54,21 @@ def add_rank_flags(parser: argparse.ArgumentParser) -> None:
     add("--wait", type=float, default=WAIT, metavar="SECONDS", help=help)
 
 
+def shared_arguments(options: argparse.Namespace) -> dict[str, object]:
+    """What all runs of `sd.training` take, by the names of their arguments."""
+    return {name: getattr(options, name) for name in ("device", "seed", "save_every", "accumulate", "recompute")}
+
+
+def train_and_write(
+    options: argparse.Namespace, train: Callable[[float, int | None], None], write: Callable[[], Path]
+) -> Path | None:
+    """Trains, or resumes, and returns the path of the file, which rank 0 writes."""
+    from sd.training.ranks import rank
+
+    train(options.minutes, options.steps)
+    return write() if rank() == 0 else None
+
+
 def check_common_flags(options: argparse.Namespace) -> None:
     """Stops with one line if a number is out of range."""
     for name in POSITIVE:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scripts.support.training import shared_arguments, train_and_write
+
 MINUTES = 45
 
 
@@ -34,7 +36,6 @@ def train(options: argparse.Namespace) -> Path | None:
     if options.scenes is not None and options.pictures:
         options.parser.error("--scenes should be used without --pictures.")
     from sd.training.control_run import ControlRun
-    from sd.training.ranks import rank
 
     run = ControlRun(
         options.out,
@@ -45,11 +46,6 @@ def train(options: argparse.Namespace) -> Path | None:
         3000 if options.scenes is None else options.scenes,
         options.start,
         options.batch or 8,
-        options.device,
-        options.seed,
-        options.save_every,
-        options.accumulate,
-        options.recompute,
+        **shared_arguments(options),
     )
-    run.train(options.minutes, options.steps)
-    return run.write() if rank() == 0 else None
+    return train_and_write(options, run.train, run.write)

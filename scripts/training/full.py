@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scripts.support.training import shared_arguments, train_and_write
+
 MINUTES = 10
 PREDICTION_TYPES, OPTIMIZERS = ("epsilon", "v_prediction"), ("adamw", "adamw8bit")  # those of sd, without torch
 
@@ -43,7 +45,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def train(options: argparse.Namespace) -> Path | None:
     """Trains, or resumes, and returns the path of the checkpoint, which rank 0 writes."""
     from sd.training.fine_tuning import FineTuning, FineTuningRun
-    from sd.training.ranks import rank
 
     settings = FineTuning(
         options.learning_rate,
@@ -62,12 +63,7 @@ def train(options: argparse.Namespace) -> Path | None:
         options.folder,
         options.checkpoint,
         settings,
-        options.device,
-        options.seed,
-        options.save_every,
-        options.accumulate,
-        options.recompute,
-        options.sharded,
+        sharded=options.sharded,
+        **shared_arguments(options),
     )
-    run.train(options.minutes, options.steps)
-    return run.write_checkpoint() if rank() == 0 else None
+    return train_and_write(options, run.train, run.write_checkpoint)

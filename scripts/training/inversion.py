@@ -12,6 +12,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scripts.support.training import shared_arguments, train_and_write
+
+if TYPE_CHECKING:
+    from sd.training.inversion import InversionRun, NewThing
 
 MINUTES = 10
 
@@ -30,7 +36,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def train(options: argparse.Namespace) -> Path | None:
     """Trains, or resumes, and returns the path of the file, which rank 0 writes."""
     from sd.training.inversion import InversionRun, NewThing
-    from sd.training.ranks import rank
 
     settings = NewThing(
         options.word,
@@ -39,16 +44,10 @@ def train(options: argparse.Namespace) -> Path | None:
         learning_rate=options.learning_rate,
         batch_size=options.batch,
     )
-    run = InversionRun(
-        options.out,
-        options.pictures,
-        settings,
-        options.checkpoint,
-        options.device,
-        options.seed,
-        options.save_every,
-        options.accumulate,
-        options.recompute,
-    )
-    run.train(options.minutes, options.steps)
-    return run.write() if rank() == 0 else None
+    return teach(InversionRun, settings, options)
+
+
+def teach(kind: type[InversionRun], settings: NewThing, options: argparse.Namespace) -> Path | None:
+    """Trains a run of this kind, also that of lora.py, and returns the path of its file."""
+    run = kind(options.out, options.pictures, settings, options.checkpoint, **shared_arguments(options))
+    return train_and_write(options, run.train, run.write)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scripts.training.inversion import teach
+
 MINUTES = 10
 
 
@@ -36,7 +38,6 @@ def train(options: argparse.Namespace) -> Path | None:
     """Trains, or resumes, and returns the path of the file, which rank 0 writes."""
     from sd.training.inversion import NewThing
     from sd.training.lora import LoRARun
-    from sd.training.ranks import rank
 
     settings = NewThing(
         options.word,
@@ -47,16 +48,4 @@ def train(options: argparse.Namespace) -> Path | None:
         options.learning_rate,
         options.batch,
     )
-    run = LoRARun(
-        options.out,
-        options.pictures,
-        settings,
-        options.checkpoint,
-        options.device,
-        options.seed,
-        options.save_every,
-        options.accumulate,
-        options.recompute,
-    )
-    run.train(options.minutes, options.steps)
-    return run.write() if rank() == 0 else None
+    return teach(LoRARun, settings, options)

@@ -17,15 +17,17 @@ ADVICE = (
     "ask for a smaller height and width or for fewer prompts at once, load the model with dtype=torch.float16 "
     "(torch.bfloat16 on a CPU), or keep idle networks on the CPU with idle_device='cpu'"
 )
+ADVICE_FOR_TRAINING = "use --accumulate 2, --recompute or a smaller batch"
 
 
 class OutOfMemory(MemoryError):
-    """There is not enough memory for this image. The same process can go on and make a smaller one."""
+    """There is not enough memory for this image or training. The same process can go on with a smaller one."""
 
 
 @contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """Turns torch's errors about memory into `OutOfMemory`. Works with `with` and as a decorator."""
+def explain_out_of_memory(advice: str = ADVICE) -> Iterator[None]:
+    """Turns torch's errors about memory into `OutOfMemory`, which says what to do. Works with `with` and as a
+    decorator."""
     try:
         yield
     except OutOfMemory:
@@ -41,7 +43,7 @@ def explain_out_of_memory() -> Iterator[None]:
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
-    raise OutOfMemory(f"There is not enough memory ({reason or 'none is left'}): {ADVICE}.")
+    raise OutOfMemory(f"There is not enough memory ({reason or 'none is left'}): {advice}.")
 
 
 def _is_about_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from sd.images import image_to_tensor, read_image, to_uint8
 from sd.model_loader import TINY_CHECKPOINT, load_models
 from sd.models import Models
 from sd.runtime.devices import best_device
+from sd.runtime.out_of_memory import ADVICE_FOR_TRAINING, explain_out_of_memory
 from sd.training import ranks
 from sd.training.captions import DataError, read_captions
 from sd.training.control import ControlStage, draw_steered, write_controlnet
@@ -107,9 +108,10 @@ class ControlRun:
                 digest.update(tensor.float().cpu().contiguous().numpy())
         self.record["sha256"] = digest.hexdigest()
 
+    @explain_out_of_memory(ADVICE_FOR_TRAINING)
     def train(self, minutes: float, steps: int | None = None) -> None:
         """Train for about `minutes`, or for `steps`; or resume. Raises TrainingError if it cannot start or continue,
-        OSError if its files cannot be written."""
+        OutOfMemory, OSError if its files cannot be written."""
         if self.given is None:
             self.lines = self._outlines()
         latents = self._latents()
@@ -124,8 +126,6 @@ class ControlRun:
             recompute_activations(self.models.diffusion)
         device = self.models.device
         training = Training(stage, self.out, device, minutes, steps, self.seed, self.record, self.accumulate)
-        if training.done:
-            log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
         train_with_bar(training, self.save_every, self._show)
 
     def _outlines(self) -> Tensor:

@@ -124,9 +124,7 @@ def load_folder(folder: Path, cache: Path, size: int, captions: dict[str, list[s
     that is missing or cannot be read, and OSError if the cache cannot be written.
     """
     captions = captions or read_captions(folder)
-    if left_out := unreadable_images(folder):
-        names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
-        log.warning("Images in %s are left out because their format cannot be read: %s", folder, names)
+    note_left_out(folder)
     images = (_read_image(folder / name, size) for name in captions)
     path = cache / "folder.npy"
     with rank_0_first():
@@ -134,6 +132,13 @@ def load_folder(folder: Path, cache: Path, size: int, captions: dict[str, list[s
             cache.mkdir(parents=True, exist_ok=True)
             _write_pixels(path, images, len(captions), size, "reading images")
     return CaptionedImages(np.load(path, mmap_mode="r"), list(captions.values()))
+
+
+def note_left_out(folder: Path) -> None:
+    """Log a line if a folder has images in formats that cannot be read."""
+    if left_out := unreadable_images(folder):
+        names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
+        log.warning("Images in %s are left out because their format cannot be read: %s", folder, names)
 
 
 def fingerprint(folder: Path, captions: dict[str, list[str]]) -> str:

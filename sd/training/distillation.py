@@ -26,6 +26,7 @@ from sd.model_loader import TINY_CHECKPOINT, load_models
 from sd.models import Models
 from sd.noise import add_noise
 from sd.runtime.devices import best_device
+from sd.runtime.out_of_memory import ADVICE_FOR_TRAINING, explain_out_of_memory
 from sd.samplers.lcm import DISTILLED_STEPS, LCMSampler, boundary_scalings
 from sd.training.data import CaptionedImages, load_folder
 from sd.training.latents import spread_timesteps
@@ -181,9 +182,10 @@ class DistillationRun:
             self.images = CaptionedImages(np.zeros(0, np.uint8), captions)
         self.drawn = folder is None
 
+    @explain_out_of_memory(ADVICE_FOR_TRAINING)
     def train(self, minutes: float, steps: int | None = None) -> None:
         """Train for about `minutes`, or for `steps`; or resume. Raises TrainingError if it cannot start or continue,
-        OSError if its files cannot be written."""
+        OutOfMemory, OSError if its files cannot be written."""
         teacher = self.teacher
         if self.drawn:
             prompts = [captions[0] for captions in self.images.captions]
@@ -198,8 +200,6 @@ class DistillationRun:
         if self.recompute:
             recompute_activations(stage.student)
         training = Training(stage, self.out, teacher.device, minutes, steps, self.seed, self.record, self.accumulate)
-        if training.done:
-            log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
         train_with_bar(training, self.save_every, self._show)
 
     def _show(self, training: Training) -> str:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,11 +27,11 @@ from sd.model_loader import TINY_CHECKPOINT, load_models
 from sd.models import Models
 from sd.noise import make_betas
 from sd.runtime.devices import best_device
-from sd.runtime.out_of_memory import OutOfMemory, explain_out_of_memory
+from sd.runtime.out_of_memory import ADVICE_FOR_TRAINING, explain_out_of_memory
 from sd.training import ranks
 from sd.training.buckets import PicturesOfOneShape, shapes_of_model, sort_into_buckets
-from sd.training.captions import read_captions, unreadable_images
-from sd.training.data import CaptionedImages
+from sd.training.captions import read_captions
+from sd.training.data import CaptionedImages, note_left_out
 from sd.training.latents import Latents, spread_timesteps
 from sd.training.loop import (
     Training,
@@ -257,28 +255,26 @@ class FineTuningRun:
                     "or choose another --out."
                 )
 
+    @explain_out_of_memory(f"{ADVICE_FOR_TRAINING}, or --optimizer adamw8bit, or train a LoRA")
     def train(self, minutes: float, steps: int | None = None) -> None:
         """Train for about `minutes`, or for `steps`; or resume. Raises TrainingError if it cannot start or continue,
         OutOfMemory, OSError if its files cannot be written."""
-        with _advice():
-            stage = self.stage
-            stage.pictures = self._pictures()
-            if self.recompute:
-                recompute_activations(stage.networks)
-            training = Training(
-                stage,
-                self.out,
-                self.models.device,
-                minutes,
-                steps,
-                self.seed,
-                self.record,
-                self.accumulate,
-                self.sharded,
-            )
-            if training.done:
-                log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
-            train_with_bar(training, self.save_every, self._show)
+        stage = self.stage
+        stage.pictures = self._pictures()
+        if self.recompute:
+            recompute_activations(stage.networks)
+        training = Training(
+            stage,
+            self.out,
+            self.models.device,
+            minutes,
+            steps,
+            self.seed,
+            self.record,
+            self.accumulate,
+            self.sharded,
+        )
+        train_with_bar(training, self.save_every, self._show)
         self.trained = training.average["diffusion"]
 
     def _pictures(self) -> list[Latents]:
@@ -297,9 +293,7 @@ class FineTuningRun:
         ]
 
     def _encode(self) -> list[dict]:
-        if left_out := unreadable_images(self.folder):
-            names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
-            log.warning("Images in %s are left out because their format cannot be read: %s", self.folder, names)
+        note_left_out(self.folder)
         config = self.models.config
         square = (config.image_size, config.image_size)
         shapes = shapes_of_model(config.image_size, config.vae.downscale) if self.settings.buckets else [square]
@@ -365,19 +359,6 @@ def _check_memory(models: Models, optimizer: str, parts: int = 1) -> None:
             f"{models.device} should have more than {needed / 1e9:.0f} GB to train all weights of this model, not "
             f"{present / 1e9:.0f} GB: use --optimizer adamw8bit, --sharded on several devices, or train a LoRA."
         )
-
-
-@contextmanager
-def _advice() -> Iterator[None]:
-    """Explains a lack of memory, with advice for training."""
-    try:
-        with explain_out_of_memory():
-            yield
-    except OutOfMemory:
-        raise OutOfMemory(
-            "There is not enough memory for this training: use --accumulate 2, --recompute, a smaller --batch or "
-            "--optimizer adamw8bit, or train a LoRA."
-        ) from None
 
 
 def _flag(name: str) -> str:

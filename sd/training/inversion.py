@@ -14,8 +14,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from sd.models import Models
 from sd.noise import make_betas
 from sd.prompts.added_words import words_in
 from sd.runtime.devices import best_device
-from sd.runtime.out_of_memory import OutOfMemory, explain_out_of_memory
+from sd.runtime.out_of_memory import ADVICE_FOR_TRAINING, explain_out_of_memory
 from sd.tokenizer import clean
 from sd.training.captions import DataError, read_captions
 from sd.training.data import load_folder
@@ -270,18 +268,16 @@ class InversionRun:
                     "--out."
                 )
 
+    @explain_out_of_memory(ADVICE_FOR_TRAINING)
     def train(self, minutes: float, steps: int | None = None) -> None:
         """Train for about `minutes`, or for `steps`; or resume. Raises TrainingError if it cannot start or continue,
         OutOfMemory, OSError if its files cannot be written."""
-        with _advice():
-            stage = self._stage()
-            if self.recompute:
-                recompute_activations(stage.unet)
-            device = self.models.device
-            training = Training(stage, self.out, device, minutes, steps, self.seed, self.record, self.accumulate)
-            if training.done:
-                log.info("Stage %s is finished, after %d steps.", stage.name, training.step)
-            train_with_bar(training, self.save_every, self._show)
+        stage = self._stage()
+        if self.recompute:
+            recompute_activations(stage.unet)
+        device = self.models.device
+        training = Training(stage, self.out, device, minutes, steps, self.seed, self.record, self.accumulate)
+        train_with_bar(training, self.save_every, self._show)
 
     def _stage(self) -> InversionStage:
         return InversionStage(self.models, self._networks(), self._pictures(), self.settings)
@@ -345,15 +341,3 @@ def _check_captions(folder: Path, captions: dict[str, list[str]], word: str) -> 
                 raise DataError(f"A caption of {folder / name} should have the word {word!r}: it is {text[:80]!r}.")
     if len(captions) < FEW_PICTURES:
         log.warning("With fewer than %d pictures, their background becomes part of the new thing.", FEW_PICTURES)
-
-
-@contextmanager
-def _advice() -> Iterator[None]:
-    """Explains a lack of memory, with advice for training."""
-    try:
-        with explain_out_of_memory():
-            yield
-    except OutOfMemory:
-        raise OutOfMemory(
-            "There is not enough memory for this training: use --accumulate 2, --recompute or a smaller --batch."
-        ) from None

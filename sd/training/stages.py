@@ -30,6 +30,7 @@ from sd.model_converter import to_compvis
 from sd.model_loader import load_models
 from sd.models import Models
 from sd.runtime.devices import best_device
+from sd.runtime.out_of_memory import ADVICE_FOR_TRAINING, explain_out_of_memory
 from sd.tokenizer import Tokenizer
 from sd.training import ranks
 from sd.training.data import CaptionedImages, load_folder, load_scenes
@@ -97,10 +98,11 @@ class TrainingRun:
         self.train_set = CaptionedImages(images.pixels[:split], images.captions[:split])
         self.test_set = CaptionedImages(images.pixels[split:], images.captions[split:])
 
+    @explain_out_of_memory(ADVICE_FOR_TRAINING)
     def train(self, name: str, minutes: float, steps: int | None = None) -> None:
         """Train stage `name` (vae, text, diffusion or decoder) for about `minutes`, or for `steps`; or resume it.
 
-        Raises TrainingError if it cannot start or continue, OSError if its files cannot be written.
+        Raises TrainingError if it cannot start or continue, OutOfMemory, OSError if its files cannot be written.
         """
         if self.start and name != "diffusion":
             raise TrainingError(f"With a start model, the stage should be diffusion, not {name}.")
@@ -108,8 +110,6 @@ class TrainingRun:
         if self.recompute:
             recompute_activations(stage.networks)
         training = Training(stage, self.out, self.device, minutes, steps, self.seed, self.record, self.accumulate)
-        if training.done:
-            log.info("Stage %s is finished, after %d steps.", name, training.step)
         show = {"text": self._show_text, "diffusion": self._show_diffusion}.get(name, self._show_vae)
         train_with_bar(training, self.save_every, show)
 
@@ -250,6 +250,8 @@ class TrainingRun:
 def train_with_bar(training: Training, save_every: float, show: Callable[[Training], str]) -> None:
     """Train until all steps are done, with a progress bar. Every `save_every` minutes the state is saved, and what
     `show` returns is logged. Raises what `Training.run` raises."""
+    if training.done:
+        log.info("Stage %s is finished, after %d steps.", training.stage.name, training.step)
     options = {"desc": training.stage.name, "mininterval": 1, "disable": ranks.rank() > 0}
     with tqdm(total=training.total, initial=training.step, **options) as bar:
 

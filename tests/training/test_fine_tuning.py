@@ -320,9 +320,14 @@ def test_a_model_that_was_not_trained_there_is_kept(start, folder, tmp_path, cap
 
 
 def test_a_lack_of_memory_has_advice_for_training():
-    message = "not enough memory for this training: use --accumulate 2"
-    with pytest.raises(OutOfMemory, match=message), fine_tuning._advice():
-        raise RuntimeError("[enforce fail] not enough memory: you tried to allocate 99 bytes")
+    message = r"not enough memory \(.*99 bytes\): use --accumulate 2, .*, or --optimizer adamw8bit, or train a LoRA\.$"
+    run = SimpleNamespace(stage=SimpleNamespace(), _pictures=no_memory)
+    with pytest.raises(OutOfMemory, match=message):
+        fine_tuning.FineTuningRun.train(run, 1)
+
+
+def no_memory():
+    raise RuntimeError("[enforce fail] not enough memory: you tried to allocate 99 bytes")
 
 
 def test_a_gpu_that_is_too_small_is_an_error_before_any_work(models, monkeypatch):
