@@ -161,6 +161,7 @@ class FineTuningStage:
         return latents, tokens, timesteps, offset_noise(noise, self.settings.offset_noise, generator)
 
     def loss(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """The error of what the U-Net predicts, with the weights and the target of the settings."""
         with torch.no_grad():
             context = self.models.clip(tokens)  # (B, 77, D)
         unet, settings = self.networks["diffusion"], self.settings
