@@ -115,7 +115,7 @@ class InversionStage:
         return self.pictures.draw(self.batch_size, generator)
 
     def loss(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """2208.01618, eq. 2, with min-SNR weights; for a LoRA 2208.12242, eq. 2, because a batch has rows of both kinds."""
+        """2208.01618, eq. 2, with min-SNR weights; for a LoRA 2208.12242, eq. 2: a batch has rows of both kinds."""
         clip, predicts = self.models.clip, self.models.config.schedule.prediction_type
         if "word" in self.networks:
             context = self.networks["word"].context(clip, tokens)  # (B, 77, D)

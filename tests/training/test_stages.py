@@ -401,8 +401,8 @@ def test_a_model_that_predicts_v_says_so(tmp_path, trained):
 def test_the_prediction_type_is_passed_on(tmp_path, monkeypatch):
     configs = []
 
-    def stop(*arguments, **_):
-        configs.append(arguments[6].schedule.prediction_type)
+    def stop(*_, config, **__):
+        configs.append(config.schedule.prediction_type)
         raise TrainingError("enough")
 
     monkeypatch.setattr(stages, "TrainingRun", stop)
