@@ -185,10 +185,14 @@ def follow(options: argparse.Namespace) -> None:
     """Measure how well the ControlNet is followed, and write the results."""
     from sd.adapters.controlnet_files import load_controlnet
     from sd.training.evaluation import MARKS
-    from sd.training.following import WITHIN, measure_following
+    from sd.training.following import WITHIN, measure_following, measure_renders
 
     models = prepare(options)
-    control, judge, rows = load_controlnet(options.control, models), load_judge(), {}
+    control, judge, size = load_controlnet(options.control, models), load_judge(), models.config.image_size
+    rows = {
+        f"renders of the same, {kind}, within {within} pixels": measure_renders(kind, options.prompts, size)
+        for kind, within in WITHIN.items()
+    }
     for sampler in options.samplers:
         for cfg_scale in options.cfg_scales:
             settings = (options.prompts, sampler, options.steps, cfg_scale)

@@ -5,8 +5,8 @@
     python scripts/train.py lora --pictures my_cat --word sks --class cat --checkpoint sd15.safetensors
 
 12 to 24 pictures are enough. The captions of cat.png are in cat.txt, one a line, and have the word. Without any
-captions, "a WORD" is the caption of every picture. Half of each batch are pictures that the model itself draws first,
-of other things of that class: so it keeps what it knows.
+captions, "a WORD" is the caption of every picture. Part of each batch are pictures that the model itself draws first,
+of other things of that class: it is trained to do there what it did before.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, default=8, metavar="R", help=help)
     help = "vectors of the word that are learned together with the LoRA (tiny model: 2, others: 0)"
     add("--vectors", type=int, metavar="N", help=help)
-    help = "the share of each batch that the model draws itself, of other things (0.5)"
-    add("--prior", type=float, default=0.5, metavar="SHARE", help=help)
+    help = "the share of each batch that keeps what the model knows (0.4)"
+    add("--prior", type=float, default=0.4, metavar="SHARE", help=help)
     help = "the learning rate at its highest (tiny model: 3e-3, others: 5e-4)"
     add("--learning-rate", type=float, metavar="X", help=help)
 

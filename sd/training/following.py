@@ -41,7 +41,12 @@ def scenes_in_other_words(count: int, size: int) -> tuple[Tensor, list[Prompt]]:
             pictures.append(np.asarray(render(scene, FIRST_SEED + len(prompts), size)))
             mention = frozenset(ATTRIBUTES)
             prompts.append(Prompt(caption(other, rng, mention), other, mention))
-    return from_uint8(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)), prompts
+    return _as_tensor(pictures), prompts
+
+
+def _as_tensor(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures of one size, uint8 (H, W, 3) -> (N, 3, H, W) in [-1, 1]."""
+    return from_uint8(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
 
 
 def measure_following(
@@ -61,9 +66,7 @@ def measure_following(
     `evaluation.shares`; and the pictures, (N, 3, H, W) in [-1, 1].
     """
     pictures, prompts = scenes_in_other_words(count, models.config.image_size)
-    whole = lines = outlines(pictures)  # (N, 1, H, W)
-    if kind == "scribbles":
-        lines = scribbles(whole, torch.Generator().manual_seed(FIRST_SEED))
+    lines = _lines(pictures, kind)
     drawn = []
     for start in range(0, count, AT_ONCE):
         part = slice(start, start + AT_ONCE)
@@ -71,8 +74,29 @@ def measure_following(
         hints = lines[part].expand(-1, 3, -1, -1)
         drawn.append(draw_steered(models, control, hints, texts, sampler_name, steps, cfg_scale))
     drawn = torch.cat(drawn)
-    edges, within = outlines(drawn), WITHIN[kind]
-    given, _ = agreement(lines, edges, within)
-    _, found = agreement(torch.maximum(lines, whole), edges, within)
+    given, found = _followed(outlines(pictures), lines, drawn, WITHIN[kind])
     seen = shares([marks(prompt, one) for prompt, one in zip(prompts, judge.look(drawn))])
     return {"given": (given, count), "found": (found, count)} | seen, drawn
+
+
+def measure_renders(kind: str, count: int, size: int) -> dict[str, tuple[float, int]]:
+    """The shares "given" and "found" of `measure_following` for what the toy world itself draws for these prompts. They
+    are well below 1: at another time, some edges are too weak to be found, others become strong, and the sun moves."""
+    pictures, prompts = scenes_in_other_words(count, size)
+    renders = [np.asarray(render(prompt.scene, FIRST_SEED + i, size)) for i, prompt in enumerate(prompts)]
+    given, found = _followed(outlines(pictures), _lines(pictures, kind), _as_tensor(renders), WITHIN[kind])
+    return {"given": (given, count), "found": (found, count)}
+
+
+def _lines(pictures: Tensor, kind: str) -> Tensor:
+    """What is given to follow, (N, 1, H, W)."""
+    whole = outlines(pictures)
+    return scribbles(whole, torch.Generator().manual_seed(FIRST_SEED)) if kind == "scribbles" else whole
+
+
+def _followed(whole: Tensor, lines: Tensor, drawn: Tensor, within: int) -> tuple[float, float]:
+    """The shares "given" and "found". `whole` are all outlines of the scenes, `lines` those that were given."""
+    edges = outlines(drawn)
+    given, _ = agreement(lines, edges, within)
+    _, found = agreement(torch.maximum(lines, whole), edges, within)
+    return given, found

@@ -115,7 +115,7 @@ class InversionStage:
         return self.pictures.draw(self.batch_size, generator)
 
     def loss(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """2208.01618, eq. 2, with min-SNR weights; for a LoRA 2208.12242, eq. 2: a batch has rows of both kinds."""
+        """2208.01618, eq. 2, with min-SNR weights."""
         clip, predicts = self.models.clip, self.models.config.schedule.prediction_type
         if "word" in self.networks:
             context = self.networks["word"].context(clip, tokens)  # (B, 77, D)
@@ -139,7 +139,7 @@ class NewThing:
     kind: str | None = None  # what kind of thing it is, a word that the model knows: the class of 2208.12242
     vectors: int | None = None  # the rows of the word; 0: the word has the tokens that the tokenizer gives it
     rank: int = 8  # of the LoRA
-    prior: float = 0.5  # the share of each batch that shows other things, drawn by the model
+    prior: float = 0.4  # the share of each batch that has prompts of other things
     learning_rate: float | None = None
     batch_size: int | None = None
 

@@ -4,7 +4,10 @@ The U-Net gets a change of low rank (low_rank.py). Part of each batch are pictur
 other things. Without them, it would soon draw the new thing for every prompt. This is the paper's prior preservation
 (2208.12242, eq. 2):
 
-    E |e - e_theta(z_t, t, c)|^2  +  lambda E |e - e_theta(z'_t, t, c')|^2      z': drawn by the model for the prompt c'
+    E |e - e_theta(z_t, t, c)|^2  +  lambda E |e' - e_theta(z'_t, t, c')|^2        z': drawn by the model for prompts c'
+
+In the paper, e' is the noise in z'_t. Here it is what the model predicted there before the training: the mean of that
+noise. So this part is zero as long as nothing has changed, and z' may be any latents, also those of the pictures.
 
 In: a finished model, pictures, and captions with the new word. Out: a LoRA, and with it the rows of the word
 (inversion.py), in a file that other programs read as well. A rare word of a large model needs no rows: the U-Net learns
@@ -14,6 +17,7 @@ together with the LoRA.
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +28,8 @@ from torch import Tensor, nn
 from sd.checkpoints.files import write_checkpoint
 from sd.config import TINY
 from sd.models import Models
+from sd.noise import add_noise
+from sd.samplers.ddim import DDIMSampler
 from sd.training.data import CaptionedImages
 from sd.training.distillation import drawn_by
 from sd.training.inversion import InversionRun, InversionStage, NewThing
@@ -37,6 +43,7 @@ from sd.training.world.scenes import scene_and_captions
 
 WORLD_PROMPTS, OF_KIND = 96, 64  # of the toy world: other things, and those of the kind
 KIND_PROMPTS = 100  # of other models
+OTHER_PROMPTS = 8  # for each of the pictures
 DROPPED = 0.1  # share of empty captions among the model's own pictures
 
 
@@ -49,14 +56,15 @@ class LoRAStage(InversionStage):
         self, models: Models, networks: nn.ModuleDict, pictures: Latents, prior: Latents | None, settings: NewThing
     ):
         """networks: the changes of the U-Net under "lora", and the `NewWord` under "word", if it has rows; prior: what
-        the model drew before, `settings.prior` of each batch: lambda is prior / (1 - prior)."""
+        the model should do as before, `settings.prior` of each batch: lambda is prior / (1 - prior)."""
         super().__init__(models, networks, pictures, settings)
         self.prior, self.drawn = prior, drawn_rows(settings)
+        self.sampler = DDIMSampler(schedule=models.config.schedule)
         self.empty = models.tokenizer([""])  # (1, 77)
         self.unet = wearing(models.diffusion, networks["lora"])
 
     def _latents(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Rows of the pictures, then those that the model drew."""
+        """Rows of the pictures, then those for which the model should stay as it is."""
         latents, tokens = self.pictures.draw(self.batch_size - self.drawn, generator)
         if not self.drawn:
             return latents, tokens
@@ -64,9 +72,31 @@ class LoRAStage(InversionStage):
         captions = drop_captions(captions, self.empty, DROPPED, generator)
         return torch.cat([latents, others]), torch.cat([tokens, captions])
 
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """A random batch: as that of `InversionStage`, and whether a row is of the second kind, (B,)."""
+        return *super().draw(generator), torch.arange(self.batch_size) >= self.batch_size - self.drawn
+
+    def loss(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
+        """2208.12242, eq. 2, with min-SNR weights. `kept` rows get e' in place of the noise, and the x_0 that goes with
+        it: x_t stays the same."""
+        if kept.any():
+            noise, latents = noise.clone(), latents.clone()
+            rows = latents[kept], tokens[kept], timesteps[kept], noise[kept]
+            latents[kept], noise[kept] = self._as_before(*rows)
+        return super().loss(latents, tokens, timesteps, noise)
+
+    @torch.no_grad()
+    def _as_before(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model predicts without the LoRA: x_0 and the noise, (B, 4, h, w) each."""
+        alpha_bar = self.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+        x_t = add_noise(latents, noise, alpha_bar)
+        context = self.models.clip(tokens)
+        output = self.models.diffusion(x_t.to(context.dtype), context, timesteps).float()
+        return self.sampler.x0_and_noise(alpha_bar, x_t, output)
+
 
 def drawn_rows(settings: NewThing) -> int:
-    """How many rows of a batch show what the model drew."""
+    """How many rows of a batch have prompts of other things."""
     return round(settings.prior * settings.batch_size)
 
 
@@ -96,8 +126,8 @@ class LoRARun(InversionRun):
             raise TrainingError("--class should say what kind of thing it is, such as dog: or use --prior 0.")
 
     def _stage(self) -> LoRAStage:
-        prior = self._prior() if drawn_rows(self.settings) else None
         pictures = self._pictures()
+        prior = self._prior(pictures) if drawn_rows(self.settings) else None
         return LoRAStage(self.models, self._networks(), pictures, prior, self.settings)
 
     def _networks(self) -> nn.ModuleDict:
@@ -106,14 +136,19 @@ class LoRARun(InversionRun):
         networks["lora"] = low_rank_changes(self.models.diffusion, self.settings.rank)
         return networks
 
-    def _prior(self) -> Latents:
-        """What the model draws for prompts of other things."""
+    def _prior(self, pictures: Latents) -> Latents:
+        """What the model draws for prompts of other things, each with its own prompt and another one; and the pictures,
+        with such prompts."""
         prompts = prior_prompts(self.models, self.settings.kind)
         record = {"run": self.record, "prompts": prompts}
         with rank_0_first():
             latents = drawn_by(self.models, prompts, self.seed, self.out / "drawn.state", record)
-        captions = CaptionedImages(np.zeros(0, np.uint8), [[prompt] for prompt in prompts])
-        return Latents(latents, torch.zeros_like(latents), tokenise(captions, self.models.tokenizer))
+        rng = random.Random(self.seed)
+        captions = [[own, other] for own, other in zip(prompts, rng.sample(prompts, len(prompts)))]
+        captions += [rng.choices(prompts, k=OTHER_PROMPTS) for _ in range(len(pictures))]
+        tokens = tokenise(CaptionedImages(np.zeros(0, np.uint8), captions), self.models.tokenizer)
+        means, stds = (torch.cat(parts) for parts in ((latents, pictures.means), (0 * latents, pictures.stds)))
+        return Latents(means, stds, tokens)
 
     def _trained(self, average: nn.ModuleDict) -> Models:
         models = super()._trained(average)

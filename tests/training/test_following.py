@@ -2,13 +2,16 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from scripts import evaluate_tiny
 from sd.config import TINY
+from sd.images import from_uint8
 from sd.training import following
-from sd.training.following import WITHIN, measure_following, scenes_in_other_words
+from sd.training.following import FIRST_SEED, WITHIN, measure_following, measure_renders, scenes_in_other_words
+from sd.training.world.render import render
 from sd.training.world.scenes import is_held_out
 
 COUNT = 4
@@ -49,3 +52,14 @@ def test_mirrored_pictures_have_other_lines(monkeypatch):
     pictures, _ = scenes_in_other_words(COUNT, TINY.image_size)
     rows, _ = measure(monkeypatch, "outlines", lambda hints: pictures.flip(3))
     assert rows["given"][0] < 0.5 > rows["found"][0]
+
+
+def test_the_renders_of_other_times_are_measured_alike(monkeypatch):
+    """They are what a picture would be that follows the toy world and not the lines."""
+    _, prompts = scenes_in_other_words(COUNT, TINY.image_size)
+    pictures = [np.asarray(render(prompt.scene, FIRST_SEED + i, TINY.image_size)) for i, prompt in enumerate(prompts)]
+    drawn = from_uint8(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
+    rows, _ = measure(monkeypatch, "scribbles", lambda hints: drawn)
+    assert rows["colour"] == rows["time"] == (1, COUNT)
+    assert measure_renders("scribbles", COUNT, TINY.image_size) == {name: rows[name] for name in ("given", "found")}
+    assert 0.3 < rows["given"][0] < 0.95

@@ -11,6 +11,7 @@ from scripts import train
 from sd.checkpoints.files import read_state_dict, write_checkpoint
 from sd.config import TINY
 from sd.files import DATA
+from sd.noise import add_noise
 from sd.training import lora
 from sd.training.inversion import NewThing
 from sd.training.loop import TrainingError
@@ -48,24 +49,42 @@ def stage_of(models, settings=SETTINGS):
     return LoRAStage(models, nn.ModuleDict({"word": word, "lora": changes}), thing, others, settings)
 
 
-def test_the_loss_has_both_parts_of_the_paper():
-    """2208.12242, eq. 2: that of 6 rows of pictures, plus lambda = 1/3 times that of 2 rows of what the model drew."""
-    models = random_models(CONFIG)
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_the_loss_has_both_parts_of_the_paper(predicts):
+    """2208.12242, eq. 2: that of 6 rows of pictures, plus lambda = 1/3 times that of 2 rows of other things. For these,
+    the target is what the U-Net predicts without the LoRA."""
+    models = random_models(replace(CONFIG, schedule=replace(CONFIG.schedule, prediction_type=predicts)))
     stage = stage_of(models)
-    latents, tokens, timesteps, noise = stage.draw(torch.Generator().manual_seed(2))
+    batch = stage.draw(torch.Generator().manual_seed(2))
+    latents, tokens, timesteps, noise, kept = batch
     assert (tokens >= 49408).any(dim=1).tolist() == [True] * 6 + [False] * 2
+    assert kept.tolist() == [False] * 6 + [True] * 2
     assert sorted((timesteps // 125).tolist()) == list(range(8))  # evenly spread, and over both
     with torch.no_grad():
         context = with_word(models, stage.networks["word"]).clip(tokens)
         unet = wearing(models.diffusion, stage.networks["lora"])
-        parts = [
-            diffusion_loss(
-                unet, *(x[rows] for x in (latents, context, timesteps, noise)), stage.alphas_cumprod, min_snr=5
-            )
-            for rows in (slice(6), slice(6, 8))
-        ]
-        loss = stage.loss(latents, tokens, timesteps, noise)
-    assert loss.item() == pytest.approx((0.75 * (parts[0] + parts[1] / 3)).item(), rel=1e-5)
+        pictured = diffusion_loss(
+            unet, *(x[:6] for x in (latents, context, timesteps, noise)), stage.alphas_cumprod, predicts, min_snr=5
+        )
+        alpha_bar = stage.alphas_cumprod[timesteps[6:]]
+        x_t = add_noise(latents[6:], noise[6:], alpha_bar.reshape(-1, 1, 1, 1))
+        change = unet(x_t, context[6:], timesteps[6:]) - models.diffusion(x_t, context[6:], timesteps[6:])
+        snr = alpha_bar / (1 - alpha_bar)
+        weight = snr.clamp(max=5) / (snr + 1 if predicts == "v_prediction" else snr)
+        others = (weight * change.square().mean(dim=(1, 2, 3))).mean()
+        loss = stage.loss(*batch)
+    assert others > 0
+    assert loss.item() == pytest.approx((0.75 * (pictured + others / 3)).item(), rel=1e-4)
+
+
+def test_a_lora_that_changes_nothing_has_no_loss_on_other_things():
+    stage = stage_of(random_models(CONFIG))
+    for change in stage.networks["lora"].values():
+        nn.init.zeros_(change.up)
+    latents, tokens, timesteps, noise, kept = stage.draw(torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        loss = stage.loss(*(x[kept] for x in (latents, tokens, timesteps, noise, kept)))
+    assert loss.item() < 1e-9
 
 
 def test_the_lora_and_the_rows_are_trained_and_nothing_else():

@@ -16,7 +16,7 @@ from PIL import Image
 from sd.training.world.render import render
 from sd.training.world.scenes import ATTRIBUTES, COLOURS, POSITIONS, Scene, caption
 
-SEEN_TIMES, SEEN_TERRAINS, SEEN_COLOURS = ("dawn", "noon"), ("hills", "desert"), COLOURS[:-1]
+SEEN_TIMES, SEEN_TERRAINS, SEEN_COLOURS = ("dawn", "noon", "sunset"), ("mountains", "desert"), COLOURS[:-1]
 ALWAYS = ("thing", "colour")  # what each caption says
 
 
