@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from sd.prompts.weights import LORA
 from sd.tokenizer import MAX_CHARACTERS
 
-LORA = re.compile(r"<(?:lora|lyco|lycoris):([^<>]*)>\s*", re.IGNORECASE)
 HYPERNET = re.compile(r"(<hypernet:[^<>]*>)\s*", re.IGNORECASE)
 SQUARE = re.compile(r"(?s)\\.|\[(?P<inside>(?:\\.|[^\\\[\]])*)\]")  # an escaped character, or innermost brackets
 EDITING = re.compile(r":\s*[+-]?[.\d]+\s*\Z")
