@@ -122,10 +122,10 @@ def test_everything_else_is_unchanged(prompt):
 @pytest.mark.parametrize("start, middle, end", [("[", "a|b", "]"), ("a", "", "a"), ("__a/", "", "/__a")])
 def test_a_long_prompt_is_quick(start, middle, end):
     """Of 10,000 characters, the most that a prompt may have. Quadratic time was a second, and cubic time five."""
-    began = time.perf_counter()
+    began = time.process_time()
     count = (10_000 - len(middle)) // len(start + end)
     adapt(start * count + middle + end * count)
-    assert time.perf_counter() - began < 0.4
+    assert time.process_time() - began < 0.4
 
 
 def test_a_prompt_that_is_too_long_is_left_to_the_parser():

@@ -88,9 +88,9 @@ def test_a_line_is_split_as_in_the_web_ui(line):
 @pytest.mark.parametrize("part", ["a", " ", "-/", "a b-", "ab:,", 'ab:"', 'ab:"\\",'])
 def test_a_long_line_is_quick(part):
     """A picture can hold a million characters. A quadratic time would be hours."""
-    began = time.perf_counter()
+    began = time.process_time()
     parse(part * (1_000_000 // len(part)))
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp"])
