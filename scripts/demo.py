@@ -51,7 +51,7 @@ from scripts.support.embeddings import add_named, embeddings
 from scripts.support.fast import use_fast
 from scripts.support.flags import with_flags
 from scripts.support.image_size import choose_size
-from scripts.support.loras import hash_notes
+from scripts.support.loras import hash_notes, titles
 from scripts.support.output_files import candidates, first_path, save
 from scripts.support.prompts import all_prompts
 from scripts.support.saved_settings import parameters, use_saved
@@ -195,8 +195,8 @@ def make_images(options: argparse.Namespace) -> int:
     names, films, reports = (candidates(path or first) for path in (first, options.film, options.report))
     drawn, texts = [], []  # for the grid
     complete = True
-    seeds = range(request.seed, request.seed + options.n)
-    for (prompt, used), seed in itertools.product(zip(prompts, loras), seeds):
+    seeds, titled = range(request.seed, request.seed + options.n), titles(prompts, loras)
+    for (prompt, used, title), seed in itertools.product(zip(prompts, loras, titled), seeds):
         started = time.perf_counter()
         models = models if models.loras == used else models.with_loras(used)
         one = replace(request, prompt=prompt, seed=seed)
@@ -204,7 +204,7 @@ def make_images(options: argparse.Namespace) -> int:
         image, recording, trace = draw(options, one, models, preview)
         path = save(images.write_image, names, replaced(options, options.out), image, text)
         seconds = time.perf_counter() - started
-        print(f"{path}  seed {seed}  {seconds:.1f} s" + (f"  {prompt}" if len(prompts) > 1 else ""))
+        print(f"{path}  seed {seed}  {seconds:.1f} s" + (f"  {title}" if len(prompts) > 1 else ""))
         if recording:
             complete &= write_extras(options, one, models, recording, trace, films, reports)
         if options.grid:
@@ -212,7 +212,7 @@ def make_images(options: argparse.Namespace) -> int:
             texts.append(text)
 
     def write_grid() -> None:
-        sheet = grid(prompts, seeds, drawn)
+        sheet = grid(titled, seeds, drawn)
         names = candidates(first.with_stem(f"{first.stem}-grid"))
         print(f"{save(images.write_image, names, None, sheet, texts[0])}  {len(drawn)} images")
 

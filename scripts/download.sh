@@ -3,15 +3,8 @@
 # The first run makes a Python environment in .venv and installs requirements.txt and requirements-hub.txt there.
 set -eu
 
-script=$0
-while [ -L "$script" ]; do # started through a symbolic link
-    target=$(readlink "$script")
-    case $target in
-        /*) script=$target ;;
-        *) script=$(dirname "$script")/$target ;;
-    esac
-done
-root=$(CDPATH= cd -P "$(dirname "$script")/.." && pwd)
+script=$(readlink -f "$0") # it may have been started through a symbolic link
+root=$(dirname "$(dirname "$script")")
 . "$root/scripts/support/setup.sh"
 
 make_environment

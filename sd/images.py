@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +20,7 @@ from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFilter, ImageOps, Pn
 from torch import Tensor
 
 from sd.files import write_whole
+from sd.runtime import warn
 
 # An allow-list. Pillow supports more formats, but each one adds risk: its EPS reader, for example, runs Ghostscript.
 FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"]
@@ -124,7 +124,7 @@ def warn_about_mask(mask: Image.Image) -> None:
         remedy = "invert the mask if only the dark part should change"
     else:
         return
-    warnings.warn(f"mask_image is {problem}: {remedy}.", stacklevel=3)
+    warn(f"mask_image is {problem}: {remedy}.")
 
 
 def alpha_mask(source: ImageSource) -> Image.Image:
@@ -182,10 +182,7 @@ def read_mask(mask: ImageSource, height: int, width: int, feather: float = 0) ->
         blurred = torch.from_numpy(np.array(levels.filter(ImageFilter.GaussianBlur(feather / 2)))) / 255
         soft = white * (2 * blurred - 1).clamp(0, 1)  # the blur is half white at the old edge
         if soft.max() < 0.1 * brightest:
-            warnings.warn(
-                "feather is wider than what is white in mask_image, so next to nothing is repainted: make it smaller.",
-                stacklevel=2,
-            )
+            warn("feather is wider than what is white in mask_image, so next to nothing is repainted: make it smaller.")
         white = soft
     return white
 

@@ -10,7 +10,6 @@ Noise is drawn and latents are kept in float32, whatever the dtype of the networ
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from sd.models import Models
 from sd.noise import draw_noise, make_generators
 from sd.prompts.weights import join_chunks, layout, weigh
 from sd.request import Request, check_models, check_prompts, check_shape, check_steps, image_size, latent_shape
+from sd.runtime import warn
 from sd.runtime.decode_in_strips import InStrips, needed
 from sd.runtime.devices import Device, best_device, device_and_dtype, is_compiled, on_device
 from sd.runtime.not_finite import check_finite, run_in_range
@@ -198,9 +198,9 @@ def prepare(models: Models, request: Request) -> tuple[Sampler, Tensor, Inpainti
     scale = defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
     negative = any(request.uncond_prompt or ())  # not for "", nor for ["", ""]
     if negative and models.config.unet.guidance_width is not None:
-        warnings.warn("uncond_prompt has no effect on this model: its U-Net reads the guidance scale.", stacklevel=3)
+        warn("uncond_prompt has no effect on this model: its U-Net reads the guidance scale.")
     elif negative and request.do_cfg and scale == 1:
-        warnings.warn("uncond_prompt has no effect with a cfg_scale of 1, which is no guidance.", stacklevel=3)
+        warn("uncond_prompt has no effect with a cfg_scale of 1, which is no guidance.")
     schedule = replace(schedule, timestep_spacing=request.timestep_spacing or schedule.timestep_spacing)
     generators = make_generators(request.seed, len(request.prompts))
     sampler = SAMPLERS[request.sampler_name or defaults.sampler](generators, schedule=schedule)

@@ -13,7 +13,6 @@ start with sigma_max, which is 0.2 % less.
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from sd.config import PREDICTION_TYPES, ScheduleConfig
 from sd.noise import Generators, add_noise, draw_noise, karras_sigmas, make_betas, space_timesteps
+from sd.runtime import warn
 
 
 class Sampler(ABC):
@@ -212,8 +212,7 @@ def _warn_of_a_late_start(timesteps: np.ndarray, total: int) -> None:
     which are total // n apart: for n = 501 they cover 501 of 1000. diffusers visits the same ones."""
     n, first = len(timesteps), timesteps[0]
     if first + (first - timesteps[1] if n > 1 else 1) < 2 / 3 * total:
-        warnings.warn(
+        warn(
             f"With {n} step{'s' * (n > 1)} this sampler starts at timestep {first:.4g}, where the U-Net expects less "
-            f"noise than a run starts from: take 2 to {total // 2} or {total} steps, or a trailing timestep_spacing.",
-            stacklevel=3,
+            f"noise than a run starts from: take 2 to {total // 2} or {total} steps, or a trailing timestep_spacing."
         )

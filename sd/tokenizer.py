@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import html
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from numbers import Integral
@@ -26,6 +25,7 @@ import regex
 import torch
 
 from sd.files import DATA
+from sd.runtime import warn
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"  # part of the last symbol of a word: "cat</w>" is the word, "cat" the beginning of "catalog"
@@ -190,7 +190,7 @@ class Tokenizer:
             ids = self.encode(text)
             if len(ids) > room:
                 quote = self.decode(ids[room : room + QUOTED_IDS]) + " ..." * (len(ids) > room + QUOTED_IDS)
-                warnings.warn(f"Only {room} of the prompt's {len(ids)} tokens fit. Dropped: {quote!r}", stacklevel=2)
+                warn(f"Only {room} of the prompt's {len(ids)} tokens fit. Dropped: {quote!r}")
             padding = [self.pad_token_id] * (room - len(ids))
             rows.append([self.start_token_id, *ids[:room], self.end_token_id, *padding])
         return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)

@@ -138,6 +138,12 @@ def with_tags(prompt: str, loras: Iterable[Lora]) -> str:
     return " ".join([prompt, *tags] if prompt else tags)
 
 
+def titles(prompts: Sequence[str], loras: Sequence[tuple[Lora, ...]]) -> list[str]:
+    """What to call the pictures of each prompt: the prompt, with its LoRAs if not all prompts have the same."""
+    alike = len(set(loras)) == 1
+    return [prompt if alike else with_tags(prompt, used) for prompt, used in zip(prompts, loras)]
+
+
 def hashes(loras: Iterable[Lora]) -> str:
     """What the web UI writes as "Lora hashes": "name: 0123456789ab, ..."."""
     return ", ".join(f"{_plain(path.stem)}: {_hash(path)}" for path in dict.fromkeys(path for path, _, _ in loras))

@@ -41,8 +41,9 @@ PLAIN_SCHEDULES = ("Automatic", "Uniform", "Normal")  # noise levels that are no
 
 HIRES_LATENT = "Latent"  # how the web UI's names of latent upscalers begin
 NEGATIVE = "Negative prompt:"
-# How the web UI splits the last line: a name, and a value in quotes or up to the next comma.
-PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# How the web UI splits the last line: a name, and a value in quotes or up to the next comma. A match begins only where
+# a run of a name's characters begins: if it could begin at each of them, the time for a long line would be quadratic.
+PAIR = re.compile(r'(?<![\w \-/])[ \-/]*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 MIN_PAIRS = 3  # a last line with fewer belongs to the prompt
 USUAL = {"Steps", "Sampler", "Seed"}  # without any of these, a last line with colons and commas is only a prompt
 MAX_BYTES = 1_000_000

@@ -1,4 +1,5 @@
-# Functions for demo.sh, download.sh, notebooks.sh and test.sh, which source this file and set $root to the repository.
+# Functions for demo.sh, download.sh, notebooks.sh, playground.sh and test.sh, which source this file and set $root to
+# the repository.
 #   make_environment                   makes a Python environment in $root/.venv if needed, and sets $python
 #   install_from FILE [PIP OPTION...]  installs a requirements file, unless it is installed and has not changed
 # Messages go to standard error. Standard output is for the caller.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numbers
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from sd.adapters.controlnet_files import check_family, ends_in, load_controlnet
 from sd.checkpoints import hub
 from sd.images import ImageSource, alpha_mask, check_array, fill_transparent, image_to_tensor, read_image
 from sd.models import Models
+from sd.runtime import warn
 from sd.runtime.devices import device_and_dtype
 from sd.runtime.not_finite import check_finite
 
@@ -201,7 +201,7 @@ class Steering:
         for control in self.controls:
             if not any(control.works(step, steps) for step in range(steps)):
                 share = f"{control.start:g} and {control.end:g} of the run"
-                warnings.warn(f"control has no effect: no step of {steps} lies between {share}.", stacklevel=2)
+                warn(f"control has no effect: no step of {steps} lies between {share}.")
 
 
 def _hint(image: Image.Image, height: int, width: int, region: Region | None) -> Tensor:

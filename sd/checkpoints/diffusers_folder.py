@@ -17,7 +17,6 @@ input_blocks.0 to 11. diffusers counts levels, and in each level its residual bl
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from sd.checkpoints.key_rules import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Value
 from sd.checkpoints.self_description import warn_of_unnamed_words
 from sd.checkpoints.shards import read_shards
 from sd.config import LCM_SAMPLING, PREDICTION_TYPES, SD_TURBO, ModelConfig, TextConfig, UNetConfig
+from sd.runtime import warn
 
 NETWORKS = ("unet", "vae", "text_encoder")
 ADAPTERS = {  # the classes of networks that are used with a model
@@ -258,7 +258,7 @@ def _added_words(path: Path, config: TextConfig) -> dict[str, int]:
     words = read_added_words(path / "tokenizer", TextConfig.vocab_size)
     known = {word: token for word, token in words.items() if token < config.vocab_size}
     for word in sorted(words.keys() - known.keys())[:1]:
-        warnings.warn(f"The text encoder has no vector for the word {word!r:.80}: it is read as letters.", stacklevel=4)
+        warn(f"The text encoder has no vector for the word {word!r:.80}: it is read as letters.")
     if config.vocab_size > TextConfig.vocab_size and not words:
         warn_of_unnamed_words(config.vocab_size)
     return known

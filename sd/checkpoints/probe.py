@@ -5,13 +5,13 @@ Most files of SD 2.x do not say it, and their tensors have the same names and sh
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from sd.config import SD2_BASE, ModelConfig
+from sd.runtime import warn
 
 if TYPE_CHECKING:
     from sd.models import Models
@@ -45,10 +45,9 @@ def settle_prediction(models: Models) -> ModelConfig:
     if noise == (guessed == "epsilon"):
         return guess
     config = replace(guess, schedule=SD2_BASE.schedule, image_size=SD2_BASE.image_size) if noise else guess
-    warnings.warn(
+    warn(
         "This model of Stable Diffusion 2 does not say what its U-Net predicts. Its weights look like "
         f"{guessed}, its output does not: {config.schedule.prediction_type} was chosen. If images are noise or brown "
-        "blobs, give the other one as prediction_type: epsilon or v_prediction.",
-        stacklevel=3,
+        "blobs, give the other one as prediction_type: epsilon or v_prediction."
     )
     return config

@@ -12,12 +12,12 @@ trainers say it are read here. The first one that says something counts:
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from sd.config import ModelConfig, TextConfig
+from sd.runtime import warn
 
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors without elements, which mark a model
 MARKS = (V_PREDICTION, ZERO_SNR)
@@ -56,7 +56,7 @@ def yaml_beside(path: Path) -> str:
 def warn_of_unnamed_words(vectors: int) -> None:
     """Says that a text encoder has vectors of added words that nothing names."""
     more = vectors - TextConfig.vocab_size
-    warnings.warn(f"The text encoder has {more} added words, but no tokenizer names them: none is used.", stacklevel=5)
+    warn(f"The text encoder has {more} added words, but no tokenizer names them: none is used.")
 
 
 def prediction_said(keys: Collection[str], metadata: dict[str, str], yaml: str) -> str | None:
@@ -70,9 +70,7 @@ def prediction_said(keys: Collection[str], metadata: dict[str, str], yaml: str) 
     for word in filter(None, said):
         if name := PREDICTION_NAMES.get(re.sub("[-_ ]", "", word.lower())):
             return name
-        warnings.warn(
-            f"The file says that its U-Net predicts {word!r:.40}; only epsilon and v are supported.", stacklevel=4
-        )
+        warn(f"The file says that its U-Net predicts {word!r:.40}; only epsilon and v are supported.")
     return None
 
 

@@ -7,7 +7,6 @@ without what trainers store beside the weights; or a CheckpointError that says w
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from sd.checkpoints.diffusers_folder import OTHER_PIPELINES, is_diffusers_vae, v
 from sd.checkpoints.key_rules import CLIP_PREFIX, OPENCLIP_PREFIX, POSITION_IDS, SGM_PREFIX, UNET_PREFIX, VAE_PREFIX
 from sd.checkpoints.self_description import MARKS, described, prediction_said, warn_of_unnamed_words
 from sd.config import LCM_SAMPLING, SD2, SD2_BASE, SD2_INPAINTING, SD15, SD15_INPAINTING, SD_TURBO, ModelConfig
+from sd.runtime import warn
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 TEXT_PREFIXES = (f"{CLIP_PREFIX}text_model.", OPENCLIP_PREFIX)
@@ -213,7 +213,7 @@ def warn_of_unknown(state: dict[str, Tensor], weights: Collection[str]) -> None:
     known = {*weights, *MARKS, POSITION_IDS}
     if unknown := [key for key in map(with_text_model, state) if key not in known and not EXTRAS.match(key)]:
         names = ", ".join(unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
-        warnings.warn(f"Left out, as Stable Diffusion has no place for it: {names:.300}", stacklevel=2)
+        warn(f"Left out, as Stable Diffusion has no place for it: {names:.300}")
 
 
 def averaged(state: dict[str, Tensor], known: Collection[str] | None = None) -> dict[str, Tensor]:

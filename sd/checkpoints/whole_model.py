@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from sd.checkpoints.key_rules import VAE_PREFIX, without_wrappers
 from sd.checkpoints.self_description import yaml_beside
 from sd.checkpoints.shards import INDEX, read_shards
 from sd.config import PREDICTION_TYPES, ModelConfig
+from sd.runtime import warn
 
 
 def read_model(
@@ -47,10 +47,9 @@ def read_model(
     with name_in_errors(path, vae):
         check_config(config)
     if config.schedule.rescale_betas_zero_snr and config.schedule.prediction_type == "epsilon":
-        warnings.warn(
+        warn(
             "This model starts from noise alone (zero-terminal SNR), where a U-Net that predicts noise shows nothing: "
-            "prediction_type should be v_prediction.",
-            stacklevel=3,
+            "prediction_type should be v_prediction."
         )
     return checkpoint, config
 

@@ -12,25 +12,33 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-LORA = re.compile(r"<(?:lora|lyco|lycoris):([^<>]*)>\s*", re.IGNORECASE)
+from sd.prompts.weights import LORA
+from sd.tokenizer import MAX_CHARACTERS
+
 HYPERNET = re.compile(r"(<hypernet:[^<>]*>)\s*", re.IGNORECASE)
 SQUARE = re.compile(r"(?s)\\.|\[(?P<inside>(?:\\.|[^\\\[\]])*)\]")  # an escaped character, or innermost brackets
 EDITING = re.compile(r":\s*[+-]?[.\d]+\s*\Z")
 BRACKET = re.compile(r"(?s)\\.|(?P<eyes>[:;=]['^o-]?)?(?P<bracket>[()\[\]])")
 PAIRS = {")": "(", "]": "["}
+MAX_NESTED = 10  # brackets in brackets
 
 # Text that means something to other tools, as patterns -> what to say about it.
 AS_TEXT = {
     r"\bAND\b": "{} is read as a word: prompts are not combined.",
-    r"\b__[\w/*-]+__\b": "{} is read as text: wildcard files are not supported; write {{red|blue}}.",
-    r"\w{3,}\+\++|\([^()]*\)\++": "{} is read as text: a weight is written (word:1.3).",
+    r"\b__[\w/*-]{1,100}__\b": "{} is read as text: wildcard files are not supported; write {{red|blue}}.",
+    r"\b\w{3,}\+\++|\([^()]*\)\++": "{} is read as text: a weight is written (word:1.3).",
     r"(?<!\S)--[a-z][\w-]*": "{} in a prompt is read as text: options go outside the quotes.",
 }
 
 
 def adapt(prompt: str) -> tuple[str, dict[str, str]]:
-    """The prompt as `weights.parse` should get it, and a sentence for each kind of notation that has no effect."""
+    """The prompt as `weights.parse` should get it, and a sentence for each kind of notation that has no effect.
+
+    A prompt that is too long for `parse` is unchanged.
+    """
     notes: dict[str, str] = {}
+    if len(prompt) > MAX_CHARACTERS:
+        return prompt, notes
 
     def left_out(match: re.Match) -> str:
         notes.setdefault("file", f"{match[1]} is left out: hypernetwork files are not supported.")
@@ -52,8 +60,8 @@ def adapt(prompt: str) -> tuple[str, dict[str, str]]:
         return rf"\[{inside}\]"
 
     prompt = HYPERNET.sub(left_out, prompt)
-    while (changed := SQUARE.sub(square, prompt)) != prompt:  # from the innermost brackets outwards
-        prompt = changed
+    for _ in range(MAX_NESTED):  # from the innermost brackets outwards
+        prompt = SQUARE.sub(square, prompt)
     for pattern, sentence in AS_TEXT.items():
         if match := re.search(pattern, prompt):
             notes[pattern] = sentence.format(match[0])

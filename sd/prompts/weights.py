@@ -35,6 +35,7 @@ MAX_CHUNKS = 100  # in a prompt: far beyond any use, and attention is still quic
 MAX_REPEATED = 60  # chunks in a repeated context: lcm(1, ..., 6), so any prompts of up to six chunks can share a batch
 
 BREAK = re.compile(r"\bBREAK\b")
+LORA = re.compile(r"<(?:lora|lyco|lycoris):([^<>]*)>\s*", re.IGNORECASE)  # `other_tools.take_loras` takes them out
 MARK = re.compile(r"""(?xs)                                    # each character belongs to one mark
       \\ (?P<literal> .? )                                     # after a backslash: the character itself
     | (?P<open> [(\[] )
@@ -55,11 +56,16 @@ def parse(text: str, name: str = "prompt") -> list[list[Piece]]:
     The weights of nested brackets multiply. A colon is text unless a number and a closing bracket follow.
 
     Raises ValueError for a prompt of more than 10,000 characters, unbalanced brackets, a malformed number like 1.2.3,
-    and a number in square brackets, which has another meaning in the web UI. The error quotes the place and names the
-    prompt `name`.
+    and what has another meaning in the web UI: <lora:name:0.8>, and a number or a bar in square brackets. The error
+    quotes the place and names the prompt `name`.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{name} should be at most {MAX_CHARACTERS} characters long, not {len(text)}.")
+    if tag := LORA.search(text):
+        raise ValueError(
+            f"{name} should be without {tag[0].strip()!r:.80}: LoRAs are loaded with the model, as in "
+            'load_models(loras=[("style.safetensors", 0.8)]).'
+        )
     marks = list(MARK.finditer(text))
     factors = _factors(marks, name)
     parts: list[list[Piece]] = [[]]
@@ -103,6 +109,11 @@ def _factors(marks: list[re.Match], name: str) -> dict[int, float]:
             factors[start] = FACTORS[pair] if mark["weight"] is None else _number(mark["weight"])
             if not abs(factors[start]) <= MAX_WEIGHT or (pair == "[]" and mark["weight"] is not None):
                 raise _bad_weight(name, mark.string[start : mark.end()][-QUOTED:])
+        elif opened and opened[-1]["open"] == "[" and "|" in (mark["text"] or ""):
+            raise ValueError(
+                f"{name} should be without alternation, as in {mark.string[opened[-1].start() :][:QUOTED]!r}: prompts "
+                r"do not change between steps; write \| for the character itself."
+            )
     if opened:
         raise _unpaired(name, opened[-1]["open"], "closes", mark.string[opened[-1].start() :][:QUOTED])
     return factors

@@ -6,11 +6,11 @@ If the VAE overflows in float16, it runs again in float32. In all other cases an
 from __future__ import annotations
 
 import copy
-import warnings
 
 import torch
 from torch import Tensor, nn
 
+from sd.runtime import warn
 from sd.runtime.devices import device_and_dtype
 
 
@@ -57,5 +57,5 @@ def run_in_range(network: nn.Module, name: str, *inputs: Tensor) -> Tensor:
         eager = copy.copy(network)  # the copy is not compiled: compiling it for one call would take minutes
         output = torch.func.functional_call(eager, wide, tuple(x.to(device, torch.float32) for x in inputs))
         if output.isfinite().all():
-            warnings.warn(f"The {name} overflowed in float16 and ran again in float32.", stacklevel=3)
+            warn(f"The {name} overflowed in float16 and ran again in float32.")
     return check_finite(output, network, name, inputs[0]).float()

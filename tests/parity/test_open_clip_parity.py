@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from sd.model_converter import to_compvis
+from sd.model_saver import save_folder
 from sd.tokenizer import Tokenizer
 from tests.parity.test_tokenizer_parity import CORPUS
 from tests.support.marks import slow
-from tests.support.synthetic import FULL_SD2_TEXT, SD2_MICRO, random_networks
+from tests.support.synthetic import FULL_SD2_TEXT, SD2_MICRO, random_models, random_networks
 
 PACKAGE = "open_clip_torch==3.3.0"
 PREFIX = "cond_stage_model.model."
@@ -65,6 +66,21 @@ def test_text_encoder(open_clip, config, batch):
     expected = theirs.ln_final(penultimate[0])
     assert 0.5 < expected.std() < 2
     assert (models.clip(tokens) - expected).abs().max() <= 2e-5
+
+
+@torch.no_grad()
+def test_diffusers_reads_it_from_a_single_file(tmp_path):
+    """Its loader of whole files does not need what ours leave out: the last layer, text_projection and logit_scale."""
+    single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+    from transformers import CLIPTextModel
+
+    models = random_models(SD2_MICRO, seed=1)
+    save_folder(models, tmp_path / "model")  # for its configuration
+    theirs = single_file.create_diffusers_clip_model_from_ldm(
+        CLIPTextModel, to_compvis(models), "text_encoder", str(tmp_path / "model"), local_files_only=True
+    )
+    tokens = Tokenizer(pad_token_id=0)(["a red house at night, wow!"])
+    assert (models.clip(tokens) - theirs(tokens).last_hidden_state).abs().max() <= 2e-5
 
 
 @pytest.mark.filterwarnings("ignore:Only 75 of")

@@ -1,5 +1,7 @@
 """Notation of other tools: it works, or one sentence says what becomes of it."""
 
+import time
+
 import pytest
 
 from sd.prompts.other_tools import LoraTag, adapt, lora_tag, take_loras, without_notation
@@ -114,6 +116,20 @@ def test_faces_are_text(prompt, text):
     ],
 )
 def test_everything_else_is_unchanged(prompt):
+    assert adapt(prompt) == (prompt, {})
+
+
+@pytest.mark.parametrize("start, middle, end", [("[", "a|b", "]"), ("a", "", "a"), ("__a/", "", "/__a")])
+def test_a_long_prompt_is_quick(start, middle, end):
+    """Of 10,000 characters, the most that a prompt may have. Quadratic time was a second, and cubic time five."""
+    began = time.process_time()
+    count = (10_000 - len(middle)) // len(start + end)
+    adapt(start * count + middle + end * count)
+    assert time.process_time() - began < 0.4
+
+
+def test_a_prompt_that_is_too_long_is_left_to_the_parser():
+    prompt = "[a|b]" * 100_000
     assert adapt(prompt) == (prompt, {})
 
 

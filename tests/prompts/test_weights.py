@@ -40,6 +40,7 @@ from sd.prompts.weights import parse
         (r"\(cat\) \[dog\] \\", [("(cat) [dog] \\", 1.0)]),
         (r"(a \(cat\):1.2)", [("a (cat)", 1.2)]),
         (r"(10\:30)", [("10:30", 1.1)]),
+        (r"[a\|b] c|d [(a|b)]", [("a|b", 1 / 1.1), (" c|d a|b", 1.0)]),
         ("a \\", [("a ", 1.0)]),
         ("(two\nlines)", [("two\nlines", 1.1)]),
         (
@@ -114,7 +115,24 @@ def test_weights_that_are_not_finite_numbers_are_refused(prompt, place):
     assert "\n" not in str(error.value)
 
 
-@given(st.text(alphabet="ab,:()[]\\ .15-BREAK\n") | st.text())
+@pytest.mark.parametrize(
+    "prompt, place", [("a [red|blue] cat", "[red|blue] cat"), ("[|]", "[|]"), ("[a (b) c|d", "[a (b) c|d")]
+)
+def test_alternation_is_refused(prompt, place):
+    with pytest.raises(ValueError, match="^prompt should be without alternation, as in ") as error:
+        parse(prompt)
+    assert f"as in {place!r}: prompts do not change between steps; write \\| for" in str(error.value)
+
+
+@pytest.mark.parametrize("tag", ["<lora:style:0.8>", "<LORA:a/b>", "<lyco:x:1:2>", "<lora:\n>"])
+def test_a_lora_in_a_prompt_is_refused(tag):
+    with pytest.raises(ValueError, match="^uncond_prompt should be without ") as error:
+        parse(f"a cat {tag} on a mat", "uncond_prompt")
+    remedy = 'LoRAs are loaded with the model, as in load_models(loras=[("style.safetensors", 0.8)]).'
+    assert str(error.value) == f"uncond_prompt should be without {tag!r}: {remedy}"
+
+
+@given(st.text(alphabet="ab,:()[]\\ .15-BREAK|\n") | st.text())
 def test_parse_gives_texts_and_finite_weights_or_a_value_error(prompt):
     try:
         parts = parse(prompt)
@@ -132,7 +150,15 @@ def test_an_escaped_text_is_itself(text):
 
 
 HOSTILE = ["(" * 5_000 + ")" * 5_000, "()" * 5_000, "[(" * 5_000, "(a:" * 3_333, ":" * 10_000, "\\" * 10_000]
-HOSTILE += [" " * 9_999 + "x", " BREAK" * 1_666, ":" + " " * 9_999, "(a:" + "1" * 9_990 + ")", "(a:1 " * 2_000]
+HOSTILE += [
+    "<lora:" * 1_666,
+    "[" * 5_000 + "|" * 5_000,
+    " " * 9_999 + "x",
+    " BREAK" * 1_666,
+    ":" + " " * 9_999,
+    "(a:" + "1" * 9_990 + ")",
+    "(a:1 " * 2_000,
+]
 
 
 @pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from scripts.support import loras
-from scripts.support.loras import find, flag_value, given_loras, hash_notes, hashes
+from scripts.support.loras import find, flag_value, given_loras, hash_notes, hashes, titles
 from sd.prompts.other_tools import take_loras
 from tests.scripts.test_demo_prompts import said
 from tests.support.demo_results import names
@@ -267,3 +267,23 @@ def test_hashes_under_the_name_in_the_metadata(folder):
     right = hashes([(path, 1, 1)]).removeprefix("v2: ")
     for saved, notes in [(f"ann: {right}", 0), (f"ann: {right.upper()}", 0), ("ann: 0123456789ab", 1), ("bob: 01", 0)]:
         assert len(hash_notes([(path, 1, 1)], saved, Path("a.png"))) == notes, saved
+
+
+def test_titles_show_the_loras_that_differ():
+    style, detail = (Path("style.safetensors"), 0.8, 0.8), (Path("detail.pt"), 1.0, 0.5)
+    own = [(style, detail), (style,), ()]
+    tags = ["<lora:style:0.8> <lora:detail:unet=1:te=0.5>", "<lora:style:0.8>"]
+    assert titles(["a cat"] * 3, own) == [f"a cat {tags[0]}", f"a cat {tags[1]}", "a cat"]
+    assert titles(["a cat", "a dog"], [(style,)] * 2) == ["a cat", "a dog"]
+
+
+def test_a_grid_is_labelled_with_them(monkeypatch, run_demo, folder):
+    from scripts import demo
+
+    labels = []
+    grid = demo.grid
+    monkeypatch.setattr(demo, "grid", lambda titles, *rest: labels.append(titles) or grid(titles, *rest))
+    code, out, _ = run_demo("a cat {<lora:style:0.8>|}", "--grid")
+    assert code == 0
+    assert labels == [["a cat <lora:style:0.8>", "a cat"]]
+    assert [line.endswith("s  a cat <lora:style:0.8>") for line in out.splitlines()] == [True, False, False]

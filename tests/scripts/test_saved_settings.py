@@ -2,6 +2,7 @@
 
 import re
 import struct
+import time
 import zlib
 from argparse import Namespace
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from scripts.support.saved_settings import PAIR as OUR_PAIR
 from scripts.support.saved_settings import SAMPLER_NAMES, _take_sampler, parameters, parse, quote, read
 from sd.images import write_image
 from sd.samplers import SAMPLERS
@@ -76,6 +78,19 @@ def test_what_the_web_ui_writes():
 def test_a_text_without_settings_is_a_prompt():
     assert parse("a house: red, at noon: yes").pairs == {}
     assert parse("a house: red, at noon: yes").prompt == "a house: red, at noon: yes"
+
+
+@given(st.text('ab1 -/:,"\\\t.é'))
+def test_a_line_is_split_as_in_the_web_ui(line):
+    assert OUR_PAIR.findall(line) == PAIR.findall(line)
+
+
+@pytest.mark.parametrize("part", ["a", " ", "-/", "a b-", "ab:,", 'ab:"', 'ab:"\\",'])
+def test_a_long_line_is_quick(part):
+    """A picture can hold a million characters. A quadratic time would be hours."""
+    began = time.process_time()
+    parse(part * (1_000_000 // len(part)))
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp"])
