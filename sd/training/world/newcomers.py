@@ -17,7 +17,8 @@ from sd.training.world.render import render
 from sd.training.world.scenes import ATTRIBUTES, COLOURS, POSITIONS, Scene, caption
 
 SEEN_TIMES, SEEN_TERRAINS, SEEN_COLOURS = ("dawn", "noon", "sunset"), ("mountains", "desert"), COLOURS[:-1]
-ALWAYS = ("thing", "colour")  # what each caption says
+# What each caption says. If one left out the time or the terrain, the word would come to mean them, too.
+ALWAYS = ("thing", "colour", "time", "terrain")
 
 
 def is_pictured(scene: Scene) -> bool:
@@ -26,13 +27,14 @@ def is_pictured(scene: Scene) -> bool:
 
 
 def newcomer_pictures(kind: str, count: int = 24, size: int = 128) -> Iterator[tuple[Image.Image, list[str]]]:
-    """Pictures of a newcomer, RGB of (size, size) pixels, with two captions each. A caption always says the colour."""
+    """Pictures of a newcomer, RGB of (size, size) pixels, with two captions each: one says everything, the other at least
+    what is in ALWAYS."""
     rng = random.Random(f"pictures of a {kind}")
     for i in range(count):
         time, terrain, light, clouds = (rng.choice(each) for each in (SEEN_TIMES, SEEN_TERRAINS, (0, 1), (0, 1)))
         colour, position = SEEN_COLOURS[i % len(SEEN_COLOURS)], POSITIONS[i % len(POSITIONS)]
         scene = Scene(time, terrain, kind, colour, position, bool(light), bool(clouds))
-        some = rng.sample([name for name in ATTRIBUTES if name not in ALWAYS], 3)
+        some = rng.sample([name for name in ATTRIBUTES if name not in ALWAYS], 1)
         captions = [caption(scene, rng, frozenset(mention)) for mention in (ATTRIBUTES, [*ALWAYS, *some])]
         yield render(scene, i, size), captions
 
