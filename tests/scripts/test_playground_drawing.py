@@ -92,23 +92,14 @@ def test_a_decoder_for_previews(studio):
 
 
 def test_two_passes_can_be_watched(studio):
-    watched = {"previews": "full", "attention": True, "features": True, "clip_skip": 2, "freeu": [1.5, 1.6, 0.9, 0.2]}
-    events = draw(studio, prompt="a house", hires_scale=2, hires_strength=0.5, **watched)
+    more = {"hires_scale": 2, "hires_strength": 0.5, "clip_skip": 2, "freeu": [1.5, 1.6, 0.9, 0.2]}
+    events = draw(studio, prompt="a house", previews="full", attention=True, features=True, **more)
     assert [data["pass"] for name, data in events if name == "started"] == [1, 2]
     done = events[-1][1]
     assert (done["width"], done["height"]) == (64, 80)
     assert {one["pass"] for one in done["features"]} == {1, 2}
     assert len(done["attention"]["tokens"]) == 4
-    expected = generate(
-        "a house",
-        hires_scale=2,
-        hires_strength=0.5,
-        clip_skip=2,
-        freeu=(1.5, 1.6, 0.9, 0.2),
-        models=studio.models,
-        **SMALL,
-    )
-    assert np.array_equal(pixels(done["images"][0]), expected)
+    assert np.array_equal(pixels(done["images"][0]), generate("a house", models=studio.models, **SMALL, **more))
 
 
 @pytest.mark.slow
