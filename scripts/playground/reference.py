@@ -23,7 +23,8 @@ def html_page(title: str, body: str) -> str:
     """A whole page. `title` is text, and `body` is HTML."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/docs.css">'
+        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        '<link rel="stylesheet" href="/docs.css">'
         f"<h1>{escape(title)}</h1>{body}</html>"
     )
 

@@ -167,7 +167,11 @@ def test_tokens_are_coloured_as_one_types(page):
 
 def test_a_downloaded_picture_brings_its_settings_back(page, tmp_path):
     sampler = "euler_a_karras" if page.find_all("#sampler option[value=euler_a_karras]") else "euler_a"
-    page.draw(prompt="a (blue:1.2) tent", negative="clouds", sampler=sampler, scale=3.5, seed=77, steps_count=2)
+    settings = {"prompt": "a (blue:1.2) tent", "negative": "clouds", "sampler": sampler, "scale": 3.5, "seed": 77}
+    settings |= {"clip-skip": 2, "hires-scale": 1.5, "hires-strength": 0.5, "freeu": "1.4 1.6 0.9 0.2"}
+    page.draw(**{name.replace("-", "_"): value for name, value in settings.items()}, steps_count=2)
+    assert page.source("#shelf img") == page.source("image")
+    assert page.script("return document.getElementById('image').naturalWidth") == 192
     where = {"behavior": "allow", "downloadPath": str(tmp_path)}
     page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)
     page.find_all("#shelf button.quiet")[1].click()
@@ -175,20 +179,14 @@ def test_a_downloaded_picture_brings_its_settings_back(page, tmp_path):
     assert file.name == "a-blue-1-2-tent-77.png"
     url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
     assert url == page.source("#shelf img")
-    for name in ("prompt", "negative", "seed"):
+    for name in ("prompt", "negative", "seed", "freeu"):
         page.set(name, "")
-    page.set("scale", 9)
+    for name in ("scale", "clip-skip", "hires-scale", "hires-strength"):
+        page.set(name, 1)
     page.drop("unet" if page.find("unet").is_displayed() else "gallery", url)
     assert until(lambda: "restored" in page.text("draw-notes"))
-    fields = {
-        name: page.find(name).get_attribute("value") for name in ("prompt", "negative", "sampler", "scale", "seed")
-    }
-    assert fields == {
-        "prompt": "a (blue:1.2) tent",
-        "negative": "clouds",
-        "sampler": sampler,
-        "scale": "3.5",
-        "seed": "77",
+    assert {name: page.find(name).get_attribute("value") for name in settings} == {
+        name: str(value) for name, value in settings.items()
     }
     page.draw()
     assert page.source("#shelf img") == url  # the same picture, to the byte
@@ -274,6 +272,10 @@ def test_one_thing_is_changed_and_both_are_compared(page):
     page.set("compare-number", "")
     page.find("compare-draw").click()
     assert page.text("compare-error") == "The new scale should be a number."
+    page.set("compare-what", "seed")
+    page.set("compare-number", 2**60 + 1)  # JavaScript would make it 2**60
+    page.find("compare-draw").click()
+    assert page.text("compare-error").startswith("The seed should be a whole number")
 
 
 def test_watching_how_the_drawing_becomes_a_picture(page):
@@ -308,10 +310,13 @@ def test_everything_by_keyboard(page):
     assert {"token", "card", "compare-what"} <= set(reached)
 
 
-@pytest.mark.parametrize("width, height", [(360, 740), (820, 1180), (1280, 900)])
-def test_nothing_is_wider_than_the_screen(page, width, height):
+@pytest.mark.parametrize(
+    "width, height, colours",
+    [(360, 740, "light"), (360, 740, "dark"), (820, 1180, "light"), (1280, 900, "light")],
+)
+def test_nothing_is_wider_than_the_screen(page, width, height, colours):
     page.draw(prompt="a red house " + "x" * 300)
-    emulate(page.browser, width, height, touch=width < 1000)
+    emulate(page.browser, width, height, colours, touch=width < 1000)
     page.script("for (const details of document.querySelectorAll('details')) details.open = true")
     assert page.script("return document.documentElement.scrollWidth") <= width
     small = page.script(
@@ -319,6 +324,113 @@ def test_nothing_is_wider_than_the_screen(page, width, height):
         .filter((one) => one.offsetParent && Math.min(one.offsetWidth, one.offsetHeight) < 24).map((one) => one.id)"""
     )
     assert small == []
+
+
+def test_a_finger_draws_and_the_page_does_not_scroll(page):
+    emulate(page.browser, 360, 740, touch=True)
+    upwards = [[(0, -5 * i)] for i in range(30)]
+    page.touch("sketch-shapes")  # scrolls it into view
+    place, picture, drawing = page.script("return scrollY"), page.source("live-picture"), page.drawings()[-1]
+    page.touch("sketch-shapes", *upwards)
+    assert until(lambda: page.source("live-picture") != picture)
+    assert page.drawings()[-1] != drawing
+    assert page.script("return scrollY") == place
+    page.touch("studio-title")
+    place = page.script("return scrollY")
+    page.touch("studio-title", *upwards)  # elsewhere, the same movement scrolls
+    assert until(lambda: page.script("return scrollY") > place)
+
+
+def test_a_second_finger_does_not_join_in(page):
+    """It would otherwise draw lines from one finger to the other."""
+    emulate(page.browser, 360, 740, touch=True)
+    colour = (
+        "return [...document.getElementById('sketch-shapes').getContext('2d').getImageData(...arguments, 1, 1).data]"
+    )
+    centre, left = page.script(colour, 256, 256), page.script(colour, 100, 256)
+    first, second = (-100, 0), (100, 0)
+    page.touch("sketch-shapes", [first], [first, second], [first, (101, 0)], [(-101, 0), (101, 0)])
+    assert page.script(colour, 256, 256) == centre
+    assert page.script(colour, 60, 256) != left
+
+
+def test_a_browser_that_goes_back_fills_the_fields_in_again(page, live):
+    """The page then does what the fields say."""
+    if not page.find("modes").is_displayed():
+        pytest.skip("there is no ControlNet in data/")
+    page.use("lines")
+    page.script("document.querySelector('[name=pen][value=\"#ffffff\"]').click()")
+    page.set("strength", 0.3)
+    page.set("clip-skip", 2)
+    page.browser.get(f"http://127.0.0.1:{live.port}/source/sd/noise.py#make_generators")
+    assert page.text(":target").startswith("21 def make_generators")
+    page.browser.back()
+    assert until(lambda: page.find("sketch-lines").is_displayed() and page.source("live-picture"))
+    assert page.script("return document.querySelector('[name=pen]:checked').value") == "#ffffff"
+    assert page.script("return document.getElementById('strength-now').textContent") == "0.30"
+    assert page.find("more").get_attribute("open")
+    drawing = "return document.getElementById('sketch-lines').toDataURL()"
+    before = page.script(drawing)
+    page.stroke("sketch-lines", (50, -200), (100, -200))  # where nothing is drawn, the eraser changes nothing
+    assert page.script(drawing) == before
+
+
+def test_words_can_be_dragged_within_a_prompt(page):
+    """A drop of text is the browser's own business."""
+    drop = """const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(...arguments);
+        return document.getElementById("prompt")
+            .dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}))"""
+    assert page.script(drop, "a red house", "text/plain")
+    assert not page.script(drop, "data:image/png;base64,", "text/uri-list")
+    assert until(lambda: page.text("draw-error"))
+
+
+def test_a_picture_that_is_next_to_a_line(page):
+    """The canvas for its mask has one pixel at least, so that it can be read."""
+    line = page.script(
+        """return Object.assign(document.createElement("canvas"), {width: 3000, height: 1}).toDataURL("image/png")"""
+    )
+    page.drop("start-frame", line)
+    assert until(lambda: page.find("start-remove").is_displayed())
+    page.draw(width=64, height=64)
+    assert page.sent()[-1]["mask_image"] is None
+
+
+def test_all_buttons_in_any_order(page, live):
+    """400 clicks and values by chance, faster than any reader: no error in the console."""
+    page.browser.set_script_timeout(300)
+    page.browser.execute_async_script(
+        """const [seed, done] = arguments;
+        let state = seed;
+        const random = () => (state = (state * 16807) % 2147483647) / 2147483647;
+        const choose = (values) => values[Math.floor(random() * values.length)];
+        const numbers = ["", "1", "2", "8", "64", "-5", "1e9"];
+        const texts = ["", "a red house", "(x", "1.5 1.6 .9 .2", "7", "<b>", "🏠"];
+        const change = (one, value) => {
+            one.value = value;
+            for (const name of ["input", "change"]) one.dispatchEvent(new Event(name, {bubbles: true}));
+        };
+        (async () => {
+            for (let i = 0; i < 400; i++) {
+                const controls = document.querySelectorAll("button, input:not([type=file]), select, textarea, summary");
+                const one = choose([...controls]
+                    .filter((one) => one.offsetParent && !one.disabled && one.textContent !== "Download"));
+                if (one.matches("button, summary, [type=radio], [type=checkbox]")) one.click();
+                else if (one.matches("select")) change(one, choose([...one.options]).value);
+                else if (one.type === "range") change(one, Number(one.min) + random() * (one.max - one.min));
+                else change(one, choose(one.type === "number" ? numbers : texts));
+                const key = choose(["Escape", "Enter", "x"]);
+                if (random() < .2) dispatchEvent(new KeyboardEvent("keydown", {key, ctrlKey: true}));
+                await new Promise((resolve) => setTimeout(resolve, 20 * random()));
+            }
+            done();
+        })()""",
+        20261130,
+    )
+    assert until(lambda: not live.call("GET", "/api/status")[1]["running"])
+    page.set("compare-what", "prompt")
+    assert until(lambda: page.find("server").get_attribute("class") == "ready")
 
 
 def test_a_controlnet_leads_the_picture_along_lines(page):

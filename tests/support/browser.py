@@ -75,6 +75,19 @@ class Page:
             chain.move_by_offset(x - before_x, y - before_y)
         chain.release().perform()
 
+    def touch(self, name: str, *moments: list[tuple[int, int]]) -> None:
+        """Moves fingers over an element. Each moment has a point for each finger, as seen from the element's centre."""
+        box = self.script(
+            "arguments[0].scrollIntoView({block: 'center'}); return arguments[0].getBoundingClientRect().toJSON()",
+            self.find(name),
+        )
+        x, y, before = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, 0
+        for points in [*moments, []]:
+            kind = "touchEnd" if not points else "touchStart" if len(points) > before else "touchMove"
+            fingers = [{"x": x + right, "y": y + down, "id": i} for i, (right, down) in enumerate(points)]
+            self.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+            before = len(points)
+
     def drop(self, name: str, url: str, file: str = "dropped.png") -> None:
         """Drops a file onto an element."""
         self.script(
@@ -154,6 +167,7 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
 def emulate(browser, width, height, colours="light", touch=False):
     screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": touch}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
     media = {"features": [{"name": "prefers-color-scheme", "value": colours}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 

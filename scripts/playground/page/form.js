@@ -1,12 +1,11 @@
 // The prompt with its tokens, and the settings of a picture.
 
-import { at, make, numberIn, say } from "./dom.js";
+import { at, make, numberIn, say, seedIn } from "./dom.js";
 import { call } from "./server.js";
 
 const HUES = 5; // of tokens, one after the other
 const PAUSE = 120; // milliseconds without a key before the tokens are asked for
 const HIRES_STRENGTH = 0.6;
-const SAFE = Number.MAX_SAFE_INTEGER; // a larger seed would silently become another one in JavaScript
 
 // Settings in a picture’s file that need no sentence.
 const IGNORED = ["Model", "Model hash", "Lora hashes", "Version"];
@@ -18,6 +17,7 @@ export class Form {
     at("fill-seed").addEventListener("click", () => (at("seed").value = at("fill-seed").dataset.seed));
     at("quick").addEventListener("click", () => this.choose({ sampler_name: "lcm", n_inference_steps: 4, cfg_scale: 1 }));
     at("normal").addEventListener("click", () => this.choose({}));
+    this.openMore(); // a browser that goes back has filled the fields in already, here and elsewhere
   }
 
   // Shows what the model can do. `models` and `samplers` are the server's answers.
@@ -40,6 +40,7 @@ export class Form {
 
   // Sets the sampler, steps and scale: those given, or the model's own.
   choose(given) {
+    if (!this.models) return;
     const { sampler, steps, cfg_scale } = this.models.defaults;
     at("sampler").value = given.sampler_name ?? sampler;
     at("steps-count").value = given.n_inference_steps ?? steps;
@@ -48,17 +49,13 @@ export class Form {
   }
 
   read() {
-    const seed = numberIn(at("seed"));
-    if (seed !== null && !(Number.isSafeInteger(seed) && seed >= 0)) {
-      throw new Error(`The seed should be a whole number from 0 to ${SAFE}, or empty for a new one.`);
-    }
     return {
       prompt: at("prompt").value,
       uncond_prompt: at("negative").value,
       sampler_name: at("sampler").value || null,
       n_inference_steps: numberIn(at("steps-count")),
       cfg_scale: numberIn(at("scale")),
-      seed,
+      seed: seedIn(at("seed")),
       width: numberIn(at("width")),
       height: numberIn(at("height")),
       clip_skip: numberIn(at("clip-skip")) ?? 1,
@@ -84,14 +81,18 @@ export class Form {
     this.tokens();
   }
 
-  // The settings that are folded away. They open if one of them is used.
+  // The settings that are folded away. They are opened if one of them is used.
   writeMore({ clip_skip = 1, hires_scale = 1, hires_strength = HIRES_STRENGTH, hires_latents = false, freeu = null }) {
     at("clip-skip").value = clip_skip;
     at("hires-scale").value = hires_scale;
     at("hires-strength").value = hires_strength;
     at("hires-latents").checked = hires_latents;
     at("freeu").value = freeu?.join(" ") ?? "";
-    at("more").open ||= Number(clip_skip) > 1 || Number(hires_scale) > 1 || freeu !== null;
+    this.openMore();
+  }
+
+  openMore() {
+    at("more").open ||= Boolean(at("clip-skip").value > 1 || at("hires-scale").value > 1 || at("freeu").value);
   }
 
   // Takes the settings of a picture's file, the answer of /api/png-info. Returns sentences on what it did not take.

@@ -2,7 +2,7 @@
 
 import { Adapters } from "./adapters.js";
 import { Compare } from "./compare.js";
-import { at, dropped, pictureOf, say } from "./dom.js";
+import { at, dragsPicture, dropped, pictureOf, say } from "./dom.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { Live } from "./live.js";
@@ -78,8 +78,9 @@ async function takeDrop(what) {
   }
 }
 
-addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("dragover", (event) => dragsPicture(event) && event.preventDefault());
 addEventListener("drop", (event) => {
+  if (!dragsPicture(event)) return;
   event.preventDefault();
   takeDrop(dropped(event));
 });

@@ -12,7 +12,8 @@ export class Start {
     this.fit = fit;
     this.url = null;
     this.sketch = new Sketch(at("mask"), () => {});
-    this.sketch.brush = { colour: INK, size: 48, erase: false };
+    this.sketch.brush = { colour: INK, size: Number(at("mask-size").value), erase: at("mask-erase").checked };
+    this.showStrength();
     const frame = at("start-frame");
     frame.addEventListener("dragover", () => frame.classList.add("over"));
     frame.addEventListener("dragleave", () => frame.classList.remove("over"));
@@ -48,8 +49,8 @@ export class Start {
   async load(url) {
     const image = await loadImage(url);
     const scale = SIDE / Math.max(image.naturalWidth, image.naturalHeight);
-    at("mask").width = Math.round(image.naturalWidth * scale);
-    at("mask").height = Math.round(image.naturalHeight * scale);
+    at("mask").width = Math.max(Math.round(image.naturalWidth * scale), 1);
+    at("mask").height = Math.max(Math.round(image.naturalHeight * scale), 1);
     this.sketch.undos = [];
     this.url = at("start-image").src = url;
     at("start-empty").hidden = true;
