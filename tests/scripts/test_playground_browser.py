@@ -503,7 +503,11 @@ def test_two_tabs_draw_at_once(page, live):
     "field, value, sentence",
     [
         ("width", 7, "width should be"),
-        ("steps-count", 1000, "150"),
+        ("steps-count", 1000, "Steps should be at most 150"),
+        ("scale", 1e9, "Scale should be"),
+        ("hires-scale", 9, "Enlarge should be"),
+        ("freeu", "1.5 1.6", "FreeU should be four numbers"),
+        ("freeu", "1.5 1.6 9 99", "FreeU.3 should be"),
         ("seed", "1" * 17, "The seed should be a whole number"),
         ("prompt", "a (red", "brackets in pairs"),
     ],
