@@ -5,8 +5,10 @@ import os
 import signal
 import socket
 
+import numpy as np
 import pytest
 
+from scripts.playground.drawing import png_url
 from tests.support.browser import (
     Keys,
     chromium,
@@ -193,6 +195,22 @@ def test_a_downloaded_picture_brings_its_settings_back(page, tmp_path):
     assert len(page.find_all("#shelf li")) == 2
 
 
+def test_a_picture_of_the_web_ui_brings_its_second_pass_back(page):
+    parameters = (
+        "a red house\nNegative prompt: clouds\nSteps: 3, Sampler: Euler a, CFG scale: 4, Seed: 5, Size: 64x80, "
+        "Denoising strength: 0.7, Clip skip: 2, Hires upscale: 2, Hires steps: 4, Hires upscaler: Latent"
+    )
+    page.drop("gallery", png_url(np.zeros((8, 8, 3), np.uint8), parameters))
+    assert until(lambda: page.text("draw-notes"))
+    assert page.text("draw-notes").endswith("Not used: Hires steps.")
+    wanted = {"hires-scale": "2", "hires-strength": "0.7", "clip-skip": "2", "width": "64", "height": "80", "freeu": ""}
+    assert {name: page.find(name).get_attribute("value") for name in wanted} == wanted
+    assert page.find("hires-latents").is_selected()
+    page.drop("gallery", png_url(np.zeros((8, 8, 3), np.uint8), parameters.partition(", Clip skip")[0]))
+    assert until(lambda: "another picture" in page.text("draw-notes"))  # without a second pass, it means image-to-image
+    assert page.find("hires-scale").get_attribute("value") == page.find("clip-skip").get_attribute("value") == "1"
+
+
 def test_the_gallery_restores_a_picture_with_its_steps(page):
     page.draw(prompt="a red house", seed=1, steps_count=3)
     first = page.source("image")
@@ -351,7 +369,7 @@ def test_a_second_finger_does_not_join_in(page):
     first, second = (-100, 0), (100, 0)
     page.touch("sketch-shapes", [first], [first, second], [first, (101, 0)], [(-101, 0), (101, 0)])
     assert page.script(colour, 256, 256) == centre
-    assert page.script(colour, 60, 256) != left
+    assert page.script(colour, 100, 256) != left
 
 
 def test_a_browser_that_goes_back_fills_the_fields_in_again(page, live):
@@ -363,7 +381,7 @@ def test_a_browser_that_goes_back_fills_the_fields_in_again(page, live):
     page.set("strength", 0.3)
     page.set("clip-skip", 2)
     page.browser.get(f"http://127.0.0.1:{live.port}/source/sd/noise.py#make_generators")
-    assert page.text(":target").startswith("21 def make_generators")
+    assert "def make_generators(" in page.text(":target")
     page.browser.back()
     assert until(lambda: page.find("sketch-lines").is_displayed() and page.source("live-picture"))
     assert page.script("return document.querySelector('[name=pen]:checked').value") == "#ffffff"

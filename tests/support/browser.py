@@ -76,13 +76,16 @@ class Page:
         chain.release().perform()
 
     def touch(self, name: str, *moments: list[tuple[int, int]]) -> None:
-        """Moves fingers over an element. Each moment has a point for each finger, as seen from the element's centre."""
+        """Moves fingers over an element. Each moment has a point for each finger, as seen from the element's centre.
+
+        Without a moment, it only scrolls the element into view.
+        """
         box = self.script(
             "arguments[0].scrollIntoView({block: 'center'}); return arguments[0].getBoundingClientRect().toJSON()",
             self.find(name),
         )
         x, y, before = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, 0
-        for points in [*moments, []]:
+        for points in [*moments, []] if moments else []:
             kind = "touchEnd" if not points else "touchStart" if len(points) > before else "touchMove"
             fingers = [{"x": x + right, "y": y + down, "id": i} for i, (right, down) in enumerate(points)]
             self.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
@@ -128,7 +131,7 @@ class Page:
         assert until(lambda: self.text("state").startswith("Drawn in")), self.text("draw-error")
 
 
-def until(happened: Callable[[], object], seconds: float = 60) -> object:
+def until(happened: Callable[[], object], seconds: float = 120) -> object:
     """What it gives once that is true, or a last time after so many seconds."""
     deadline = time.monotonic() + seconds
     while not (value := happened()) and time.monotonic() < deadline:
@@ -153,8 +156,10 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
             if (path === "/api/jobs") { window.sent.push(options.body); }
             return fetched(path, options);
         };
-        const watch = (id, act) => addEventListener("DOMContentLoaded", () => new MutationObserver(act)
-            .observe(document.getElementById(id), {attributeFilter: ["src"]}));
+        const watch = (id, act) => addEventListener("DOMContentLoaded", () => {
+            const image = document.getElementById(id);  // not on the pages of source files
+            if (image) new MutationObserver(act).observe(image, {attributeFilter: ["src"]});
+        });
         watch("live-picture", () => window.shown.push(window.sent.length));
         watch("image", () => window.states.push(document.getElementById("state").textContent))"""
     browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
@@ -179,14 +184,14 @@ def loaded(browser, port: int) -> Iterator[Page]:
     browser.get_log("browser")
     yield opened(browser, port)
     noted = [entry for entry in browser.get_log("browser") if not any(known in entry["message"] for known in REFUSED)]
-    assert noted == []
+    assert noted == [], noted  # said, because pytest explains only the assertions of test files
 
 
 def opened(browser, port: int) -> Page:
     """The page with its first picture."""
     browser.get(f"http://127.0.0.1:{port}/")
     page = Page(browser)
-    assert until(lambda: page.source("live-picture"), 180)  # the model may still be being loaded
+    assert until(lambda: page.source("live-picture"), 300)  # the model may still be being loaded
     return page
 
 

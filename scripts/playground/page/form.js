@@ -17,7 +17,6 @@ export class Form {
     at("fill-seed").addEventListener("click", () => (at("seed").value = at("fill-seed").dataset.seed));
     at("quick").addEventListener("click", () => this.choose({ sampler_name: "lcm", n_inference_steps: 4, cfg_scale: 1 }));
     at("normal").addEventListener("click", () => this.choose({}));
-    this.openMore(); // a browser that goes back has filled the fields in already, here and elsewhere
   }
 
   // Shows what the model can do. `models` and `samplers` are the server's answers.

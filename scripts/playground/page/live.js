@@ -30,7 +30,6 @@ export class Live {
       this.sketches[mode].brush.size = SIZES[mode];
     }
     this.sketches.shapes.brush.colour = COLOURS.red;
-    this.sketches.lines.brush.colour = document.querySelector("[name=pen]:checked").value;
     at("palette").append(...Object.entries(COLOURS).map(([name, colour]) => this.swatch(name, colour)));
     exampleShapes(this.sketches.shapes.context);
     exampleLines(this.sketches.lines.context);

@@ -97,6 +97,14 @@ addEventListener("keydown", (event) => {
   }
 });
 
+// A browser that goes back, or loads the page again, fills its fields in again: what depends on them follows.
+addEventListener("pageshow", () => {
+  for (const field of document.querySelectorAll("[name=pen]:checked, #mask-size, #mask-erase, #strength")) {
+    for (const name of ["input", "change"]) field.dispatchEvent(new Event(name));
+  }
+  form.openMore();
+});
+
 function showStatus(status) {
   const { worker, waiting, running } = status ?? {};
   const sentences = {

@@ -12,8 +12,7 @@ export class Start {
     this.fit = fit;
     this.url = null;
     this.sketch = new Sketch(at("mask"), () => {});
-    this.sketch.brush = { colour: INK, size: Number(at("mask-size").value), erase: at("mask-erase").checked };
-    this.showStrength();
+    this.sketch.brush = { colour: INK, size: 48, erase: false };
     const frame = at("start-frame");
     frame.addEventListener("dragover", () => frame.classList.add("over"));
     frame.addEventListener("dragleave", () => frame.classList.remove("over"));
