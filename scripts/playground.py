@@ -26,6 +26,7 @@ from scripts.support.captions import DTYPES
 from scripts.support.command_line import Parser, run
 
 PACKAGES = ("fastapi", "uvicorn")
+PATHS = ("checkpoint", "vae", "preview")  # flags; each may also be owner/name on the hub
 PORT = 7860  # AUTOMATIC1111's, which its clients try first
 MIN_TOKEN = 12  # characters
 CLOSE_SECONDS = 3  # for streams of events that are still open
@@ -38,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     help = "Stable Diffusion 1.x or 2.x: a file, a folder or owner/name on the hub (default: the tiny model)"
     add("--checkpoint", type=Path, metavar="PATH", help=help)
     add("--vae", type=Path, metavar="PATH", help="a VAE, or a TAESD, instead of the checkpoint's own")
+    add("--preview", type=Path, metavar="PATH", help="a tiny autoencoder (TAESD) that decodes every step")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is available)")
     add("--dtype", choices=DTYPES, help="precision (default: the fastest without a visible loss)")
     add("--host", default=LOCAL[0], metavar="NAME", help="where to listen (127.0.0.1); another one needs --token")
@@ -70,9 +72,12 @@ def check(options: argparse.Namespace) -> None:
     for name in ("steps", "pixels", "queue", "seconds"):
         if not getattr(options, f"max_{name}") > 0:
             raise ValueError(f"--max-{name} should be above 0, not {getattr(options, f'max_{name}')}.")
-    for flag, path in (("--checkpoint", options.checkpoint), ("--vae", options.vae)):
-        if path is not None and not path.exists() and len(path.parts) != 2:  # two may be owner/name on the hub
-            raise ValueError(f"{flag} should be a file or a folder: there is none at {path}.")
+    for name in PATHS:
+        path = getattr(options, name)
+        if path is not None and not path.exists() and len(path.parts) != 2:
+            raise ValueError(f"--{name} should be a file or a folder: there is none at {path}.")
+    if options.preview and not options.checkpoint:
+        raise ValueError("--checkpoint should be given with --preview: the tiny model's own decoder is quick enough.")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -94,7 +99,7 @@ async def serve(options: argparse.Namespace) -> int:
     listening = listen(options.host, options.port)
     port = listening.getsockname()[1]
     settings = {name: getattr(options, name) for name in ("device", "dtype")}
-    settings |= {name: getattr(options, name) and str(getattr(options, name)) for name in ("checkpoint", "vae")}
+    settings |= {name: getattr(options, name) and str(getattr(options, name)) for name in PATHS}
     problems: list[str] = []
 
     def stop(sentence: str) -> None:

@@ -23,6 +23,7 @@ from scripts.playground.reference import reference
 from scripts.playground.sdapi import add_sdapi
 from scripts.playground.security import Guard
 from scripts.playground.server import Server
+from scripts.playground.sources import index, source_files, source_page
 
 PAGE = Path(__file__).with_name("page")
 HEARTBEAT = 15  # seconds between signs of life on a stream of events
@@ -47,6 +48,17 @@ def make_app(
     @app.get("/docs", include_in_schema=False)
     def docs() -> HTMLResponse:
         return HTMLResponse(reference(app.openapi()))
+
+    sources = source_files()
+
+    @app.get("/source/{name:path}", include_in_schema=False)
+    def source(name: str) -> HTMLResponse:
+        if not name:
+            return HTMLResponse(index(list(sources)))
+        try:
+            return HTMLResponse(source_page(name, sources[name]))
+        except (KeyError, OSError):
+            raise HTTPException(404, "This is not one of the files that /source/ lists.") from None
 
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return Guard(app, host, port, token, limits)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts.demo import with_defaults
 from scripts.playground import files
@@ -68,9 +68,12 @@ class Prepared:
 class Studio:
     """The models, and what was loaded for them."""
 
-    def __init__(self, models: Models, options: argparse.Namespace, limits: Limits):
-        """`options` has `checkpoint` and `vae`, which the settings in a picture name."""
-        self.models, self.options, self.limits = models, options, limits
+    def __init__(
+        self, models: Models, options: argparse.Namespace, limits: Limits, preview_decoder: nn.Module | None = None
+    ):
+        """`options` has `checkpoint` and `vae`, which the settings in a picture name. `preview_decoder` decodes the
+        predicted picture of every step, in the place of the models' own."""
+        self.models, self.options, self.limits, self.preview_decoder = models, options, limits, preview_decoder
         self.preview = preview_for(models)
         self._models: OrderedDict[tuple, Models] = OrderedDict()
         self._controls: OrderedDict[tuple, object] = OrderedDict()
@@ -191,6 +194,7 @@ class Run:
     ):
         self.studio, self.request, self.models, self.work = studio, request, models, work
         self.emit, self.stop, self.trace, self.stages = emit, stop, trace, stages
+        self.preview_models = replace(models, decoder=studio.preview_decoder or models.decoder)
         self.features: list[dict] = []
         self.interrupted = False
         self.begun = time.perf_counter()
@@ -212,7 +216,7 @@ class Run:
             latents = pipeline.enlarge(models, latents, request.hires_scale, self.sampler, request.hires_latents)
             self._start(latents, 2)
             latents = self._pass(latents, context, 2)
-        return self._decoded(latents)
+        return self._decoded(latents, models)
 
     def attention(self) -> dict:
         """The tokens of the prompt with the map of each: where the U-Net attended to it."""
@@ -256,7 +260,8 @@ class Run:
             self.emit("step", self._step(step, latents, number))
             if self._decodes(latents):
                 place = {"pass": number, "index": step.index}
-                self.emit("predicted", place | {"image": png_url(self._decoded(step.denoised))})
+                predicted = self._decoded(step.denoised, self.preview_models)
+                self.emit("predicted", place | {"image": png_url(predicted)})
             latents = step.latents
             if self.trace is not None:
                 self._keep_features(step, number, step.index in kept)
@@ -287,11 +292,11 @@ class Run:
     def _decodes(self, latents: Tensor) -> bool:
         """Whether the predicted picture of each step is decoded: only if that takes no longer than a step."""
         pixels = latents.shape[2] * latents.shape[3] * self.models.config.vae.downscale**2
-        small = pixels <= LARGE * self.models.config.image_size**2 and not shows_previews(self.models)
+        small = pixels <= LARGE * self.models.config.image_size**2 and not shows_previews(self.preview_models)
         return small and self.work.get("previews", "full") == "full"
 
-    def _decoded(self, latents: Tensor) -> np.ndarray:
-        images = pipeline.decode_latents(self.models, latents)
+    def _decoded(self, latents: Tensor, models: Models) -> np.ndarray:
+        images = pipeline.decode_latents(models, latents)
         return (images if self.inpainting is None else self.inpainting.restore_pixels(images))[0]
 
     def _keep_features(self, step: pipeline.Step, number: int, kept: bool) -> None:

@@ -26,7 +26,7 @@ def control_files() -> dict[str, Path]:
 
 def embedding_files() -> dict[str, Path]:
     """The embeddings in data/embeddings/ by the words that stand for them."""
-    return embeddings._files(embeddings.folder())
+    return embeddings.files_in(embeddings.folder())
 
 
 def choose(kind: str, name: str, files: dict[str, Path]) -> Path:

@@ -46,7 +46,8 @@ class Limits:
         self.check_steps("n_inference_steps", request.n_inference_steps)
         if width * height > self.pixels:
             most = f"at most {self.pixels:,} pixels, the limit of this server"
-            raise Wrong(f"width and height should give {most}, not {width} x {height}.")
+            names = "width and height" if scale == 1 else f"width and height, enlarged {scale:g} times,"
+            raise Wrong(f"{names} should give {most}, not {width} x {height}.")
 
     def image_bytes(self, name: str, text: str) -> io.BytesIO:
         """The file in a data URL, or in base64 alone. Raises Wrong for anything else, and for too many pixels."""

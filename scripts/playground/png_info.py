@@ -13,7 +13,7 @@ MAX_TEXT, MAX_LINE = 50_000, 12_000  # characters; a prompt has at most 10,000
 def settings_in(picture: io.BytesIO) -> dict:
     """{"info": the text, "prompt", "negative", "settings": {"Steps": "20", ...}}; empty if the file has none."""
     try:
-        text = saved_settings._picture_text(picture) or ""
+        text = saved_settings.picture_text(picture) or ""
     except ValueError:
         raise Wrong("image should be a picture that can be read, and this one is damaged.") from None
     if max(map(len, text.split("\n"))) > MAX_LINE or len(text) > MAX_TEXT:  # the pattern's time grows with its square

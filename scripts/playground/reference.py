@@ -1,4 +1,4 @@
-"""The OpenAPI description as a page of plain HTML. FastAPI's own page loads its scripts from another host."""
+"""Pages of plain HTML: the OpenAPI description, because FastAPI's own page loads its scripts from another host."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ def reference(openapi: dict) -> str:
             parts.append(f"<p>{escape(operation.get('description', ''))}</p>")
             content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
             parts.append(_fields(content.get("schema", {}), schemas))
-    title = escape(openapi["info"]["title"])
+    links = '<p><a href="/">The page</a> · <a href="/openapi.json">openapi.json</a></p>'
+    return html_page(f"{openapi['info']['title']}: interface", links + "".join(parts))
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page. `title` is text, and `body` is HTML."""
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}: interface</title>'
-        '<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/docs.css">'
-        f'<h1>{title}: interface</h1><p><a href="/">The page</a> · <a href="/openapi.json">openapi.json</a></p>'
-        f"{''.join(parts)}</html>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        '<link rel="stylesheet" href="/docs.css">'
+        f"<h1>{escape(title)}</h1>{body}</html>"
     )
 
 

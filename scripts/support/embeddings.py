@@ -64,7 +64,7 @@ def add_named(options: argparse.Namespace, request: Request, models: Models) -> 
     prompts = [*request.prompts, request.uncond_prompt or ""]
     lines = _without_effect(options, prompts)
     taken = getattr(models.tokenizer, "added", {})
-    files = {word: path for word, path in _files(folder()).items() if word not in taken}
+    files = {word: path for word, path in files_in(folder()).items() if word not in taken}
     for word in sorted(words_in(prompts, files)):
         try:
             read = [read_embedding(files[word], word)]
@@ -96,7 +96,7 @@ def _without_effect(options: argparse.Namespace, prompts: list[str]) -> list[str
     return lines
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files_in(folder: Path) -> dict[str, Path]:
     """The embedding files in a folder and the folders in it, by their words; of equal names, the safetensors file."""
     from sd.adapters.textual_inversion import SUFFIXES
     from sd.tokenizer import clean

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from scripts.support.control import saved_controls, take_controls
 from scripts.support.embeddings import saved_embeddings, take_embeddings
@@ -124,7 +124,7 @@ class SavedSettings:
 
 def read(path: Path) -> SavedSettings:
     """The settings in a picture or in a .txt file. Raises ValueError or OSError, in one sentence, if there are none."""
-    text = _text_file(path) if path.suffix.lower() == ".txt" else _picture_text(path)
+    text = _text_file(path) if path.suffix.lower() == ".txt" else picture_text(path)
     saved = parse(text or "")
     if USUAL.isdisjoint(saved.pairs):
         raise ValueError(
@@ -162,7 +162,8 @@ def _text_file(path: Path) -> str:
         raise ValueError(f"--from should be a picture or a text file in UTF-8, and {path} is neither.") from None
 
 
-def _picture_text(path: Path) -> str | None:
+def picture_text(path: Path | BinaryIO) -> str | None:
+    """The text that a web UI saved in a picture, or None. Raises ValueError for what is not a picture."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -318,6 +318,11 @@ def script():
         (["--port", "70000"], "--port should be from 0 to 65535, not 70000."),
         (["--max-queue", "0"], "--max-queue should be above 0, not 0."),
         (["--checkpoint", "missing.ckpt"], "--checkpoint should be a file or a folder: there is none at missing.ckpt."),
+        (["--preview", "taesd.pth"], "--preview should be a file or a folder: there is none at taesd.pth."),
+        (
+            ["--preview", "owner/taesd"],
+            "--checkpoint should be given with --preview: the tiny model's own decoder is quick enough.",
+        ),
     ],
 )
 def test_flags(arguments, sentence, monkeypatch, capsys):

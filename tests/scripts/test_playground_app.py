@@ -119,6 +119,25 @@ def test_the_reference_has_every_path_and_nothing_from_elsewhere(app, server):
     assert "//" not in page
 
 
+def test_source_files_are_served_from_a_list(app, server):
+    status, headers, body = call(app, "GET", "/source/sd/noise.py")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert b'<span id="make_generators">' in body
+    assert b'"/source/sd/samplers/euler.py"' in call(app, "GET", "/source/")[2]
+    for path in (
+        "../README.md",
+        "sd/../README.md",
+        "/etc/passwd",
+        "sd",
+        "sd/",
+        "data/tiny.ckpt",
+        "sd/noise.py/",
+        "sd//noise.py",
+    ):
+        assert ask(app, "GET", f"/source/{path}")[0] == 404, path
+    assert ask(app, "POST", "/source/sd/noise.py")[0] == 405
+
+
 def test_settings_of_a_request_are_never_html(app, server):
     """They come back as JSON, which browsers do not render."""
     _, headers, body = call(app, "POST", "/api/jobs", body=[b'{"prompt": "x", "<script>": 1}'])

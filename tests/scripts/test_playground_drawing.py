@@ -4,21 +4,28 @@ import argparse
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.demo import with_defaults
 from scripts.playground.drawing import Stopped, Studio, hear_warnings
 from scripts.playground.limits import Limits
 from scripts.playground.questions import QUESTIONS, about
 from sd import generate
 from sd.adapters.control import Control
 from sd.checkpoints.files import write_checkpoint
+from sd.config import SD15
+from sd.inside.recording import record
+from sd.pipeline import decode_latents
+from sd.request import Request
 from tests.support import synthetic_embeddings
 from tests.support.control import cldm_state, random_controlnet
 from tests.support.synthetic import FEW_LAYERS, random_models
+from tests.support.tiny_autoencoders import random_tiny_autoencoder
 
 SMALL = {"width": 32, "height": 40, "n_inference_steps": 2, "sampler_name": "euler", "seed": 3}
 
@@ -68,6 +75,31 @@ def test_pictures_are_those_of_generate_also_when_they_are_watched(studio):
         assert np.array_equal(pixels(events[-1][1]["images"][0]), expected)
     assert [name for name, _ in events] == ["started", "step", "predicted", "step", "predicted", "done"]
     assert len(events[-1][1]["features"]) == 2
+
+
+def test_a_decoder_for_previews(studio):
+    """SD 1.5's own decoder takes longer than a step. With --preview, each step has a predicted picture."""
+    models = replace(studio.models, config=replace(FEW_LAYERS, vae=SD15.vae))
+    decoder = random_tiny_autoencoder()["decoder"]
+    without = draw(Studio(models, studio.options, Limits()), prompt="a house", previews="full")
+    events = draw(Studio(models, studio.options, Limits(), decoder), prompt="a house", previews="full")
+    assert [name for name, _ in without] == ["started", "step", "step", "done"]
+    assert [name for name, _ in events] == ["started", "step", "predicted", "step", "predicted", "done"]
+    assert events[-1][1]["images"] == without[-1][1]["images"]  # which the model's own decoder decoded
+    latents = record(with_defaults(Request("a house", **SMALL), models), models).moments[0].denoised
+    expected = decode_latents(replace(models, decoder=decoder), latents)[0]
+    assert np.array_equal(pixels(events[2][1]["image"]), expected)
+
+
+def test_two_passes_can_be_watched(studio):
+    more = {"hires_scale": 2, "hires_strength": 0.5, "clip_skip": 2, "freeu": [1.5, 1.6, 0.9, 0.2]}
+    events = draw(studio, prompt="a house", previews="full", attention=True, features=True, **more)
+    assert [data["pass"] for name, data in events if name == "started"] == [1, 2]
+    done = events[-1][1]
+    assert (done["width"], done["height"]) == (64, 80)
+    assert {one["pass"] for one in done["features"]} == {1, 2}
+    assert len(done["attention"]["tokens"]) == 4
+    assert np.array_equal(pixels(done["images"][0]), generate("a house", models=studio.models, **SMALL, **more))
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def test_an_lcm_lora_and_its_tag(live):
         ({"width": 2048, "height": 1024}, "width and height should give at most 1,048,576 pixels, the limit of this "),
         (
             {"width": 1024, "hires_scale": 4},
-            "width and height should give at most 1,048,576 pixels, the limit of this ",
+            "width and height, enlarged 4 times, should give at most 1,048,576 pixels, the limit of this ",
         ),
         ({"prompt": "x" * 10_001}, "prompt should have at most 10000 characters, not "),
         ({"prompt": "(x"}, "prompt should have its brackets in pairs: "),

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("fastapi")
 webuiapi = pytest.importorskip("webuiapi")
 
+from scripts.playground import files  # noqa: E402
 from tests.support.playground import Live  # noqa: E402
 
 SIZE = {"width": 128, "height": 128}
@@ -123,7 +124,7 @@ def test_configuration(api):
     assert "should be 'tiny.ckpt'" in api.set_options({"sd_model_checkpoint": "model.ckpt [7460a6fa]"})["detail"]
     assert [model["title"] for model in api.get_sd_models()] == ["tiny.ckpt"]
     assert "Euler a" in [sampler["name"] for sampler in api.get_samplers()]
-    assert [lora["name"] for lora in api.get_loras()] == ["tiny-lcm"]
+    assert [lora["name"] for lora in api.get_loras()] == list(files.lora_files())
     assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
     assert api.get_progress()["state"]["job_count"] == 0
     assert api.get_memory()["ram"]["total"] > 0
@@ -131,7 +132,8 @@ def test_configuration(api):
     assert api.get_latent_upscale_modes() == [{"name": "Latent"}]
     assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos"]
     lists = [api.get_hypernetworks(), api.get_face_restorers(), api.get_realesrgan_models(), api.get_prompt_styles()]
-    assert [*lists, api.get_sd_vae(), api.controlnet_model_list()] == [[]] * 6
+    assert [*lists, api.get_sd_vae()] == [[]] * 5
+    assert api.controlnet_model_list() == list(files.control_files())
     assert api.get_scripts()["txt2img"] == ["controlnet"]
     assert (api.interrupt(), api.skip(), api.refresh_checkpoints()) == ({}, None, None)
 

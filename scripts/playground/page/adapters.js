@@ -12,7 +12,7 @@ export class Adapters {
   know(loras, controls) {
     for (const [kind, files] of Object.entries({ loras, controls })) {
       const before = this.rows[kind];
-      const row = ({ name, file }) => before.get(name) ?? (kind === "loras" ? adapterRow(name, file) : this.controlRow(name, file));
+      const row = ({ name, file }) => before.get(name) ?? (kind === "loras" ? adapterRow(name, file, kind) : this.controlRow(name, file));
       this.rows[kind] = new Map(files.map((one) => [one.name, row(one)]));
       at(kind).replaceChildren(...[...this.rows[kind].values()].map(({ element }) => element));
       at(`${kind}-none`).hidden = files.length > 0;
@@ -20,11 +20,12 @@ export class Adapters {
   }
 
   controlRow(name, file) {
-    const row = adapterRow(name, file);
+    const row = adapterRow(name, file, "controls");
     const image = make("img", { alt: `The image that ${name} follows`, hidden: true });
     const choose = make("input", { type: "file", accept: "image/png,image/jpeg,image/webp" });
     choose.setAttribute("aria-label", `An image for ${name} to follow`);
     const drawing = make("button", { type: "button", className: "quiet", textContent: "Use my lines" });
+    for (const control of [choose, drawing]) control.setAttribute("aria-describedby", "controls-help");
     drawing.title = "Takes the lines from the drawing at the top of this page.";
     row.use = (url) => {
       row.url = image.src = url;
@@ -67,10 +68,11 @@ export class Adapters {
   }
 }
 
-function adapterRow(name, file) {
+function adapterRow(name, file, kind) {
   const box = make("input", { type: "checkbox" });
   const range = make("input", { type: "range", min: 0, max: 2, step: 0.05, value: 1 });
   range.setAttribute("aria-label", `Strength of ${name}`);
+  for (const control of [box, range]) control.setAttribute("aria-describedby", `${kind}-help`);
   const now = make("output", { textContent: "1.00" });
   const show = () => (now.textContent = Number(range.value).toFixed(2));
   range.addEventListener("input", show);

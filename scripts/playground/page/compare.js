@@ -1,6 +1,6 @@
 // Two runs from the same noise that differ in one setting, side by side.
 
-import { at, make, numberIn, say } from "./dom.js";
+import { at, make, numberIn, say, seedIn } from "./dom.js";
 import { Run } from "./run.js";
 import { Picture } from "./server.js";
 
@@ -57,7 +57,12 @@ export class Compare {
 
   draw() {
     const what = at("compare-what").value;
-    const value = what in NUMBERS ? numberIn(this.field()) : this.field().value;
+    let value;
+    try {
+      value = what === "seed" ? seedIn(this.field()) : what in NUMBERS ? numberIn(this.field()) : this.field().value;
+    } catch (error) {
+      return say("compare-error", error.message);
+    }
     if (value === null) return say("compare-error", `The new ${NUMBERS[what]} should be a number.`);
     say("compare-error");
     this.cancel();

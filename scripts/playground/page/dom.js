@@ -17,6 +17,17 @@ export function say(id, sentence = "") {
 
 export const numberIn = (input) => (input.value.trim() === "" ? null : Number(input.value));
 
+const SAFE = Number.MAX_SAFE_INTEGER; // a larger seed would silently become another one in JavaScript
+
+// The seed in a field, or null if it is empty. Throws an Error with a sentence for what is not a seed.
+export function seedIn(input) {
+  const seed = numberIn(input);
+  if (seed !== null && !(Number.isSafeInteger(seed) && seed >= 0)) {
+    throw new Error(`The seed should be a whole number from 0 to ${SAFE}, or empty for a new one.`);
+  }
+  return seed;
+}
+
 // A File -> its data URL. Throws an Error with a sentence for what is not a picture.
 export async function readPicture(file) {
   if (!/^image\/(png|jpeg|webp)$/.test(file.type)) {
@@ -41,6 +52,9 @@ export async function loadImage(url) {
   }
   return image;
 }
+
+// Whether what is dragged may be a picture. Text is left to the browser, so that words can be dragged within a prompt.
+export const dragsPicture = ({ dataTransfer }) => ["Files", "text/uri-list"].some((kind) => dataTransfer.types.includes(kind));
 
 // What was dropped: a File, or the data URL of a picture that was dragged from this page, or null.
 export function dropped(event) {

@@ -1,11 +1,11 @@
 // The prompt with its tokens, and the settings of a picture.
 
-import { at, make, numberIn, say } from "./dom.js";
+import { at, make, numberIn, say, seedIn } from "./dom.js";
 import { call } from "./server.js";
 
 const HUES = 5; // of tokens, one after the other
 const PAUSE = 120; // milliseconds without a key before the tokens are asked for
-const SAFE = Number.MAX_SAFE_INTEGER; // a larger seed would silently become another one in JavaScript
+const HIRES_STRENGTH = 0.6;
 
 // Settings in a picture’s file that need no sentence.
 const IGNORED = ["Model", "Model hash", "Lora hashes", "Version"];
@@ -26,9 +26,9 @@ export class Form {
     const chosen = at("sampler").value;
     at("sampler").replaceChildren(...samplers.map(({ name, label }) => make("option", { value: name, textContent: label })));
     at("sampler").value = chosen || models.defaults.sampler;
-    at("quick").hidden = !models.fast;
+    at("quick").hidden = at("quick-help").hidden = !models.fast;
     at("steps-count").max = models.limits.steps;
-    at("size-help").textContent = `The model was trained on ${models.image_size} × ${models.image_size}.`;
+    at("size-trained").textContent = `The model was trained on ${models.image_size} × ${models.image_size}.`;
     if (!first) return;
     this.choose({});
     at("width").value = at("height").value = models.image_size;
@@ -39,6 +39,7 @@ export class Form {
 
   // Sets the sampler, steps and scale: those given, or the model's own.
   choose(given) {
+    if (!this.models) return;
     const { sampler, steps, cfg_scale } = this.models.defaults;
     at("sampler").value = given.sampler_name ?? sampler;
     at("steps-count").value = given.n_inference_steps ?? steps;
@@ -47,19 +48,20 @@ export class Form {
   }
 
   read() {
-    const seed = numberIn(at("seed"));
-    if (seed !== null && !(Number.isSafeInteger(seed) && seed >= 0)) {
-      throw new Error(`The seed should be a whole number from 0 to ${SAFE}, or empty for a new one.`);
-    }
     return {
       prompt: at("prompt").value,
       uncond_prompt: at("negative").value,
       sampler_name: at("sampler").value || null,
       n_inference_steps: numberIn(at("steps-count")),
       cfg_scale: numberIn(at("scale")),
-      seed,
+      seed: seedIn(at("seed")),
       width: numberIn(at("width")),
       height: numberIn(at("height")),
+      clip_skip: numberIn(at("clip-skip")) ?? 1,
+      hires_scale: numberIn(at("hires-scale")) ?? 1,
+      hires_strength: numberIn(at("hires-strength")) ?? HIRES_STRENGTH,
+      hires_latents: at("hires-latents").checked,
+      freeu: factors(at("freeu").value),
       attention: at("look").checked,
       features: at("look").checked,
     };
@@ -74,7 +76,22 @@ export class Form {
     at("seed").value = work.seed;
     at("width").value = work.width;
     at("height").value = work.height;
+    this.writeMore(work);
     this.tokens();
+  }
+
+  // The settings that are folded away. They are opened if one of them is used.
+  writeMore({ clip_skip = 1, hires_scale = 1, hires_strength = HIRES_STRENGTH, hires_latents = false, freeu = null }) {
+    at("clip-skip").value = clip_skip;
+    at("hires-scale").value = hires_scale;
+    at("hires-strength").value = hires_strength;
+    at("hires-latents").checked = hires_latents;
+    at("freeu").value = freeu?.join(" ") ?? "";
+    this.openMore();
+  }
+
+  openMore() {
+    at("more").open ||= Boolean(at("clip-skip").value > 1 || at("hires-scale").value > 1 || at("freeu").value);
   }
 
   // Takes the settings of a picture's file, the answer of /api/png-info. Returns sentences on what it did not take.
@@ -98,6 +115,12 @@ export class Form {
     if (settings.Model && settings.Model !== this.models.model) {
       notes.push(`It was drawn with the model ${settings.Model}, and this is ${this.models.model}.`);
     }
+    const hires_scale = take("Hires upscale");
+    const ours = "Hires strength" in left || hires_scale === undefined; // AUTOMATIC1111 has another name for it
+    const hires_strength = take(ours ? "Hires strength" : "Denoising strength");
+    const hires_latents = take("Hires upscaler")?.startsWith("Latent");
+    const freeu = take("FreeU")?.split(" ");
+    this.writeMore({ clip_skip: take("Clip skip"), hires_scale, hires_strength, hires_latents, freeu });
     if (take("Denoising strength") !== undefined) {
       notes.push("It was drawn from another picture, which is not in its file: put that into “Start from a picture”.");
     }
@@ -145,6 +168,16 @@ export class Form {
     at("count").textContent = count <= room ? `${count} of ${room} tokens` : `${count} tokens, in ${chunks.length} parts`;
     say("prompt-notes", [...answer.notes, unknown(answer.unknown), withLoras(answer.loras)].filter(Boolean).join(" "));
   }
+}
+
+// "1.5 1.6 0.9 0.2" -> four numbers, or null for nothing. Throws an Error with a sentence for anything else.
+function factors(text) {
+  const numbers = text.split(/[\s,;]+/).filter(Boolean).map(Number);
+  if (!numbers.length) return null;
+  if (numbers.length !== 4 || !numbers.every(Number.isFinite)) {
+    throw new Error("FreeU should be four numbers, such as 1.5 1.6 0.9 0.2, or empty.");
+  }
+  return numbers;
 }
 
 function piece(token, index) {

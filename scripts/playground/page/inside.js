@@ -19,6 +19,7 @@ export class Words {
   constructor() {
     this.lit = at("lit");
     this.chosen = null;
+    this.buttons = [];
   }
 
   show(run) {
@@ -63,7 +64,7 @@ export class Words {
   look(button) {
     at("picture").classList.toggle("looking", button !== null);
     this.lit.hidden = button === null;
-    for (const other of this.buttons ?? []) other.classList.toggle("on", other === button);
+    for (const other of this.buttons) other.classList.toggle("on", other === button);
     at("share").textContent = button ? says(button.token) : HINT;
     if (!button) return;
     this.lit.src = at("image").src;

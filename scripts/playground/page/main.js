@@ -2,7 +2,7 @@
 
 import { Adapters } from "./adapters.js";
 import { Compare } from "./compare.js";
-import { at, dropped, pictureOf, say } from "./dom.js";
+import { at, dragsPicture, dropped, pictureOf, say } from "./dom.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { Live } from "./live.js";
@@ -78,8 +78,9 @@ async function takeDrop(what) {
   }
 }
 
-addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("dragover", (event) => dragsPicture(event) && event.preventDefault());
 addEventListener("drop", (event) => {
+  if (!dragsPicture(event)) return;
   event.preventDefault();
   takeDrop(dropped(event));
 });
@@ -94,6 +95,14 @@ addEventListener("keydown", (event) => {
     compare.cancel();
     studio.words.choose(null);
   }
+});
+
+// A browser that goes back, or loads the page again, fills its fields in again: what depends on them follows.
+addEventListener("pageshow", () => {
+  for (const field of document.querySelectorAll("[name=pen]:checked, #mask-size, #mask-erase, #strength")) {
+    for (const name of ["input", "change"]) field.dispatchEvent(new Event(name));
+  }
+  form.openMore();
 });
 
 function showStatus(status) {

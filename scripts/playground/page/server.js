@@ -4,6 +4,10 @@ const TAB = Math.random().toString(36).slice(2); // this tab takes its own turn 
 const EVENTS = ["queued", "started", "step", "predicted", "done", "failed", "cancelled"];
 const ENDS = ["done", "failed", "cancelled"];
 const LOST = "The server was started again, and this picture is lost: please draw it again.";
+const LABELS = { // what the page calls the fields of a request
+  n_inference_steps: "Steps", cfg_scale: "Scale", uncond_prompt: "Negative prompt", clip_skip: "Clip skip", freeu: "FreeU",
+  hires_scale: "Enlarge", hires_strength: "Its strength", input_image: "The picture to start from", mask_image: "The mask",
+};
 const STATUS_SECONDS = 2;
 
 // The JSON of an answer. Throws an Error with a sentence for the reader.
@@ -47,6 +51,7 @@ export class Picture {
 
   take(event, data) {
     if (this.over) return;
+    if (event === "failed") data = { sentence: data.sentence.replace(/^\w+/, (name) => LABELS[name] ?? name) };
     if (ENDS.includes(event)) {
       this.over = true;
       this.events?.close();

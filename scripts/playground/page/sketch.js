@@ -13,6 +13,7 @@ export class Sketch {
     this.brush = { colour: "#000", size: 12, erase: false };
     this.undos = [];
     this.at = null; // the last point of the stroke
+    this.pointer = null; // that draws it: a second finger does not join in
     this.pen = { x: canvas.width / 2, y: canvas.height / 2, down: false }; // of the keyboard
     this.mark = document.createElement("span");
     this.mark.className = "pen";
@@ -20,7 +21,7 @@ export class Sketch {
     canvas.after(this.mark);
     canvas.addEventListener("pointerdown", (event) => this.press(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
-    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => (this.at = null));
+    for (const name of ["pointerup", "pointercancel", "lostpointercapture"]) canvas.addEventListener(name, (event) => this.lift(event));
     canvas.addEventListener("keydown", (event) => this.key(event));
     canvas.addEventListener("blur", () => (this.mark.hidden = true));
   }
@@ -32,7 +33,8 @@ export class Sketch {
   }
 
   press(event) {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || this.at) return;
+    this.pointer = event.pointerId;
     this.canvas.setPointerCapture(event.pointerId);
     this.mark.hidden = true;
     this.remember();
@@ -40,9 +42,13 @@ export class Sketch {
   }
 
   move(event) {
-    if (!this.at) return;
+    if (!this.at || event.pointerId !== this.pointer) return;
     const events = event.getCoalescedEvents?.() ?? [];
     for (const piece of events.length ? events : [event]) this.line(this.at, this.point(piece));
+  }
+
+  lift(event) {
+    if (event.pointerId === this.pointer) this.at = null;
   }
 
   line(from, to) {

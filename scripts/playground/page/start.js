@@ -48,8 +48,8 @@ export class Start {
   async load(url) {
     const image = await loadImage(url);
     const scale = SIDE / Math.max(image.naturalWidth, image.naturalHeight);
-    at("mask").width = Math.round(image.naturalWidth * scale);
-    at("mask").height = Math.round(image.naturalHeight * scale);
+    at("mask").width = Math.max(Math.round(image.naturalWidth * scale), 1);
+    at("mask").height = Math.max(Math.round(image.naturalHeight * scale), 1);
     this.sketch.undos = [];
     this.url = at("start-image").src = url;
     at("start-empty").hidden = true;
