@@ -25,7 +25,7 @@ SHORTER = {
         "(0, 2, 4, 8, 12, 19)": "(0, 1, 2, 3, 4, 5)",
     },
     "06_training": {"_STEPS = 250, 200, 300": "_STEPS = 50, 20, 50"},
-    "07_fine_tuning": {"_STEPS = 1e-2, 25, 40": "_STEPS = 1e-2, 3, 4", "n_inference_steps=12": "n_inference_steps=4"},
+    "07_fine_tuning": {"_STEPS = 1e-2, 25, 50": "_STEPS = 1e-2, 3, 4", "n_inference_steps=12": "n_inference_steps=4"},
     "08_control": {
         "Request(prompt, seed=seed)": "Request(prompt, seed=seed, n_inference_steps=6)",
         "strengths = [0, 0.25, 0.5, 0.75, 1, 1.5]": "strengths = [0, 1]",
@@ -165,6 +165,12 @@ def changes(path, request, tmp_path):
         write_checkpoint(tmp_path / "small.ckpt", random_state(SMALL), SMALL.to_dict())
         changes = {**changes, "CHECKPOINT = None": f"CHECKPOINT = {str(tmp_path / 'small.ckpt')!r}"}
     return changes
+
+
+def test_each_long_part_is_in_one_cell(path):
+    sources = [cell.source for cell in cells(read(path), "code")]
+    for text in SHORTER.get(path.stem, {}):
+        assert sum(text in source for source in sources) == 1, text
 
 
 def test_its_imports_work(path):
