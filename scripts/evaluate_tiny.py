@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from sd.models import Models
     from sd.training.judge import Judge, JudgeStage, Seen
 
-JUDGE_PICTURES, TEST_PICTURES = 40000, 2000  # to train and to test the judge
+JUDGE_PICTURES, TEST_PICTURES, TEST_RECONSTRUCTIONS = 40000, 2000, 500  # to train and to test the judge
 TEST_SCENES, TEST_SEED = 500, 20_000_000  # renders to measure the VAE with; no model trains on them
 JUDGE_FILE = Path(__file__).resolve().parent.parent / "tests" / "support" / "judge.safetensors"
 KINDS = ("full", "short", "two", "twice", "relation", "none")
 NEWCOMERS = ("windmill", "rocket")  # kinds of prompts for one thing that is not in the toy world
-NEWCOMER_PICTURES, NEWCOMER_STEPS = 4000, 240  # to train the judge further
+NEWCOMER_PICTURES, NEWCOMER_STEPS = 4000, 400  # to train the judge further
 FOLDER = "runs/evaluation"
 
 # Parameters of `generate` -> the flags for them here.
@@ -138,9 +138,9 @@ def evaluate(options: argparse.Namespace) -> None:
     encoders = options.checkpoint and evaluation.load_encoders(options.checkpoint.parent / "text.state", models)
     judge = train_judge(options) if options.judge_steps else load_judge()
     calibration = judge_renders(judge)
-    judges = {kind: newcomer_judge(options, kind) for kind in NEWCOMERS if kind in options.kinds}
+    judges = {kind: newcomer_judge(options, kind, models) for kind in NEWCOMERS if kind in options.kinds}
     for kind, newer in judges.items():
-        calibration |= judge_renders(newer, kind)
+        calibration |= judge_renders(newer, kind) | judge_renders(newer, kind, models)
     decibels = reconstruct_renders(options, models)
 
     rows, second = {}, {}
@@ -218,29 +218,25 @@ def load_judge() -> Judge:
     return judge.load_judge(JUDGE_FILE)
 
 
-def judge_renders(judge: Judge, newcomer: str | None = None) -> dict[str, dict]:
+def judge_renders(judge: Judge, newcomer: str | None = None, models: Models | None = None) -> dict[str, dict]:
     """The share of renders that the judge calls what they are, for those with none, one or two things as they should
     be, with two suns, with things of two colours, and with things that are not whole. With `newcomer`, this is one of
-    the things in half of the renders."""
-    import numpy as np
+    the things in half of the renders; with `models`, their autoencoder has encoded and decoded them."""
     import torch
-    from tqdm import tqdm
 
     from sd.images import from_uint8
     from sd.training.evaluation import called_right
-    from sd.training.judge import JUDGE_SEED, category, judge_picture
+    from sd.training.judge import JUDGE_SEED, category
 
-    pictures, truths = [], []
-    for seed in tqdm(range(JUDGE_SEED - TEST_PICTURES, JUDGE_SEED), "drawing for the judge"):
-        image, truth = judge_picture(seed, names=names_with(newcomer))
-        pictures.append(np.asarray(image))
-        truths.append(truth)
-    seen = judge.look(from_uint8(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)))
+    count = TEST_RECONSTRUCTIONS if models else TEST_PICTURES
+    pixels, truths = judge_pictures(range(JUDGE_SEED - count, JUDGE_SEED), newcomer, models)
+    seen = judge.look(from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
     rows: dict[str, list[bool]] = {}
     for truth, one in zip(truths, seen):
         rows.setdefault(category(truth), []).append(called_right(truth, one))
     rows["all"] = [right for each in rows.values() for right in each]
-    title = f"renders with a {newcomer}" if newcomer else "renders"
+    title = "reconstructions" if models else "renders"
+    title += f" with a {newcomer}" if newcomer else ""
     return {f"{title}: {name}": {"right": (sum(each) / len(each), len(each))} for name, each in sorted(rows.items())}
 
 
@@ -257,22 +253,31 @@ def reconstruct_renders(options: argparse.Namespace, models: Models) -> float:
 
 def train_judge(options: argparse.Namespace) -> Judge:
     """Load the judge from `out`, or train it there first."""
-    from sd.training.judge import JudgeStage, load_judge
+    from sd.training.judge import JUDGE_SEED, JudgeStage, load_judge
 
     path = options.out / "judge.safetensors"
     if not path.exists():
-        train_judge_stage(JudgeStage(*judge_pictures(JUDGE_PICTURES)), path, options.judge_steps)
+        pictures = judge_pictures(range(JUDGE_SEED, JUDGE_SEED + JUDGE_PICTURES))
+        train_judge_stage(JudgeStage(*pictures), path, options.judge_steps)
     return load_judge(path)
 
 
-def newcomer_judge(options: argparse.Namespace, newcomer: str) -> Judge:
-    """Load the judge that also names a newcomer from `out`, or train the one of the code further there."""
+def newcomer_judge(options: argparse.Namespace, newcomer: str, models: Models) -> Judge:
+    """Load the judge that also names a newcomer from `out`, or train the one of the code further there.
+
+    Half of what it is shown was encoded and decoded: that is how sharp a generated image can be at best.
+    """
+    import numpy as np
+
     from sd.training import judge
 
     path = options.out / f"judge-{newcomer}.safetensors"
     if not path.exists():
-        pictures = judge_pictures(NEWCOMER_PICTURES, newcomer)
-        stage = judge.JudgeStage(*pictures, load_judge().with_kinds((newcomer,)))
+        start, half = judge.JUDGE_SEED, NEWCOMER_PICTURES // 2
+        sharp, true = judge_pictures(range(start, start + half), newcomer)
+        soft, also_true = judge_pictures(range(start + half, start + 2 * half), newcomer, models)
+        known = load_judge().with_kinds((newcomer,))
+        stage = judge.JudgeStage(np.concatenate([sharp, soft]), true + also_true, known)
         stage.batch_size = 32
         train_judge_stage(stage, path, NEWCOMER_STEPS)
     return judge.load_judge(path, (*judge.KINDS, newcomer))
@@ -287,16 +292,35 @@ def names_with(newcomer: str | None) -> tuple[str, ...]:
     return (*THINGS[1:], *[newcomer] * len(THINGS[1:]), *["bare windmill"] * 2 * (newcomer == "windmill"))
 
 
-def judge_pictures(count: int, newcomer: str | None = None) -> tuple[np.ndarray, list[Seen]]:
-    """Images for the judge, uint8 (count, 64, 64, 3), and what they show."""
+def judge_pictures(
+    seeds: range, newcomer: str | None = None, models: Models | None = None
+) -> tuple[np.ndarray, list[Seen]]:
+    """Images for the judge, uint8 (N, 64, 64, 3), and what they show. With `models`, their autoencoder has encoded and
+    decoded them."""
     import numpy as np
     from tqdm import tqdm
 
-    from sd.training.judge import JUDGE_SEED, judge_picture
+    from sd.training.judge import SIDE, judge_picture
 
-    seeds = tqdm(range(JUDGE_SEED, JUDGE_SEED + count), "drawing for the judge")
-    images, truths = zip(*(judge_picture(seed, names=names_with(newcomer)) for seed in seeds))
-    return np.stack([np.asarray(image) for image in images]), list(truths)
+    size, names = models.config.image_size if models else SIDE, names_with(newcomer)
+    drawn = (judge_picture(seed, size, names) for seed in tqdm(seeds, "drawing for the judge"))
+    images, truths = zip(*((np.asarray(image), truth) for image, truth in drawn))
+    pixels = np.stack(images)
+    return (reconstructed(models, pixels) if models else pixels), list(truths)
+
+
+def reconstructed(models: Models, pixels: np.ndarray) -> np.ndarray:
+    """Images, uint8 (N, H, W, 3), encoded and decoded, and reduced to what the judge looks at, (N, 64, 64, 3)."""
+    import torch
+
+    from sd.images import from_uint8, to_uint8
+    from sd.training.evaluation import through_the_vae
+    from sd.training.judge import SIDE
+    from sd.training.text import resize
+
+    images = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    small = resize(through_the_vae(models, images)[0], SIDE)
+    return to_uint8(small).permute(0, 2, 3, 1).numpy()
 
 
 def train_judge_stage(stage: JudgeStage, path: Path, steps: int) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from scripts import draw_pictures
-from scripts.evaluate_tiny import names_with
+from scripts.evaluate_tiny import judge_pictures, names_with
+from sd import load_models
 from sd.training.captions import read_captions
 from sd.training.evaluation import newcomer_prompts
 from sd.training.judge import KINDS, ODD, Judge, JudgeStage, judge_picture
@@ -86,3 +87,14 @@ def test_it_is_trained_on_windmills_that_are_not_whole():
     pixels = np.stack([np.asarray(image.resize((64, 64))) for image, _ in pictures])
     stage = JudgeStage(pixels, [truth for _, truth in pictures], Judge((*KINDS, "windmill")))
     assert stage.loss(*stage.draw(torch.Generator().manual_seed(0))).isfinite()
+
+
+def test_half_of_what_the_judge_learns_from_was_encoded_and_decoded():
+    models = load_models(device="cpu", dtype=torch.float32)
+    seeds = range(4)
+    sharp, known = judge_pictures(seeds, "windmill")
+    soft, truths = judge_pictures(seeds, "windmill", models)
+    assert sharp.shape == soft.shape == (4, 64, 64, 3)
+    assert truths == known
+    differences = np.abs(sharp.astype(float) - soft).mean(axis=(1, 2, 3))
+    assert (differences > 1).all() and (differences < 12).all()

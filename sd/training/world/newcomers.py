@@ -27,8 +27,8 @@ def is_pictured(scene: Scene) -> bool:
 
 
 def newcomer_pictures(kind: str, count: int = 24, size: int = 128) -> Iterator[tuple[Image.Image, list[str]]]:
-    """Pictures of a newcomer, RGB of (size, size) pixels, with two captions each: one says everything, the other at least
-    what is in ALWAYS."""
+    """Pictures of a newcomer, RGB of (size, size) pixels, with two captions each: one says everything, the other
+    what is in ALWAYS and one thing more."""
     rng = random.Random(f"pictures of a {kind}")
     for i in range(count):
         time, terrain, light, clouds = (rng.choice(each) for each in (SEEN_TIMES, SEEN_TERRAINS, (0, 1), (0, 1)))
