@@ -97,4 +97,4 @@ def test_half_of_what_the_judge_learns_from_was_encoded_and_decoded():
     assert sharp.shape == soft.shape == (4, 64, 64, 3)
     assert truths == known
     differences = np.abs(sharp.astype(float) - soft).mean(axis=(1, 2, 3))
-    assert (differences > 1).all() and (differences < 12).all()
+    assert ((differences > 1) & (differences < 12)).all()
