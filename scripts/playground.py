@@ -17,6 +17,7 @@ import sys
 import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -94,6 +95,7 @@ async def serve(options: argparse.Namespace) -> int:
     import uvicorn
 
     from scripts.playground.app import make_app
+    from scripts.playground.protocol import Protocol
 
     limits = Limits(options.max_steps, options.max_pixels, queue=options.max_queue, seconds=options.max_seconds)
     listening = listen(options.host, options.port)
@@ -115,6 +117,7 @@ async def serve(options: argparse.Namespace) -> int:
             access_log=False,
             server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
+            http=Protocol,
             ws="none",
             proxy_headers=False,
             timeout_graceful_shutdown=CLOSE_SECONDS,
@@ -133,7 +136,7 @@ async def announce(options: argparse.Namespace, server: object, port: int) -> No
     while not server.started:
         await asyncio.sleep(0.02)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"http://{host}:{port}/" + (f"?token={options.token}" if options.token else "")
+    address = f"http://{host}:{port}/" + (f"?token={quote(options.token, safe='')}" if options.token else "")
     print(f"The playground is at {address}", flush=True)
     if options.host in LOCAL and not options.no_browser:
         await asyncio.to_thread(webbrowser.open, address)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_PROMPT = 10_000
 MAX_SEED = 2**63 - 1
+MAX_CONTROLS = 3
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -57,7 +58,7 @@ class Drawing(Form):
     cfg_rescale: Share = 0
     cfg_interval: list[Share] | None = Field(None, min_length=2, max_length=2)
     deep_cache: int = Field(1, ge=1, le=1000)
-    control: list[Control] | None = Field(None, max_length=3)
+    control: list[Control] | None = Field(None, max_length=MAX_CONTROLS)
     clip_skip: int = Field(1, ge=1, le=24)
     freeu: list[Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]] | None = Field(
         None, min_length=4, max_length=4

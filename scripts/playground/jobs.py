@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 OVER = ("done", "failed", "cancelled")
 RECORDED = ("attention", "features")
+EMPTY = 4_000  # bytes of a job without events
 
 
 class Job:
@@ -23,7 +24,7 @@ class Job:
         self.state = "queued"  # then "running", and one of OVER
         self.position = 0  # in the queue, from 1
         self.events: list[tuple[str, str]] = []  # names and JSON
-        self.size = 0  # bytes of the events and of what was recorded
+        self.size = EMPTY  # bytes, with the events and what was recorded
         self.result: dict = {}  # the data of the event that ended it
         self.recorded: dict = {}  # what is asked for by itself: RECORDED
         self.watchers = 0

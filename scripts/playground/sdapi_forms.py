@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from scripts.playground.forms import MAX_SEED, Prompt
+from scripts.playground.forms import MAX_CONTROLS, MAX_SEED, Prompt
 from scripts.playground.limits import Wrong
 
 PLAIN_SCHEDULES = ("", "automatic", "uniform", "normal")
-HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]$")  # behind the name of a file
+HASH = re.compile(r" ?\[[0-9a-fA-F]+\]$")  # behind the name of a file; `\s*` would take the square of the time
 CONTROL_MODES = {"balanced": False, "0": False, "controlnet is more important": True, "2": True}
 # Fields that change the picture in a way that is not supported, and the values that do not.
 WITHOUT_EFFECT = {
@@ -62,13 +62,13 @@ class Picture(BaseModel):
 
     prompt: Prompt = ""
     negative_prompt: Prompt | None = ""
-    styles: list[str] | None = Field(None, description="ignored: there are no styles here")
+    styles: list[str] | None = Field(None, max_length=100, description="ignored: there are no styles here")
     seed: int = Field(-1, ge=-1, le=MAX_SEED, description="-1: a random one")
     sampler_name: str | None = Field(None, max_length=100)
     sampler_index: str | None = Field("Euler", max_length=100, description="the older name of sampler_name")
     scheduler: str | None = Field(None, max_length=100, description="Automatic, Uniform or Karras")
-    batch_size: int = Field(1, ge=1)
-    n_iter: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=1000)
+    n_iter: int = Field(1, ge=1, le=1000)
     steps: int = Field(50, ge=1, le=1000)
     cfg_scale: float = Field(7.0, ge=-1000, le=1000, allow_inf_nan=False)
     width: Side | None = Field(None, description="default: the model's own, such as 512")
@@ -91,7 +91,7 @@ class TextToImage(Picture):
 class ImageToImage(Picture):
     """/sdapi/v1/img2img"""
 
-    init_images: list[str] | None = None
+    init_images: Annotated[list[str], Field(max_length=100)] | None = None
     mask: str | None = None
     mask_blur: Annotated[int, Field(ge=0, le=500)] | None = 4
     inpainting_fill: int = Field(0, ge=0, le=3)
@@ -202,8 +202,10 @@ def controls_of(scripts: dict, image: str | None) -> list[dict] | None:
         if name.lower() != "controlnet":
             raise Wrong(f"alwayson_scripts should be ControlNet, the only one here, not {name!r:.100}.")
         found += [unit for unit in units if isinstance(unit, dict) and unit.get("enabled", True)]
-    units = [_unit(unit, image) for unit in found if str(unit.get("model", "None")) != "None"]
-    return units or None
+    units = [unit for unit in found if str(unit.get("model", "None")) != "None"]
+    if len(units) > MAX_CONTROLS:  # each takes a copy of its image
+        raise Wrong(f"ControlNet should have at most {MAX_CONTROLS} units, not {len(units)}.")
+    return [_unit(unit, image) for unit in units] or None
 
 
 def _unit(unit: dict, image: str | None) -> dict:

@@ -141,10 +141,15 @@ class Guard:
         if length.isdecimal() and int(length[:20]) > most:
             raise Refused(413, f"A request should have at most {most:,} bytes, the limit of this server.")
         try:
-            return await asyncio.wait_for(self._read(receive), self.limits.body_seconds)
+            body = await asyncio.wait_for(self._read(receive), self.limits.body_seconds)
         except (TimeoutError, asyncio.TimeoutError):
             seconds = f"{self.limits.body_seconds:g}"
             raise Refused(408, f"A request should arrive within {seconds} seconds, the limit of this server.") from None
+        if body.count(b",") > self.limits.commas:
+            raise Refused(
+                413, f"A request should have at most {self.limits.commas:,} commas, the limit of this server."
+            )
+        return body
 
     async def _read(self, receive: Receive) -> bytes:
         parts, size, more, most = [], 0, True, self.limits.body

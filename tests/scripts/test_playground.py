@@ -3,18 +3,21 @@
 `test_playground_live.py` starts the whole server.
 """
 
+import argparse
 import asyncio
 import base64
 import importlib.util
 import io
 import json
 import random
+import time
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from PIL import Image, PngImagePlugin
 
 from scripts.playground import files
-from scripts.playground.jobs import Job, Queue, Store
+from scripts.playground.jobs import EMPTY, Job, Queue, Store
 from scripts.playground.limits import Limits, Wrong
 from tests import ROOT
 
@@ -87,16 +90,28 @@ def test_nothing_follows_the_end_of_a_job():
 
 def test_finished_jobs_are_kept_up_to_a_size():
     async def kept():
-        store = Store(2500)
+        store = Store(3 * EMPTY + 3000)
         jobs = [Job({}, "a") for _ in range(5)]
+        jobs[1].watchers = 1
         for job in jobs:
             store.add(job)
             job.emit("done", {"text": "x" * 400, "attention": "x" * 400})
-        jobs[1].watchers = 1
         store.trim()
         return [jobs.index(job) for job in store]
 
     assert asyncio.run(kept()) == [1, 3, 4]
+
+
+def test_jobs_that_were_cancelled_at_once_are_not_kept_without_end():
+    async def kept():
+        store = Store(100_000)
+        for _ in range(1000):
+            job = Job({}, "a")
+            job.emit("cancelled", {})
+            store.add(job)
+        return len([*store])
+
+    assert 10 < asyncio.run(kept()) < 100
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -272,6 +287,11 @@ def test_a_call_of_img2img():
             {"alwayson_scripts": {"ControlNet": {"args": [{"model": "x"}]}}},
             "image should be given for each",
         ),
+        (
+            "TextToImage",
+            {"alwayson_scripts": {"ControlNet": {"args": [{"model": "x", "image": "i"}] * 4}}},
+            "ControlNet should have at most 3 units, not 4.",
+        ),
         ("ImageToImage", {}, "init_images should be one image, not 0."),
         ("ImageToImage", {"init_images": ["i"], "resize_mode": 2}, "resize_mode should be 0 or 1, not 2: "),
         (
@@ -300,6 +320,45 @@ def test_errors_have_the_web_uis_names(ours, theirs):
     from scripts.playground.sdapi_forms import renamed
 
     assert renamed(ours) == theirs
+
+
+@pytest.mark.parametrize("name", ["tiny.ckpt", "tiny", "tiny.ckpt [0a1B2c]", "tiny [0]"])
+def test_names_of_the_model(name):
+    pytest.importorskip("pydantic")
+    from scripts.playground.sdapi_forms import check_model
+
+    check_model(name, {"model": "tiny", "file": "tiny.ckpt"})
+
+
+@pytest.mark.parametrize("name", [" " * 1_000_000, "[" * 1_000_000, "[a" * 500_000, " [" + "a" * 1_000_000])
+def test_a_long_name_takes_no_time(name):
+    """The web process reads it, and answers nobody else meanwhile."""
+    pytest.importorskip("pydantic")
+    from scripts.playground.sdapi_forms import check_model
+
+    begun = time.process_time()
+    with pytest.raises(Wrong):
+        check_model(name, {"model": "tiny", "file": "tiny.ckpt"})
+    assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize("field", ["batch_size", "n_iter"])
+def test_a_number_of_pictures_that_has_no_end(field):
+    """The product of two integers with 4,000 digits is one that Python refuses to print."""
+    pydantic = pytest.importorskip("pydantic")
+    from scripts.playground.sdapi_forms import TextToImage
+
+    with pytest.raises(pydantic.ValidationError):
+        TextToImage(**{field: 10**4000})
+
+
+@pytest.mark.parametrize("token", ["a long password", "a+b&c#d%41?e/f=g"])
+def test_the_address_holds_the_token(token, monkeypatch, capsys):
+    module = script()
+    options = module.parse(["--token", token, "--no-browser"])
+    asyncio.run(module.announce(options, argparse.Namespace(started=True), 7860))
+    query = urlsplit(capsys.readouterr().out.removeprefix("The playground is at ").strip()).query
+    assert parse_qs(query) == {"token": [token]}
 
 
 def script():

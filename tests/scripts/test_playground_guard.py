@@ -135,6 +135,14 @@ def test_a_body_that_is_too_long(length):
     assert json.loads(body) == {"detail": "A request should have at most 100 bytes, the limit of this server."}
 
 
+def test_a_body_of_too_many_values():
+    """Each wrong one becomes an error, in the process that answers everyone: a million of them took a minute."""
+    assert call(guard(commas=2), "POST", body=[b"[1,2", b",3]"])[0] == 200
+    status, _, body = call(guard(commas=2), "POST", body=[b"[1,2", b",3,4]"])
+    assert status == 413
+    assert json.loads(body) == {"detail": "A request should have at most 2 commas, the limit of this server."}
+
+
 def test_a_body_in_parts_reaches_the_application():
     assert call(guard(body=100), "POST", body=[b"x" * 60, b"x" * 40])[2] == b"100"
 

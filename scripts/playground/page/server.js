@@ -51,7 +51,7 @@ export class Picture {
 
   take(event, data) {
     if (this.over) return;
-    if (event === "failed") data = { sentence: data.sentence.replace(/^\w+/, (name) => LABELS[name] ?? name) };
+    if (event === "failed") data = { sentence: labelled(data.sentence) };
     if (ENDS.includes(event)) {
       this.over = true;
       this.events?.close();
@@ -68,6 +68,12 @@ export class Picture {
   drop() {
     if (this.id) call("DELETE", `/api/jobs/${this.id}`).catch(() => {});
   }
+}
+
+// A sentence with the page's names of the fields in it.
+function labelled(sentence) {
+  const label = (name, place) => (place ? LABELS[name]?.toLowerCase() : LABELS[name]) ?? name;
+  return sentence.replace(/^\w+|\b[a-z]+(?:_[a-z]+)+\b/g, label);
 }
 
 // Asks for the state of the server every two seconds. `hear(status)` gets null while it does not answer; `back()` is
