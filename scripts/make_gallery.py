@@ -37,8 +37,8 @@ WINDMILLS = [
     "a red windmill at night",
     "a blue windmill in the snow, on the right",
     "a yellow windmill by the sea at sunset",
-    "a green windmill in the mountains, on the left",
-    "a purple windmill in the desert at night, with the moon",
+    "a green windmill on green hills, on the left",
+    "a white windmill in the snow at night, with the moon",
     "a red house at night",
 ]
 SAMPLER_STEPS = (5, 10, 20, 50)
