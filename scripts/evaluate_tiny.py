@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sd.models import Models
+    from sd.training.evaluation import Prompt
     from sd.training.judge import Judge, JudgeStage, Seen
 
 JUDGE_PICTURES, TEST_PICTURES, TEST_RECONSTRUCTIONS = 40000, 2000, 500  # to train and to test the judge
@@ -143,7 +144,7 @@ def evaluate(options: argparse.Namespace) -> None:
         calibration |= judge_renders(newer, kind) | judge_renders(newer, kind, models)
     decibels = reconstruct_renders(options, models)
 
-    rows, second = {}, {}
+    rows, second, colours = {}, {}, {}
     runs = [
         (s, c, k, h) for s in options.samplers for c in options.cfg_scales for k in options.kinds for h in (False, True)
     ]
@@ -155,9 +156,10 @@ def evaluate(options: argparse.Namespace) -> None:
         name = f"{kind}, {'held out' if held_out else 'seen'}"
         if len(options.samplers) * len(options.cfg_scales) > 1:
             name = f"{sampler}, scale {cfg_scale:g}: {name}"
-        rows[name] = evaluation.shares(
-            [evaluation.marks(*pair) for pair in zip(prompts, judges.get(kind, judge).look(images))]
-        )
+        marks = [evaluation.marks(*pair) for pair in zip(prompts, judges.get(kind, judge).look(images))]
+        rows[name] = evaluation.shares(marks)
+        if kind in NEWCOMERS:
+            colours[name] = by_colour(prompts, marks)
         if encoders and kind == "full":
             second[name] = evaluation.second_opinion(encoders, models.tokenizer, images, texts)
 
@@ -165,6 +167,8 @@ def evaluate(options: argparse.Namespace) -> None:
     margin = evaluation.interval(0.95, options.prompts)
     print(f"\n{options.steps} steps. VAE: {decibels:.2f} dB. {options.prompts} prompts of each kind: the 95 % interval")
     print(f"of a share of .95 is +-{margin:.3f}, and wider where not every prompt asks for it.")
+    for name, each in colours.items():
+        print(f"{name}, its colour is right: " + ", ".join(f"{colour} {n} of {of}" for colour, (n, of) in each.items()))
     for name, share in second.items():
         print(f"{name}: {share:.1%} of the images match their own prompt best, out of {options.prompts}.")
     result = {
@@ -176,9 +180,18 @@ def evaluate(options: argparse.Namespace) -> None:
         "steps": options.steps,
         "judge": with_intervals(calibration),
         "accuracy": with_intervals(rows),
+        "colours": colours,
         "retrieval": second,
     }
     write_json(options.out / "evaluation.json", result)
+
+
+def by_colour(prompts: list[Prompt], marks: list[dict[str, bool]]) -> dict[str, tuple[int, int]]:
+    """For each colour, how many images have the thing in it, out of how many that should."""
+    right: dict[str, list[bool]] = {}
+    for prompt, mark in zip(prompts, marks):
+        right.setdefault(prompt.scene.colour, []).append(mark["colour"])
+    return {colour: (sum(each), len(each)) for colour, each in sorted(right.items())}
 
 
 def follow(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scripts import draw_pictures
-from scripts.evaluate_tiny import judge_pictures, names_with
+from scripts.evaluate_tiny import by_colour, judge_pictures, names_with
 from sd import load_models
 from sd.training.captions import read_captions
 from sd.training.evaluation import newcomer_prompts
@@ -98,3 +98,12 @@ def test_half_of_what_the_judge_learns_from_was_encoded_and_decoded():
     assert truths == known
     differences = np.abs(sharp.astype(float) - soft).mean(axis=(1, 2, 3))
     assert ((differences > 1) & (differences < 12)).all()
+
+
+def test_the_shares_of_each_colour():
+    prompts = newcomer_prompts("windmill", 30, held_out=True)
+    marks = [{"colour": prompt.scene.colour != "purple"} for prompt in prompts]
+    colours = by_colour(prompts, marks)
+    assert sum(of for _, of in colours.values()) == 30
+    assert all(right == (0 if colour == "purple" else of) for colour, (right, of) in colours.items())
+    assert "purple" in colours
