@@ -1,9 +1,7 @@
 """Reports in a real browser: the slider, tokens, keyboard, sizes and colours, and scripts that must not run."""
 
 import json
-import shutil
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,22 +13,18 @@ from sd.inside.tracer import Tracer
 from sd.request import Request
 from tests.support.synthetic import MICRO, random_models
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: see requirements-dev.txt")
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+pytest.importorskip("selenium", reason="selenium is not installed: see requirements-dev.txt")
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not both on the PATH"),
-]
+from tests.support.browser import chromium, emulate, needs_chromium, until
+
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 PROMPT = (
     "a (red:1.3) cat, antidisestablishmentarianism <script>document.title='owned'</script><img src=x onerror=boo()>"
 )
-SWITCHES = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +39,8 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for switch in [*SWITCHES.split(), "disable-component-update", "disable-sync"]:
-        options.add_argument(f"--{switch}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield browser
-    browser.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -64,13 +51,6 @@ def page(browser, address):
     ActionChains(browser).move_by_offset(0, 0).perform()
     yield browser
     assert browser.get_log("browser") == []
-
-
-def emulate(browser, width, height, colours="light", touch=False):
-    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": touch}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    media = {"features": [{"name": "prefers-color-scheme", "value": colours}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
 
 def state(page) -> dict:
@@ -94,16 +74,6 @@ def lit(page) -> str | None:
 
 def data(page) -> dict:
     return json.loads(page.execute_script("return document.getElementById('data').textContent"))
-
-
-def until(happened: Callable[[], bool]) -> bool:
-    """Whether it happens within 20 seconds."""
-    deadline = time.monotonic() + 20
-    while not happened():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def tokens(page) -> list:

@@ -11,13 +11,13 @@ import pytest
 from scripts.playground.drawing import png_url
 from tests.support.browser import (
     Keys,
-    chromium,
     emulate,
     foreign_requests,
     in_colours,
     loaded,
     needs_chromium,
     opened,
+    playground_browser,
     until,
 )
 from tests.support.playground import Live
@@ -33,7 +33,7 @@ def live():
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+    with playground_browser(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
 
 

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("fastapi", reason="fastapi is not installed: see requirements-playground.txt")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: see requirements-playground.txt")
 
-from tests.support.browser import chromium, foreign_requests, loaded, needs_chromium, until
+from tests.support.browser import foreign_requests, loaded, needs_chromium, playground_browser, until
 from tests.support.playground import Live
 
 pytestmark = needs_chromium
@@ -18,7 +18,7 @@ pytestmark = needs_chromium
 def page(tmp_path_factory):
     """One server and one page for both tests. In the end, the console must be empty."""
     profile = tmp_path_factory.mktemp("profile")
-    with Live() as server, chromium(profile) as browser, loaded(browser, server.port) as page:
+    with Live() as server, playground_browser(profile) as browser, loaded(browser, server.port) as page:
         yield page
 
 

@@ -1,4 +1,4 @@
-"""The playground's page in headless Chromium, driven by selenium: what a reader does, and what the page then shows."""
+"""Headless Chromium, driven by selenium; and in it the playground's page: what a reader does, and what it shows."""
 
 from __future__ import annotations
 
@@ -149,7 +149,15 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
     options.add_argument(f"--user-data-dir={profile}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    # Before any script of a page: what it asks for, and when its two pictures change.
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+@contextmanager
+def playground_browser(profile: Path) -> Iterator[webdriver.Chrome]:
+    """The same, which notes what the playground's page asks for, and when its two pictures change."""
     source = """window.sent = []; window.shown = []; window.states = [];
         const fetched = window.fetch;
         window.fetch = (path, options) => {
@@ -162,11 +170,9 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
         });
         watch("live-picture", () => window.shown.push(window.sent.length));
         watch("image", () => window.states.push(document.getElementById("state").textContent))"""
-    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
-    try:
+    with chromium(profile) as browser:  # before any script of the page
+        browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
         yield browser
-    finally:
-        browser.quit()
 
 
 def emulate(browser, width, height, colours="light", touch=False):
