@@ -415,6 +415,15 @@ def test_a_picture_that_is_next_to_a_line(page):
     assert page.sent()[-1]["mask_image"] is None
 
 
+def test_a_wrong_number_in_a_folded_part_is_shown(page):
+    """Otherwise the browser refuses to draw, and cannot say why."""
+    page.set("clip-skip", 99)
+    page.script("document.getElementById('more').open = false")
+    page.find("submit").click()
+    assert page.find("clip-skip").is_displayed()
+    assert page.script("return document.activeElement.id") == "clip-skip"
+
+
 def test_all_buttons_in_any_order(page, live):
     """400 clicks and values by chance, faster than any reader: no error in the console."""
     page.browser.set_script_timeout(300)

@@ -14,6 +14,7 @@ export class Form {
   constructor() {
     this.asked = 0;
     at("prompt").addEventListener("input", () => this.later());
+    at("form").addEventListener("invalid", ({ target }) => unfold(target), true); // or the browser cannot show why
     at("fill-seed").addEventListener("click", () => (at("seed").value = at("fill-seed").dataset.seed));
     at("quick").addEventListener("click", () => this.choose({ sampler_name: "lcm", n_inference_steps: 4, cfg_scale: 1 }));
     at("normal").addEventListener("click", () => this.choose({}));
@@ -178,6 +179,11 @@ function factors(text) {
     throw new Error("FreeU should be four numbers, such as 1.5 1.6 0.9 0.2, or empty.");
   }
   return numbers;
+}
+
+// Opens what is folded around an element.
+function unfold(element) {
+  for (let fold = element.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
 }
 
 function piece(token, index) {
