@@ -49,6 +49,7 @@ def test_tokens(models):
     assert torch.equal(tokens[2].map.argmax(), F.avg_pool2d(trace.token_map(2)[None], 8).argmax())
 
 
+@pytest.mark.filterwarnings("ignore:uncond_prompt has no effect")
 def test_the_shares_of_tokens_are_those_of_all_their_repetitions(models):
     prompt, shares = "a red cat", []
     for negative in ("", "a BREAK b BREAK c"):
