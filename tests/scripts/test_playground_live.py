@@ -351,8 +351,13 @@ def house_in_lines():
 def test_how_long_one_waits(capsys):
     """Prints the medians of five pictures each, the first of six left out. On two free cores, a first step should be
     there within half a second, and so should the picture along a drawing."""
-    along = {"fast": True, "previews": "none", "control": [{"net": "tiny-scribble", "image": house_in_lines()}]}
-    ways = {"20 steps, every prediction decoded": {}, "20 steps": {"previews": "small"}, "along a drawing": along}
+    quick = {"fast": True, "previews": "none"}
+    ways = {
+        "20 steps, every prediction decoded": {},
+        "20 steps": {"previews": "small"},
+        "along lines": quick | {"control": [{"net": "tiny-scribble", "image": house_in_lines()}]},
+        "from colours": quick | {"input_image": house_in_lines(), "strength": 0.75},
+    }
     with Live(threads=os.cpu_count()) as live:
         live.wait_until_ready()
         for name, settings in ways.items():
