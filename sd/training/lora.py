@@ -44,7 +44,7 @@ from sd.training.world.scenes import scene_and_captions
 WORLD_PROMPTS, OF_KIND = 96, 64  # of the toy world: other things, and those of the kind
 KIND_PROMPTS = 100  # of other models
 OTHER_PROMPTS = 8  # for each of the pictures
-DROPPED = 0.1  # share of empty captions among the model's own pictures
+DROPPED = 0.1  # share of empty captions among the rows that are kept as they were
 
 
 class LoRAStage(InversionStage):
@@ -58,23 +58,23 @@ class LoRAStage(InversionStage):
         """networks: the changes of the U-Net under "lora", and the `NewWord` under "word", if it has rows; prior: what
         the model should do as before, `settings.prior` of each batch: lambda is prior / (1 - prior)."""
         super().__init__(models, networks, pictures, settings)
-        self.prior, self.drawn = prior, drawn_rows(settings)
+        self.prior, self.kept = prior, kept_rows(settings)
         self.sampler = DDIMSampler(schedule=models.config.schedule)
         self.empty = models.tokenizer([""])  # (1, 77)
         self.unet = wearing(models.diffusion, networks["lora"])
 
     def _latents(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows of the pictures, then those for which the model should stay as it is."""
-        latents, tokens = self.pictures.draw(self.batch_size - self.drawn, generator)
-        if not self.drawn:
+        latents, tokens = self.pictures.draw(self.batch_size - self.kept, generator)
+        if not self.kept:
             return latents, tokens
-        others, captions = self.prior.draw(self.drawn, generator)
+        others, captions = self.prior.draw(self.kept, generator)
         captions = drop_captions(captions, self.empty, DROPPED, generator)
         return torch.cat([latents, others]), torch.cat([tokens, captions])
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """A random batch: as that of `InversionStage`, and whether a row is of the second kind, (B,)."""
-        return *super().draw(generator), torch.arange(self.batch_size) >= self.batch_size - self.drawn
+        return *super().draw(generator), torch.arange(self.batch_size) >= self.batch_size - self.kept
 
     def loss(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
         """2208.12242, eq. 2, with min-SNR weights. `kept` rows get e' in place of the noise, and the x_0 that goes with
@@ -95,8 +95,8 @@ class LoRAStage(InversionStage):
         return self.sampler.x0_and_noise(alpha_bar, x_t, output)
 
 
-def drawn_rows(settings: NewThing) -> int:
-    """How many rows of a batch have prompts of other things."""
+def kept_rows(settings: NewThing) -> int:
+    """How many rows of a batch have prompts of other things, for which the model should stay as it is."""
     return round(settings.prior * settings.batch_size)
 
 
@@ -117,17 +117,17 @@ class LoRARun(InversionRun):
             raise TrainingError(f"--rank should be 1 to {most}, the highest of a layer, not {settings.rank}.")
         if not 0 <= settings.prior < 1:  # false for NaN too
             raise TrainingError(f"--prior should be from 0 to below 1, not {settings.prior:g}.")
-        if settings.prior and not 0 < drawn_rows(settings) < settings.batch_size:
+        if settings.prior and not 0 < kept_rows(settings) < settings.batch_size:
             raise TrainingError(
                 f"--batch should be larger than {settings.batch_size} with --prior {settings.prior:g}: each batch has "
                 "some of the pictures, and some that the model drew."
             )
-        if drawn_rows(settings) and not settings.kind and not _draws_the_toy_world(self.models):
+        if kept_rows(settings) and not settings.kind and not _draws_the_toy_world(self.models):
             raise TrainingError("--class should say what kind of thing it is, such as dog: or use --prior 0.")
 
     def _stage(self) -> LoRAStage:
         pictures = self._pictures()
-        prior = self._prior(pictures) if drawn_rows(self.settings) else None
+        prior = self._prior(pictures) if kept_rows(self.settings) else None
         return LoRAStage(self.models, self._networks(), pictures, prior, self.settings)
 
     def _networks(self) -> nn.ModuleDict:

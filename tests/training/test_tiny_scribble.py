@@ -37,6 +37,6 @@ def test_scenes_are_drawn_again_along_their_lines(models, kind, fast):
         shares = follow(models.with_loras([DATA / "tiny-lcm.safetensors"]), kind, 25, "lcm", 4, 1.0)
     else:
         shares = follow(models, kind, 25, "dpm++2m", 20, 5.0)
-    assert shares["given"] > 0.79  # of 25 scenes; of 200, see sd/training/README.md
-    assert shares["found"] > 0.82
+    assert shares["given"] > 0.81  # of 25 scenes; of 200, see sd/training/README.md
+    assert shares["found"] > 0.84
     assert min(shares[name] for name in ("thing", "position", "colour")) > 0.95
