@@ -6,8 +6,9 @@
     python scripts/train_tiny.py lcm --start runs/tiny/tiny.ckpt --out runs/lcm
 
 The stages are vae, text, diffusion and decoder, in this order; `all` runs all four. To resume a run that was stopped,
-run the same command again. A run with other images, another --seed or another --start needs another --out. With
---start, the U-Net of a finished model is trained further.
+run the same command again. A run with other images, another --seed or another --start needs another --out.
+
+With --start, a finished model is trained further, by stage text, diffusion or decoder, or by all three (`all`).
 
 Stage lcm distils a finished model, by default the tiny one: the result is a LoRA, lcm.safetensors, with which the model
 draws in one to eight steps, without guidance.
@@ -56,9 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help="number of steps of each stage, instead of --minutes")
     add("--out", type=Path, metavar="DIR", help="folder for all files (runs/tiny; lcm: runs/lcm)")
     add("--folder", type=Path, metavar="DIR", help="your own images, with captions")
-    add(
-        "--start", type=Path, metavar="FILE", help="the model whose U-Net is trained further, or distilled by stage lcm"
-    )
+    add("--start", type=Path, metavar="FILE", help="a finished model to train further, or to distil by stage lcm")
     help = "number of scenes to train on, without --folder (30000); lcm: of prompts that the model draws (960)"
     add("--scenes", type=int, metavar="N", help=help)
     kinds = " or ".join(PREDICTION_TYPES)
@@ -84,8 +83,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} should be a number above 0, not {value}.")
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed should be a whole number from 0 to 2**63 - 1, not {options.seed}.")
-    if options.start and options.stage not in ("diffusion", DISTILLATION):
-        parser.error(f"With --start, the stage should be diffusion or {DISTILLATION}, not {options.stage}.")
+    if options.start and options.stage == "vae":
+        parser.error("With --start, the stage should be another one than vae: the U-Net needs the latents it knows.")
     if options.batch and not distils:
         parser.error(f"With --batch, the stage should be {DISTILLATION}, not {options.stage}.")
     if distils and options.prediction_type:
@@ -104,7 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> Path | None:
     """Train the stages in order. Once every network has a state, write the checkpoint, and return its path."""
-    names = list(SHARES) if options.stage == "all" else [options.stage]
+    every = [name for name in SHARES if not (options.start and name == "vae")]
+    names = every if options.stage == "all" else [options.stage]
     from sd.config import TINY
     from sd.training.ranks import rank
     from sd.training.stages import TrainingRun  # imported here because torch takes a second to import
@@ -121,8 +121,7 @@ def train(options: argparse.Namespace) -> Path | None:
     if options.stage == "all" and not options.steps and not any(run.out.glob("*.state")):
         log.info(forecast(options.minutes, len(run.train_set), run.device.type == "cpu"))
     for name in names:
-        minutes = options.minutes * (SHARES[name] if options.stage == "all" else 1)
-        run.train(name, minutes, options.steps)
+        run.train(name, options.minutes * SHARES[name] / sum(SHARES[name] for name in names), options.steps)
     return run.write_checkpoint() if run.complete and rank() == 0 else None
 
 

@@ -6,6 +6,7 @@ the layout of the published Stable Diffusion checkpoints.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,9 +67,9 @@ class TrainingRun:
     ):
         """Train in the folder `out`, on the images in `folder` or, if that is None, on this number of `scenes`.
 
-        `save_every` is in minutes. `start` is the checkpoint of a finished model: stage `diffusion` then trains its
-        U-Net further, and its text encoder and autoencoder are not changed. `accumulate` and `recompute` save memory:
-        see `Training` and `recompute_activations`.
+        `save_every` is in minutes. `start` is the checkpoint of a finished model: stages `text`, `diffusion` and
+        `decoder` then train its networks further, all but its encoder. `accumulate` and `recompute` save memory: see
+        `Training` and `recompute_activations`.
 
         Raises FileNotFoundError or CheckpointError if `start` cannot be read, ValueError if the images cannot be used
         or if `out` is their folder or that of another run, OSError if `out` cannot be written.
@@ -104,8 +105,8 @@ class TrainingRun:
 
         Raises TrainingError if it cannot start or continue, OutOfMemory, OSError if its files cannot be written.
         """
-        if self.start and name != "diffusion":
-            raise TrainingError(f"With a start model, the stage should be diffusion, not {name}.")
+        if self.start and name == "vae":  # other latents would be of no use to its U-Net
+            raise TrainingError("With a start model, the stage should be text, diffusion or decoder, not vae.")
         stage = self._stage(name)
         if self.recompute:
             recompute_activations(stage.networks)
@@ -122,7 +123,8 @@ class TrainingRun:
         if name == "vae":
             return VAEStage(self.config.vae, self.train_set)
         if name == "text":
-            return TextStage(self.config.text, self.train_set, self.tokens, in_pairs=self.in_pairs)
+            start = self.start and self.start.clip
+            return TextStage(self.config.text, self.train_set, self.tokens, in_pairs=self.in_pairs, start=start)
         if name == "decoder":
             encoder, decoder = self._plain_vae()
             whole_images = VAEStage(self.config.vae, self.train_set, crop=self.config.image_size)
@@ -147,13 +149,15 @@ class TrainingRun:
     @cached_property
     def vae(self) -> tuple[Encoder, Decoder]:
         """The trained autoencoder that makes the U-Net's latents. Loaded once, when it is first needed."""
-        return (self.start.encoder, self.start.decoder) if self.start else self._finished_vae()
+        return self._finished_vae()
 
     def _finished_vae(self) -> tuple[Encoder, Decoder]:
         """The trained autoencoder, with the decoder of the last stage if there is one, and latents of unit variance."""
         encoder, decoder = self._plain_vae()
         if (self.out / "decoder.state").exists():
             decoder.load_state_dict(_part(load_state(self.out / "decoder.state")["average"], "decoder"))
+        if self.start:  # its latents have unit variance already
+            return encoder.eval().requires_grad_(False), decoder.eval().requires_grad_(False)
         sample = CaptionedImages(self.train_set.pixels[:1000], self.train_set.captions[:1000])
         means = encode_all(encoder.to(self.device), sample, self.device)[0].float()
         mean, std = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
@@ -161,7 +165,10 @@ class TrainingRun:
         return encoder.eval().requires_grad_(False), decoder.eval().requires_grad_(False)
 
     def _plain_vae(self) -> tuple[Encoder, Decoder]:
-        """The autoencoder of stage 1: before its latents are normalised, and with its first decoder."""
+        """The autoencoder of stage 1: before its latents are normalised, and with its first decoder. Or that of the
+        start model."""
+        if self.start:
+            return copy.deepcopy((self.start.encoder, self.start.decoder))
         average = load_state(self.out / "vae.state")["average"]
         encoder, decoder = Encoder(self.config.vae), Decoder(self.config.vae)
         encoder.load_state_dict(_part(average, "encoder"))
@@ -170,13 +177,14 @@ class TrainingRun:
 
     @cached_property
     def clip(self) -> CLIP:
-        """The trained text encoder, frozen."""
-        if self.start:
+        """The trained text encoder, frozen: that of stage `text`, or without one, of the start model."""
+        if self.start and not (self.out / "text.state").exists():
             return self.start.clip
         average = load_state(self.out / "text.state")["average"]
         clip = CLIP(self.config.text)
         clip.load_state_dict(_part(average, "captions.clip"))
-        silence_unknown_tokens(clip, self.tokens)
+        if not self.start:  # its unknown tokens are silent already, and it knows words that no caption here has
+            silence_unknown_tokens(clip, self.tokens)
         return clip.eval().requires_grad_(False)
 
     def _latents(self) -> tuple[Tensor, Tensor]:
@@ -239,7 +247,7 @@ class TrainingRun:
         trained, unet = load_state(self.out / "diffusion.state"), Diffusion(self.config.unet)
         unet.load_state_dict(_part(trained["average"], "diffusion"))
         schedule = replace(self.config.schedule, prediction_type=trained["config"]["predicts"])
-        encoder, decoder = self.vae if self.start else self._finished_vae()  # not self.vae: the decoder may be newer
+        encoder, decoder = self._finished_vae()  # not self.vae: the decoder may be newer
         models = SimpleNamespace(clip=self.clip, encoder=encoder, decoder=decoder, diffusion=unet)
         state = {k: t.half() if t.is_floating_point() else t for k, t in to_compvis(models).items()}
         path = self.out / "tiny.ckpt"

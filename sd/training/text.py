@@ -75,7 +75,7 @@ class TextStage:
     """Image encoder and caption encoder, trained together so that an image and its caption get similar vectors."""
 
     name = "text"
-    learning_rate = 2e-3
+    learning_rate = 2e-3  # halved when training starts from a trained text encoder
     divisible = False
     gathers = True
     ema = 0.995
@@ -87,8 +87,10 @@ class TextStage:
         tokens: list[Tensor],
         batch_size: int = 256,
         in_pairs: bool = False,
+        start: CLIP | None = None,
     ):
-        """`tokens` are the captions of `dataset`, as `tokenise` returns them.
+        """`tokens` are the captions of `dataset`, as `tokenise` returns them. `start` is a trained text encoder to
+        start from; the image encoder always starts at random.
 
         With `in_pairs`, a batch has images 0 and 1, or 2 and 3, ... together. In scenes of the toy world, these show
         the same two things with colours or places exchanged. Without such neighbours, a text encoder learns which words
@@ -101,6 +103,9 @@ class TextStage:
         # State files call the image encoder "pictures".
         self.networks = nn.ModuleDict({"pictures": ImageEncoder(), "captions": CaptionEncoder(config)})
         self.networks.log_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as in 2103.00020, section 2.5
+        if start is not None:
+            self.networks["captions"].clip.load_state_dict(start.state_dict())
+            self.learning_rate /= 2
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random images, uint8 (B, 3, 64, 64), and a caption of each, (B, 77)."""

@@ -76,7 +76,7 @@ class DecoderStage:
         """`stage` draws the batches, as in stage 1; `encoder` and `decoder` were trained by stage 1."""
         self.config, self.batch_size, self.draw = stage.config, stage.batch_size, stage.draw
         self.encoder = encoder.eval().requires_grad_(False)
-        self.networks = nn.ModuleDict({"decoder": decoder})
+        self.networks = nn.ModuleDict({"decoder": decoder.requires_grad_(True)})
 
     def loss(self, images: Tensor, noise: Tensor) -> Tensor:
         with torch.no_grad():

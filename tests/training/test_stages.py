@@ -280,8 +280,27 @@ def test_further_training_starts_with_the_weights_of_the_model(tmp_path, trained
     assert stage.learning_rate < DiffusionStage.learning_rate
 
 
-def test_only_stage_diffusion_can_be_trained_further(tmp_path, trained):
-    with pytest.raises(TrainingError, match="the stage should be diffusion, not vae"):
+def test_text_encoder_and_decoder_can_be_trained_further(tmp_path, trained):
+    known = sd.load_models(trained / "tiny.ckpt", "cpu", torch.float32).clip.state_dict()
+    run = TrainingRun(tmp_path, scenes=40, device="cpu", start=trained / "tiny.ckpt")
+    stage = run._stage("text")
+    for name, tensor in stage.networks["captions"].clip.state_dict().items():
+        assert torch.equal(tensor, known[name])
+    assert stage.learning_rate < TextStage.learning_rate
+
+    for name in ("text", "diffusion", "decoder"):
+        run.train(name, minutes=1, steps=2)
+    path = run.write_checkpoint()
+    before, after = (sd.checkpoints.files.read_state_dict(file) for file in (trained / "tiny.ckpt", path))
+    changed = {".".join(key.split(".")[:2]) for key in before if not torch.equal(before[key], after[key])}
+    decoder = {"first_stage_model.decoder", "first_stage_model.post_quant_conv"}
+    assert changed == {"cond_stage_model.transformer", "model.diffusion_model"} | decoder
+    embeddings = [sd.load_models(file, "cpu").clip.token_embedding.weight for file in (trained / "tiny.ckpt", path)]
+    assert torch.equal(*[(rows == 0).all(dim=1) for rows in embeddings])  # unknown words stay unknown
+
+
+def test_the_encoder_cannot_be_trained_further(tmp_path, trained):
+    with pytest.raises(TrainingError, match="the stage should be text, diffusion or decoder, not vae"):
         further(tmp_path, trained, "vae")
 
 
@@ -316,7 +335,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path,
         ["unet"],
         ["vae", "--minutes", "0"],
         ["vae", "--steps", "-1"],
-        ["all", "--start", "tiny.ckpt"],
+        ["vae", "--start", "tiny.ckpt"],
         ["diffusion", "--start", "tiny.ckpt", "--prediction-type", "epsilon"],
         ["all", "--prediction-type", "x"],
     ],
