@@ -47,10 +47,10 @@ from scripts.support.captions import DTYPES, command, details, grid
 from scripts.support.checks import check_flags, note_crop, note_size, note_unknown_words, note_unquoted
 from scripts.support.command_line import Once, Parser, demo_name, import_torch, run, say
 from scripts.support.control import add_control_flags, controls, ready
+from scripts.support.defaults import with_defaults
 from scripts.support.embeddings import add_named, embeddings
 from scripts.support.fast import use_fast
 from scripts.support.flags import with_flags
-from scripts.support.image_size import choose_size
 from scripts.support.loras import hash_notes, titles
 from scripts.support.output_files import candidates, first_path, save
 from scripts.support.prompts import all_prompts
@@ -346,25 +346,6 @@ def read_mask(options: argparse.Namespace) -> Path | Image.Image | None:
 
     mask = alpha_mask(options.image) if options.mask_from_alpha else options.mask
     return ImageOps.invert(read_mask_image(mask)) if options.invert_mask else mask
-
-
-def with_defaults(request: Request, models: Models) -> Request:
-    """The request with the model's defaults filled in, for the report and the settings in the file."""
-    from sd.samplers import SAMPLERS
-
-    defaults, name = models.config.sampling, request.sampler_name
-    image = request.input_image or (request.control[0].image if request.control else None)
-    image = image.size if image and request.padding_mask_crop is None else None
-    width, height = choose_size(image, request.width, request.height, models.config.image_size)
-    default_steps = SAMPLERS[name].default_steps if name else defaults.steps
-    return replace(
-        request,
-        sampler_name=name or defaults.sampler,
-        n_inference_steps=request.n_inference_steps or default_steps,
-        cfg_scale=defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale,
-        height=height,
-        width=width,
-    )
 
 
 def load(options: argparse.Namespace, loras: list[tuple[Lora, ...]]) -> Models:

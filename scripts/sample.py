@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.demo import with_defaults
 from scripts.support.captions import DTYPES
 from scripts.support.command_line import Once, RankParser, import_torch, run
+from scripts.support.defaults import with_defaults
 from scripts.support.flags import with_flags
 from scripts.support.loras import find, flag_value, given_loras
 from scripts.support.saved_settings import parameters

@@ -51,7 +51,7 @@ def make_app(
 
     sources = source_files()
 
-    @app.get("/source/{name:path}", include_in_schema=False)
+    @app.api_route("/source/{name:path}", methods=["GET", "HEAD"], include_in_schema=False)
     def source(name: str) -> HTMLResponse:
         if not name:
             return HTMLResponse(index(list(sources)))

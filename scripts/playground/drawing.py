@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
-from scripts.demo import with_defaults
 from scripts.playground import files
 from scripts.playground.limits import FORMATS, Limits
+from scripts.support.defaults import with_defaults
 from scripts.support.embeddings import add_named
 from scripts.support.fast import SETTINGS
 from scripts.support.loras import find

@@ -93,18 +93,18 @@ def load(settings: dict):
     """The `Studio` for the settings of playground.py, and what `ready` says about it."""
     import torch
 
-    from scripts.demo import load_preview
     from scripts.playground.drawing import Studio, hear_warnings
     from scripts.playground.limits import Limits
     from scripts.playground.questions import about
     from scripts.support.captions import DTYPES
+    from sd.adapters.tiny_autoencoder import load_tiny_autoencoder
     from sd.model_loader import load_models
 
     checkpoint, vae, preview = (settings[name] and Path(settings[name]) for name in ("checkpoint", "vae", "preview"))
     dtype = getattr(torch, DTYPES[settings["dtype"]]) if settings["dtype"] else None
     models = load_models(checkpoint, settings["device"], dtype, vae=vae)
     options = argparse.Namespace(checkpoint=checkpoint, vae=vae, preview=preview)
-    decoder = load_preview(options, models)
+    decoder = preview and load_tiny_autoencoder(preview, models.device, argument="--preview")["decoder"]
     hear_warnings()
     studio = Studio(models, options, Limits(**settings["limits"]), decoder)
     return studio, about(studio)

@@ -136,6 +136,7 @@ def test_source_files_are_served_from_a_list(app, server):
     ):
         assert ask(app, "GET", f"/source/{path}")[0] == 404, path
     assert ask(app, "POST", "/source/sd/noise.py")[0] == 405
+    assert call(app, "HEAD", "/source/sd/noise.py")[0] == 200
 
 
 def test_settings_of_a_request_are_never_html(app, server):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.demo import with_defaults
 from scripts.playground.drawing import Stopped, Studio, hear_warnings
 from scripts.playground.limits import Limits
 from scripts.playground.questions import QUESTIONS, about
+from scripts.support.defaults import with_defaults
 from sd import generate
 from sd.adapters.control import Control
 from sd.checkpoints.files import write_checkpoint
