@@ -14,13 +14,13 @@ MAX_HEADER = 10_000_000  # bytes
 
 def lora_files() -> dict[str, Path]:
     """The LoRAs by name: those in data/loras/, and the tiny model's own."""
-    shipped = {path.stem: path for path in _shipped() if not _is_control(path)}
-    return shipped | _inside(loras.folder(), loras.SUFFIXES)
+    return {path.stem: path for path in loras.shipped()} | _inside(loras.folder(), loras.SUFFIXES)
 
 
 def control_files() -> dict[str, Path]:
     """The ControlNets by name: those in data/controls/, and the tiny model's own."""
-    shipped = {path.stem: path for path in _shipped() if _is_control(path)}
+    paths = sorted(loras.folder().parent.glob("tiny-*.safetensors"))
+    shipped = {path.stem: path for path in paths if _is_control(path)}
     return shipped | _inside(loras.folder().parent / "controls", CONTROL_SUFFIXES)
 
 
@@ -42,10 +42,6 @@ def _inside(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     paths = sorted(folder.rglob("*")) if folder.is_dir() else []
     paths = [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
-
-
-def _shipped() -> list[Path]:
-    return sorted(loras.folder().parent.glob("tiny-*.safetensors"))
 
 
 def _is_control(path: Path) -> bool:

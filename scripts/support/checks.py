@@ -116,7 +116,7 @@ def note_unknown_words(prompts: list[str], embedded: Iterable[str] = (), models:
     added = [*embedded, *getattr(models and models.tokenizer, "added", ())]
     if words := unknown_words(any_of(added).sub(" ", text.lower()), models):
         unknown = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
-        say(f"the tiny model was not trained on {unknown}: --world lists its words.")
+        say(f"the tiny model was not trained on {unknown}: --world lists the main words.")
 
 
 def note_crop(options: argparse.Namespace, request: Request) -> None:

@@ -68,7 +68,7 @@ def find(tags: Iterable[LoraTag], given: Sequence[GivenLora]) -> tuple[tuple[Lor
     A tag that names a file of --lora stands for that one. The strengths are those of --lora, or else the tag's.
     """
     own = _files(folder())
-    files = [*own, *_shipped()]
+    files = [*own, *shipped()]
     found, notes, strengths = [], {}, {}
     for tag in tags:
         if path := _named(tag.name, [path for path, _, _ in given]):
@@ -89,7 +89,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def _shipped() -> list[Path]:
+def shipped() -> list[Path]:
     """The tiny model's own LoRAs."""
     from sd.files import DATA
 

@@ -173,12 +173,12 @@ def test_names_never_become_paths(name):
 
 def test_files_by_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.support.loras.folder", lambda: tmp_path / "loras")
-    for name in ("loras/people/ann.safetensors", "loras/notes.txt", "controls/canny.pth", "tiny-lora.safetensors"):
+    for name in ("loras/people/ann.safetensors", "loras/notes.txt", "controls/canny.pth", "tiny-word.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     header = json.dumps({"control_model.zero_convs.0.0.weight": {}}).encode()
     (tmp_path / "tiny-scribble.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    assert [*files.lora_files()] == ["tiny-lora", "people/ann"]
+    assert [*files.lora_files()] == ["tiny-lcm", "tiny-windmill", "people/ann"]  # not the tiny model's word
     assert [*files.control_files()] == ["tiny-scribble", "canny"]
 
 
