@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.playground.limits import Limits
 from scripts.playground.security import LOCAL
 from scripts.support.captions import DTYPES
+from scripts.support.checks import may_be_on_hub
 from scripts.support.command_line import Parser, run
 
 PACKAGES = ("fastapi", "uvicorn")
@@ -75,7 +76,7 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--max-{name} should be above 0, not {getattr(options, f'max_{name}')}.")
     for name in PATHS:
         path = getattr(options, name)
-        if path is not None and not path.exists() and len(path.parts) != 2:
+        if path is not None and not path.exists() and not may_be_on_hub(path):
             raise ValueError(f"--{name} should be a file or a folder: there is none at {path}.")
     if options.preview and not options.checkpoint:
         raise ValueError("--checkpoint should be given with --preview: the tiny model's own decoder is quick enough.")

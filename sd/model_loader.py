@@ -102,7 +102,7 @@ def load_models(
     for name, network in networks.items():
         network.load_state_dict(weights[name], assign=True)  # the file's own memory
         network.eval().requires_grad_(False)
-        place, pack = source.placing(name, checkpoint, device, dtype)
+        place, pack = source.placing(name, checkpoint, device, dtype, device)
         speed.place_weights(network, place, pack)
         if of_network := _of(name, changes, changes):
             replace_modules(network, weights[name], of_network, blank[name], place, pack)
@@ -192,7 +192,7 @@ class _Source:
             network = getattr(models, name)
             device, dtype = device_and_dtype(network)
             networks[name] = sharing_weights(network)
-            place, pack = self.placing(name, checkpoint, device, dtype)
+            place, pack = self.placing(name, checkpoint, device, dtype, models.device)
             replace_modules(networks[name], weights[name], _of(name, modules, changes), blank[name], place, pack)
             if self.compiled and name == "diffusion":
                 speed.compile_networks([networks[name]], device, dtype)
@@ -202,11 +202,14 @@ class _Source:
         return replace(models, **networks, loras=used, change=change)
 
     def placing(
-        self, name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+        self, name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, computes: torch.device
     ) -> tuple[Callable[[Tensor], Tensor], bool]:
-        """How the weights of a network are placed: the arguments `place` and `pack` of `speed.place_weights`."""
+        """How the weights of a network are placed: the arguments `place` and `pack` of `speed.place_weights`.
+
+        `device` is where the network is now, `computes` where it computes: it may be waiting on an idle device.
+        """
         # torch.compile packs weights itself, and packing chooses its own memory order.
-        pack = name == "diffusion" and self.tuned and not self.compiled and speed.can_pack(device, dtype)
+        pack = name == "diffusion" and self.tuned and not self.compiled and speed.can_pack(computes, dtype)
         return _placer(checkpoint, device, dtype, reorder=self.tuned and not pack), pack
 
 

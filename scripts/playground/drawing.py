@@ -140,7 +140,7 @@ class Studio:
 
     def _lora(self, given: dict) -> tuple[Path, float, float]:
         strength = given.get("strength", 1.0)
-        return files.choose("loras", given["name"], files.lora_files()), strength, strength
+        return files.choose("loras", given["name"], files.lora_files(self.options.checkpoint)), strength, strength
 
     def _use_fast(self, settings: dict) -> list[tuple[Path, float, float]]:
         """The LoRA of the distilled few steps, with its settings where the client gave none."""
@@ -159,7 +159,7 @@ class Studio:
         return read_mask_image(content) if name == "mask_image" else read_image(content, name=name)
 
     def _control(self, given: dict) -> Control:
-        path = files.choose("control.net", given["net"], files.control_files())
+        path = files.choose("control.net", given["net"], files.control_files(self.options.checkpoint))
         image = Image.open(self.limits.image_bytes("control.image", given["image"]), formats=FORMATS)
         numbers = {name: given[name] for name in ("strength", "start", "end", "guess_mode") if name in given}
         return Control(path, image, **numbers)

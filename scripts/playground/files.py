@@ -12,15 +12,16 @@ CONTROL_MARKS = ("zero_convs.", "controlnet_", "control_model.", "input_hint_blo
 MAX_HEADER = 10_000_000  # bytes
 
 
-def lora_files() -> dict[str, Path]:
-    """The LoRAs by name: those in data/loras/, and the tiny model's own."""
-    return {path.stem: path for path in loras.shipped()} | _inside(loras.folder(), loras.SUFFIXES)
+def lora_files(checkpoint: Path | None = None) -> dict[str, Path]:
+    """The LoRAs by name for a checkpoint: those in data/loras/, and for the tiny model, None, also its own."""
+    shipped = {path.stem: path for path in loras.shipped() if checkpoint is None}
+    return shipped | _inside(loras.folder(), loras.SUFFIXES)
 
 
-def control_files() -> dict[str, Path]:
-    """The ControlNets by name: those in data/controls/, and the tiny model's own."""
+def control_files(checkpoint: Path | None = None) -> dict[str, Path]:
+    """The ControlNets by name: those in data/controls/, and for the tiny model, None, also its own."""
     paths = sorted(loras.folder().parent.glob("tiny-*.safetensors"))
-    shipped = {path.stem: path for path in paths if _is_control(path)}
+    shipped = {path.stem: path for path in paths if checkpoint is None and _is_control(path)}
     return shipped | _inside(loras.folder().parent / "controls", CONTROL_SUFFIXES)
 
 

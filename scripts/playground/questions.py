@@ -26,7 +26,7 @@ def about(studio) -> dict:
         "file": checkpoint.name if checkpoint else "tiny.ckpt",
         "vae": vae.name if vae else None,
         "tiny": checkpoint is None,
-        "fast": checkpoint is None and "tiny-lcm" in files.lora_files(),
+        "fast": "tiny-lcm" in files.lora_files(checkpoint),
         "device": str(models.device),
         "dtype": str(next(models.diffusion.parameters()).dtype).removeprefix("torch."),
         "image_size": config.image_size,
@@ -80,11 +80,12 @@ def tokens(studio, message: dict) -> dict:
     }
 
 
-def listed(_studio, _message: dict) -> dict:
+def listed(studio, _message: dict) -> dict:
     """The files in data/ that a request may name."""
+    checkpoint = studio.options.checkpoint
     return {
-        "loras": [{"name": name, "file": path.name} for name, path in files.lora_files().items()],
-        "controls": [{"name": name, "file": path.name} for name, path in files.control_files().items()],
+        "loras": [{"name": name, "file": path.name} for name, path in files.lora_files(checkpoint).items()],
+        "controls": [{"name": name, "file": path.name} for name, path in files.control_files(checkpoint).items()],
         "embeddings": [{"name": word, "file": path.name} for word, path in files.embedding_files().items()],
     }
 

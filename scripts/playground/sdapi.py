@@ -5,6 +5,7 @@ sdapi_lists.py has the rest. README.md says what differs.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -19,7 +20,7 @@ from scripts.playground.jobs import Job
 from scripts.playground.limits import Wrong
 from scripts.playground.sdapi_forms import ImageToImage, Picture, TextToImage, renamed, work_of
 from scripts.playground.sdapi_lists import add_lists
-from scripts.playground.server import DIED, Server
+from scripts.playground.server import DIED, Server, Unavailable
 
 POLL = 1.0  # seconds between looks whether a client is still there
 
@@ -126,12 +127,12 @@ async def draw_all(server: Server, call: Call, work: dict, first: int, request: 
     results: list[dict] = []
     while call.number < call.count and not call.interrupted:
         job = Job(work | {"seed": first + call.number}, f"sdapi {connection}", call)
-        server.submit(job)
+        await submit(server, job, request, waits=bool(results))
         try:
             while not job.over:
                 await job.changed(POLL)
-                if not job.over and await request.is_disconnected():
-                    raise HTTPException(499, "The client went away.")
+                if not job.over:
+                    await check_client(request)
         finally:
             server.cancel(job)  # if it is not over
             server.jobs.remove(job)
@@ -141,6 +142,25 @@ async def draw_all(server: Server, call: Call, work: dict, first: int, request: 
         results.append(job.result)
         call.number, call.skipped = call.number + 1, False
     return results
+
+
+async def submit(server: Server, job: Job, request: Request, waits: bool) -> None:
+    """Puts a job into the queue. With `waits`, as soon as there is room: the pictures of its call that are complete
+    would be lost with an error."""
+    while True:
+        try:
+            return server.submit(job)
+        except Unavailable:
+            if not waits:
+                raise
+        await asyncio.sleep(POLL)
+        await check_client(request)
+
+
+async def check_client(request: Request) -> None:
+    """Raises HTTPException if the client has gone."""
+    if await request.is_disconnected():
+        raise HTTPException(499, "The client went away.")
 
 
 def end(server: Server, interrupted: bool) -> None:

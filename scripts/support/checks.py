@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from sd.request import Request
 
 MAX_IMAGES = 10_000
-WEIGHT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")  # those of `hub`, whose import takes torch's second
+# As `sd.checkpoints.hub` has them, whose import takes torch's second.
+WEIGHT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^:@]+)?(:(?P<file>[^:]+))?")
 FEATURES = {".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}  # what Pillow calls the formats that some builds lack
 FAR_ABOVE = 2  # times the pixels that the model was trained on
 
@@ -44,7 +47,7 @@ def check_flags(options: argparse.Namespace) -> None:
         ("--preview", options.preview),
         *(("--control", path) for path in options.control or []),
     ]:
-        if path is not None and not path.exists() and not _may_be_on_hub(path):
+        if path is not None and not path.exists() and not may_be_on_hub(path):
             remedy = "; `sh scripts/download.sh` fetches the real weights" if flag == "--checkpoint" else ""
             raise ValueError(f"{flag} should be a file or a folder: there is none at {path}{remedy}.")
     loras = {f"--lora {path}": path for path, _, _ in given_loras(options)}
@@ -66,9 +69,10 @@ def check_flags(options: argparse.Namespace) -> None:
         check_free("--report", options.report, options.overwrite)
 
 
-def _may_be_on_hub(path: Path) -> bool:
+def may_be_on_hub(path: Path) -> bool:
     """Whether this could be a model's name on the hub, owner/name. `load_models` decides: it needs torch."""
-    return (len(path.parts) == 2 and path.suffix.lower() not in WEIGHT_SUFFIXES) or ":" in path.name
+    match = HUB_NAME.fullmatch(path.as_posix())
+    return match is not None and (match["file"] is not None or path.suffix.lower() not in WEIGHT_SUFFIXES)
 
 
 def _check_pairs(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ SHARDS = "shards"
 def write_shards(folder: Path, size: int) -> int:
     """Writes the pictures of a job's manifest into shards/00000.tar, ..., `size` to each. Returns the number of shards.
 
-    Pictures that failed are left out. Existing shards are replaced. Raises OSError.
+    Pictures that failed are left out. Earlier shards are replaced, or deleted. Raises OSError.
     """
     with open(folder / MANIFEST, encoding="utf-8") as lines:
         made = [line for line in lines if json.loads(line)["file"]]
@@ -30,6 +30,9 @@ def write_shards(folder: Path, size: int) -> int:
     for number, start in enumerate(starts):
         path = folder / SHARDS / f"{number:05d}.tar"
         write_whole(path, partial(_write, folder, made[start : start + size]), overwrite=True)
+    for path in (folder / SHARDS).glob("[0-9]" * 5 + ".tar"):
+        if int(path.stem) >= len(starts):  # of an earlier run with smaller shards
+            path.unlink()
     return len(starts)
 
 

@@ -33,7 +33,7 @@ def explain_out_of_memory(advice: str = ADVICE) -> Iterator[None]:
     except OutOfMemory:
         raise
     except (MemoryError, RuntimeError) as error:
-        if not _is_about_memory(error):
+        if not is_about_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # the frames would keep their tensors alive
         reason = str(error).strip().partition("\n")[0][:200].rstrip(".")
@@ -46,5 +46,5 @@ def explain_out_of_memory(advice: str = ADVICE) -> Iterator[None]:
     raise OutOfMemory(f"There is not enough memory ({reason or 'none is left'}): {advice}.")
 
 
-def _is_about_memory(error: BaseException) -> bool:
+def is_about_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(sign in str(error) for sign in SIGNS)

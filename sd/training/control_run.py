@@ -27,7 +27,7 @@ from sd.training.data import CaptionedImages, load_folder, load_scenes
 from sd.training.loop import Training, TrainingError, load_state, save_atomically
 from sd.training.outlines import agreement, outlines, scribbles
 from sd.training.recompute import recompute_activations
-from sd.training.record import make_folder, make_record
+from sd.training.record import check_result, make_folder, make_record
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import tokenise
 from sd.training.vae import encode_all
@@ -91,6 +91,7 @@ class ControlRun:
                 raise TrainingError("The control images should have something in them, but each is of one colour.")
         self._describe(control_images)
         make_folder(out, pictures, self.record)
+        check_result(out / "control.safetensors", out / "control.state")
         self.images = load_folder(pictures, out, size) if pictures else scenes_of_one_thing(out, scenes, size)
 
     def _describe(self, control_images: Path | None) -> None:

@@ -35,7 +35,7 @@ from sd.training.losses import pseudo_huber_loss
 from sd.training.low_rank import low_rank_changes, wearing, write_low_rank
 from sd.training.ranks import rank_0_first
 from sd.training.recompute import recompute_activations
-from sd.training.record import make_folder, make_record
+from sd.training.record import check_result, make_folder, make_record
 from sd.training.samples import decode, draw_latents
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import pick_captions, tokenise
@@ -97,9 +97,12 @@ class ConsistencyStage:
         with torch.no_grad():
             empty = self.empty.to(tokens.device).expand(len(tokens), -1)
             uncond, context = self.teacher.clip(torch.cat([empty, tokens])).chunk(2)  # (B, 77, D) each
+        # Before the target: autocast keeps the casts of weights, and in older torch those made without gradients, too.
+        predicted = self._end(x_t, context, later)
+        with torch.no_grad():
             x_s = self._teacher_step(x_t, torch.cat([uncond, context]), later, earlier)
             target = self._end(x_s, context, earlier)
-        return pseudo_huber_loss(self._end(x_t, context, later), target)
+        return pseudo_huber_loss(predicted, target)
 
     def _teacher_step(self, x_t: Tensor, context: Tensor, later: Tensor, earlier: Tensor) -> Tensor:
         """One step of DDIM (2010.02502, eq. 12, without noise) with guidance: latents (B, 4, h, w) at timesteps
@@ -175,6 +178,7 @@ class DistillationRun:
             what = "training images" if folder else "prompts"
             raise TrainingError(f"The number of {what} should be at least {MIN_IMAGES}, not {self.record['pictures']}.")
         make_folder(out, folder, self.record)
+        check_result(out / "lcm.safetensors", out / "lcm.state")
         if folder:
             self.images = load_folder(folder, out, self.teacher.config.image_size)
         else:

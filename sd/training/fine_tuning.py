@@ -45,7 +45,7 @@ from sd.training.loop import (
 from sd.training.losses import diffusion_loss, drop_captions, offset_noise
 from sd.training.precision import mixed_precision
 from sd.training.recompute import recompute_activations
-from sd.training.record import make_folder, make_record
+from sd.training.record import check_result, make_folder, make_record
 from sd.training.samples import decode, draw_latents
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import tokenise
@@ -218,10 +218,7 @@ class FineTuningRun:
                 f"The number of training images should be at least {MIN_IMAGES}, not {len(self.captions)}: for a few "
                 "pictures of one thing, train a LoRA."
             )
-        if self.path.exists() and not has_state(self._state):
-            raise TrainingError(
-                f"{self.path} was not trained in this folder and would be overwritten: choose another --out."
-            )
+        check_result(self.path, self._state)
         models = load_models(start, best_device(device), torch.float32, tuned=False)
         _check_model(models.config, start)
         self.settings = settings.suited_to(models.config)
@@ -354,7 +351,8 @@ def _check_memory(models: Models, optimizer: str, parts: int = 1) -> None:
     if models.device.type != "cuda":
         return
     needed = BYTES_PER_WEIGHT[optimizer] * sum(p.numel() for p in models.diffusion.parameters()) / parts
-    present = torch.cuda.mem_get_info(models.device)[1]
+    device = next(models.diffusion.parameters()).device  # torch 2.4 wants the number of the GPU, too
+    present = torch.cuda.mem_get_info(device)[1]
     if needed > present:
         raise TrainingError(
             f"{models.device} should have more than {needed / 1e9:.0f} GB to train all weights of this model, not "

@@ -39,7 +39,7 @@ from sd.training.loop import Training, TrainingError, load_state
 from sd.training.losses import diffusion_loss
 from sd.training.precision import product_dtype
 from sd.training.recompute import recompute_activations
-from sd.training.record import make_folder, make_record
+from sd.training.record import check_result, make_folder, make_record
 from sd.training.stages import train_with_bar, write_grid
 from sd.training.text import tokenise
 from sd.training.vae import encode_all
@@ -254,11 +254,8 @@ class InversionRun:
     def _check_settings(self) -> None:
         """Raise TrainingError if `out` has a run with other settings, or a file that was not trained there."""
         state = self.out / f"{self.name}.state"
+        check_result(self.path, state)
         if not state.exists():
-            if self.path.exists():
-                raise TrainingError(
-                    f"{self.path} was not trained in this folder and would be overwritten: choose another --out."
-                )
             return
         known = load_state(state, mapped=True)["config"]
         for name, value in self.settings.of(self.name).items():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.files import whole_file
+from sd.runtime.out_of_memory import is_about_memory
 from sd.training import ranks, sharding
 from sd.training.gradients import ManyRanks, OneProcess
 from sd.training.muon import Muon
@@ -307,7 +308,7 @@ def load_state(path: Path, mapped: bool = False) -> dict:
     """Read what `save_atomically` wrote. With `mapped`, tensors are read only when they are used. The networks of a
     sharded state are not read.
 
-    Raises TrainingError if the file does not exist or is damaged.
+    Raises TrainingError if the file does not exist or is damaged, OSError if it cannot be read.
     """
     if folder := sharding.newest(path):
         path = folder / sharding.LOOP
@@ -316,4 +317,6 @@ def load_state(path: Path, mapped: bool = False) -> dict:
     except FileNotFoundError:
         raise TrainingError(f"There is no {path}: train stage {path.stem} first.") from None
     except Exception as error:
+        if isinstance(error, OSError) or is_about_memory(error):
+            raise  # the state may be good: nobody should delete it
         raise TrainingError(f"{path} is damaged, or not a training state: delete it to start again.") from error

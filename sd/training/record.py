@@ -70,7 +70,7 @@ def make_folder(out: Path, folder: Path | None, record: dict) -> None:
 
 
 def check_folder(out: Path, record: dict) -> None:
-    """Raise TrainingError if `out` has states of another run, or a model that was not trained there.
+    """Raise TrainingError if `out` has states of another run.
 
     States of earlier versions have no record and are refused too: it is unknown what they were trained on, and resuming
     would overwrite a model that cannot be reproduced. Nothing in `out` is changed.
@@ -85,6 +85,9 @@ def check_folder(out: Path, record: dict) -> None:
             same = known["about"] == record["about"]
             difference = "which have changed since" if same else f"not on {record['about']}"
             raise TrainingError(f"{out} has a run on {known['about']}, {difference}: choose another --out.")
-    model = out / "tiny.ckpt"
-    if model.exists() and not (out / "diffusion.state").exists():
-        raise TrainingError(f"{model} was not trained in this folder and would be overwritten: choose another --out.")
+
+
+def check_result(path: Path, state: Path) -> None:
+    """Raise TrainingError if there is a file at `path`, where a run writes its result, but not that run's `state`."""
+    if path.exists() and not has_state(state):
+        raise TrainingError(f"{path} was not trained in this folder and would be overwritten: choose another --out.")

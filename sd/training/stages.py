@@ -38,7 +38,7 @@ from sd.training.data import CaptionedImages, load_folder, load_scenes
 from sd.training.diffusion import DiffusionStage
 from sd.training.loop import Progress, Stage, Training, TrainingError, load_state, save_atomically
 from sd.training.recompute import recompute_activations
-from sd.training.record import make_folder, make_record
+from sd.training.record import check_result, make_folder, make_record
 from sd.training.samples import decode, draw_latents
 from sd.training.text import CaptionEncoder, TextStage, retrieval, silence_unknown_tokens, tokenise
 from sd.training.vae import DecoderStage, VAEStage, encode_all, normalise_latents, psnr, reconstruct
@@ -83,7 +83,6 @@ class TrainingRun:
             raise TrainingError(
                 f"{start} is an inpainting model, which cannot be trained further: choose another --start."
             )
-        self.vae_file = start or out / "vae.state"  # the file with the autoencoder that makes the latents
         self.config = self.start.config if self.start else config
         self.tokenizer = self.start.tokenizer if self.start else Tokenizer()
         self.record = make_record(scenes, folder, seed, start, self.start)
@@ -92,6 +91,7 @@ class TrainingRun:
                 f"The number of training images should be at least {MIN_IMAGES}, not {self.record['pictures']}."
             )
         make_folder(out, folder, self.record)
+        check_result(out / "tiny.ckpt", out / "diffusion.state")
         size = self.config.image_size
         images = load_folder(folder, out, size) if folder else load_scenes(out, scenes, size)
         held_back = min(HELD_BACK, -(-len(images) // 10))
@@ -189,7 +189,8 @@ class TrainingRun:
 
     def _latents(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of all training images, saved for the next time."""
-        path, source = self.out / "latents.state", self.vae_file.stat().st_mtime_ns
+        path = self.out / "latents.state"
+        source = 0 if self.start else (self.out / "vae.state").stat().st_mtime_ns  # the record knows the start model
         if path.exists():
             known = load_state(path)
             if known["source"] == source and known.get("record") == self.record:

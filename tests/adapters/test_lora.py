@@ -246,6 +246,14 @@ def test_packed_weights(base, file, monkeypatch):
     assert changed(worn.with_loras([]), plain) == []
 
 
+def test_an_idle_network_is_packed_only_if_it_computes_on_the_cpu(base, file, monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed, "can_pack", lambda device, dtype: asked.append(device.type))
+    models = load_models(base, "cpu", torch.float32)
+    replace(models, device=torch.device("cuda")).with_loras([file(everywhere())])  # as if they waited on the CPU
+    assert asked == ["cpu", "cuda"]
+
+
 @pytest.mark.slow
 def test_compiled_networks_are_compiled_again(base, file):
     models = load_models(base, "cpu", torch.float32, compiled=True)

@@ -218,6 +218,8 @@ def test_every_prompt_with_every_seed(run_demo):
             ["--checkpoint", "none.ckpt"],
             "--checkpoint should be a file or a folder: there is none at none.ckpt; `sh scripts",
         ),
+        (["--checkpoint", "none/none.ckpt"], "--checkpoint should be a file or a folder: there is none at none/none."),
+        (["--checkpoint", "a/b/c"], "--checkpoint should be a file or a folder: there is none at a/b/c; `sh"),
         (["--vae", "none.pt"], "--vae should be a file or a folder: there is none at none.pt."),
         (["--prediction-type", "x_0"], "--prediction-type should be one of epsilon, v_prediction, not 'x_0'."),
         (["--checkpoint", "page.ckpt"], "web page (HTML)"),

@@ -180,6 +180,8 @@ def test_files_by_their_names(tmp_path, monkeypatch):
     (tmp_path / "tiny-scribble.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert [*files.lora_files()] == ["tiny-lcm", "tiny-windmill", "people/ann"]  # not the tiny model's word
     assert [*files.control_files()] == ["tiny-scribble", "canny"]
+    other = tmp_path / "sd15.safetensors"  # what is the tiny model's own fits no other
+    assert ([*files.lora_files(other)], [*files.control_files(other)]) == (["people/ann"], ["canny"])
 
 
 SAMPLERS = [

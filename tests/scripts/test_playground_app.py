@@ -1,11 +1,14 @@
 """The playground's application without its worker: what it answers, and what it refuses."""
 
+import asyncio
 import json
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 pytest.importorskip("fastapi")
 
+from scripts.playground import sdapi
 from scripts.playground.app import make_app
 from scripts.playground.jobs import Job
 from scripts.playground.limits import Limits, Wrong
@@ -101,6 +104,25 @@ def test_a_full_queue(app, server):
     assert status == 503
     assert answer["detail"] == "A client should have at most 16 pictures in the queue: wait for one of them."
     assert ask(app, "POST", "/api/jobs", {"prompt": "x", "client": "another"})[0] == 201
+
+
+def test_a_call_of_several_pictures_waits_for_room_once_it_has_one(server, monkeypatch):
+    """AUTOMATIC1111's interface gives all pictures of a call, or none."""
+    monkeypatch.setattr(sdapi, "POLL", 0.01)
+
+    def submit(job):
+        if next(full):
+            raise Unavailable("The queue is full.")
+        job.emit("done", {"seed": job.work["seed"]})
+
+    monkeypatch.setattr(server, "submit", submit)
+    request = Mock(client=None, is_disconnected=AsyncMock(return_value=False))
+    full = iter([False, True, True, False])
+    results = asyncio.run(sdapi.draw_all(server, sdapi.Call(2), {}, 5, request))
+    assert [result["seed"] for result in results] == [5, 6]
+    full = iter([True])
+    with pytest.raises(Unavailable):
+        asyncio.run(sdapi.draw_all(server, sdapi.Call(2), {}, 5, request))
 
 
 def test_what_does_not_exist(app, server):

@@ -100,6 +100,7 @@ def basic(password):
         ({"authorization": "Bearer"}, 401),
         ({"cookie": f"{COOKIE}=x"}, 401),
         ({"cookie": "=;=\t;" * 20}, 401),
+        ({"cookie": f"{COOKIE}=x; more={COOKIE}"}, 401),
     ],
 )
 def test_the_token(headers, status):
@@ -113,6 +114,9 @@ def test_a_browser_gets_a_cookie_for_the_token_in_the_address():
     assert all(part in cookie for part in ("HttpOnly", "SameSite=Strict", "Path=/"))
     assert TOKEN not in cookie
     assert call(guard(token=TOKEN), cookie=cookie.partition(";")[0])[0] == 200
+    for other in ('prefs={"a":1}', "x", "path=/x", "name=é"):  # of another server on this machine
+        assert call(guard(token=TOKEN), cookie=f"{other}; {cookie.partition(';')[0]}")[0] == 200
+        assert call(guard(token=TOKEN), cookie=f"{cookie.partition(';')[0]}; {other}")[0] == 200
     assert call(guard(token=TOKEN), query="token=wrong")[0] == 401
 
 

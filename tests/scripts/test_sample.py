@@ -398,6 +398,9 @@ def test_shards(run, tmp_path):
         name for key in ("00000-s0", "00002-s2", "00003-s3", "00004-s4") for name in (f"{key}.png", f"{key}.json")
     ]
     assert len(read["00000.tar"]) == 6
+    run("--prompts", "p.txt", "--out", "o", "--shards", 4)
+    assert os.listdir("o/shards") == ["00000.tar"]  # no picture is in two of them
+    run("--prompts", "p.txt", "--out", "o", "--shards", 3)
     made = contents(tmp_path / "o")
     for one in records("o"):
         if one["file"]:

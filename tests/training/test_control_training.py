@@ -298,3 +298,11 @@ def test_another_run_is_not_resumed(change, checkpoint, mine, tmp_path, monkeypa
     torch.save({"record": record}, tmp_path / "control.state")
     with pytest.raises(TrainingError, match="choose another --out"):
         ControlRun(tmp_path, checkpoint, **(settings | change))
+
+
+def test_a_controlnet_from_elsewhere_is_not_replaced(checkpoint, mine, tmp_path, capsys):
+    path = tmp_path / "control.safetensors"
+    path.write_bytes(b"mine")
+    assert run(checkpoint, tmp_path, "--pictures", mine[0], "--steps", "1") == 2
+    assert "was not trained in this folder and would be overwritten: choose another --out." in capsys.readouterr().err
+    assert path.read_bytes() == b"mine"

@@ -76,7 +76,19 @@ def test_only_the_student_of_the_later_timestep_gets_gradients():
     loss = stage.loss(*stage.draw(torch.Generator().manual_seed(0)))
     gradients = torch.autograd.grad(loss, list(stage.networks.parameters()))
     assert sum(g.abs().sum() for g in gradients) > 0
+    with torch.autocast("cpu", torch.bfloat16):  # it keeps casts of the weights, in torch 2.4 even without gradients
+        loss = stage.loss(*stage.draw(torch.Generator().manual_seed(0)))
+    assert sum(g.abs().sum() for g in torch.autograd.grad(loss, list(stage.networks.parameters()))) > 0
     assert not any(x.requires_grad for x in stage.teacher.diffusion.parameters())
+
+
+def test_a_lora_from_elsewhere_is_not_replaced(start, tmp_path):
+    (tmp_path / "lcm.safetensors").write_bytes(b"mine")
+    with pytest.raises(
+        TrainingError, match=r"lcm\.safetensors was not trained in this folder and would be overwritten"
+    ):
+        DistillationRun(tmp_path, start, prompts=8, device="cpu")
+    assert (tmp_path / "lcm.safetensors").read_bytes() == b"mine"
 
 
 def test_levels_are_evenly_spread_and_reach_both_ends():

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -150,6 +151,22 @@ def test_a_damaged_state_says_so(tmp_path):
     (tmp_path / "line.state").write_bytes(b"nonsense")
     with pytest.raises(TrainingError, match="is damaged, or not a training state"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        PermissionError(13, "Permission denied"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_state_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, error):
+    train(tmp_path, stop_after=2)
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
+        train(tmp_path)
+    assert raised.value is error
 
 
 def test_a_missing_state_names_the_stage(tmp_path):
