@@ -10,4 +10,5 @@ root=$(dirname "$(dirname "$script")")
 make_environment
 install_from requirements.txt
 install_from requirements-notebooks.txt
-exec "$python" -m jupyterlab --notebook-dir "$root/scripts/notebooks" "$@"
+# The links in the notebooks lead to files of the whole repository.
+exec "$python" -m jupyterlab --ServerApp.root_dir="$root" --LabApp.default_url=/lab/tree/scripts/notebooks "$@"

@@ -28,6 +28,12 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_can_be_pasted_into_any_shell(page):
+    """zsh, the shell of macOS, passes a comment on as arguments."""
+    assert [line for block in blocks(page, "sh") for line in block.splitlines() if re.search(r"(^|\s)#", line)] == []
+
+
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 LONGEST = {ROOT / "sd/inside/README.md", ROOT / "sd/adapters/README.md", ROOT / "sd/README.md"}
 

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from scripts.playground.limits import Limits
 
-COOKIE = "playground_token"
+COOKIE = "playground_token_"  # and the port: servers of one machine share its cookies
 LOCAL = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -74,12 +74,13 @@ class Guard:
             self.check_host(headers)
             self.check_origin(scope["method"], headers)
             if self.is_given_in_address(scope):
-                await _redirect(guarded, self.cookie)
+                await _redirect(guarded, f"{COOKIE}{self.port}={self.cookie}")
                 return
             self.check_token(headers)
             body = await self.read(headers, receive)
         except Refused as refused:
-            await answer(guarded, refused.status, str(refused))
+            asks = headers.get("sec-fetch-mode", "navigate") == "navigate"  # not for what a page asks by itself
+            await answer(guarded, refused.status, str(refused), asks)
             return
         await self.app(scope, _replay(body, receive), guarded)
 
@@ -127,7 +128,7 @@ class Guard:
             except (binascii.Error, ValueError):
                 given = ""
         # Not http.cookies, which drops all cookies if it cannot read one. Other servers of this host may have any.
-        cookie = re.search(rf"(?:^|;)\s*{COOKIE}=([^;\s]*)", headers.get("cookie", ""))
+        cookie = re.search(rf"(?:^|;)\s*{COOKIE}{self.port}=([^;\s]*)", headers.get("cookie", ""))
         if not _equal(given, self.token) and not (cookie and _equal(cookie[1], self.cookie)):
             how = "open /?token=... in a browser, or send it as a bearer or as the password of basic authentication"
             raise Refused(401, f"The token that the server was started with should be given: {how}.")
@@ -197,10 +198,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def answer(send: Send, status: int, sentence: str) -> None:
-    """A refusal as JSON, {"detail": sentence}."""
+async def answer(send: Send, status: int, sentence: str, asks: bool = True) -> None:
+    """A refusal as JSON, {"detail": sentence}. With `asks`, a browser asks its reader for the token."""
     headers = [(b"content-type", b"application/json")]
-    if status == 401:
+    if status == 401 and asks:
         headers.append((b"www-authenticate", b'Basic realm="playground"'))
     if status in (408, 413):
         headers.append((b"connection", b"close"))
@@ -208,8 +209,8 @@ async def answer(send: Send, status: int, sentence: str) -> None:
     await send({"type": "http.response.body", "body": json.dumps({"detail": sentence}).encode()})
 
 
-async def _redirect(send: Send, value: str) -> None:
-    cookie = f"{COOKIE}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age=2592000"
+async def _redirect(send: Send, cookie: str) -> None:
+    cookie = f"{cookie}; Path=/; HttpOnly; SameSite=Strict; Max-Age=2592000"
     headers = [(b"location", b"/"), (b"set-cookie", cookie.encode())]
     await send({"type": "http.response.start", "status": 303, "headers": headers})
     await send({"type": "http.response.body", "body": b""})

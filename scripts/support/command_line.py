@@ -16,12 +16,16 @@ from typing import NoReturn
 
 from scripts.support.streams import open_streams, output_error
 
+VENV_PYTHON = ".venv/Scripts/python" if os.name == "nt" else ".venv/bin/python"
 PACKAGES = ("torch", "numpy", "PIL", "tqdm", "regex", "ftfy")
 
 
 def demo_command() -> list[str]:
     """How the demo was started: as a script, or as the command `sd` that `pip install .` makes."""
-    return ["sd"] if Path(sys.argv[0]).stem == "sd" else ["python", "scripts/demo.py"]
+    if Path(sys.argv[0]).stem == "sd":
+        return ["sd"]
+    own = Path(sys.prefix) == Path(__file__).resolve().parents[2] / ".venv"  # as demo.sh made it
+    return [VENV_PYTHON if own else "python", "scripts/demo.py"]
 
 
 def demo_name() -> str:
@@ -66,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         if missing := [name for name in self.packages if find_spec(name) is None]:
             self.error(
                 f"this Python lacks {', '.join(missing)}: run `sh scripts/demo.sh` once to install them into .venv, "
-                f"then `.venv/bin/python scripts/{self.prog}`."
+                f"then `{VENV_PYTHON} scripts/{self.prog}`."
             )
         try:
             os.getcwd()

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 from scripts.demo import parse
 from scripts.support.captions import command, details
+from scripts.support.command_line import VENV_PYTHON
 from scripts.support.saved_settings import parameters
 from sd.prompts.alternatives import expand
 from sd.request import Request
 from sd.samplers import SAMPLERS
+from tests import ROOT
 
 
 def made_with(arguments: list[str], prompt: str = "x"):
@@ -81,11 +84,18 @@ def test_a_sampler_of_your_own_keeps_its_name():
     assert "Sampler: mine Karras," in parameters(options, replace(request, sampler_name="mine_karras"))
 
 
-def test_defaults_are_spelled_out():
+def test_defaults_are_spelled_out(monkeypatch):
+    monkeypatch.setattr(sys, "prefix", "/usr")
     assert command(*made_with(["a cat"], "a cat")) == (
         "python scripts/demo.py 'a cat' --steps 20 --cfg-scale 7.5 --sampler dpm++2m --seed 7 --width 768 --height 512 "
         "--device cpu --dtype bf16"
     )
+
+
+def test_the_environment_of_the_shell_scripts_is_named(monkeypatch):
+    """Elsewhere, there may be no `python`, or one without torch."""
+    monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
+    assert command(*made_with(["a cat"], "a cat")).startswith(f"{VENV_PYTHON} scripts/demo.py 'a cat' --steps 20 ")
 
 
 def test_every_setting_that_matters_is_there():

@@ -70,6 +70,9 @@ def test_drawing_by_keyboard(page):
         page.press(key)
     assert page.find(".board .pen").is_displayed()
     assert until(lambda: page.source("live-picture") != first)
+    held = "arguments[0].dispatchEvent(new KeyboardEvent('keydown', {key: ' ', repeat: true, bubbles: true}))"
+    page.script(held, canvas)
+    assert "down" not in page.find(".board .pen").get_attribute("class")
 
 
 def test_steps_appear_one_by_one_and_can_be_gone_back_to(page):
@@ -209,6 +212,10 @@ def test_a_picture_of_the_web_ui_brings_its_second_pass_back(page):
     page.drop("gallery", png_url(np.zeros((8, 8, 3), np.uint8), parameters.partition(", Clip skip")[0]))
     assert until(lambda: "another picture" in page.text("draw-notes"))  # without a second pass, it means image-to-image
     assert page.find("hires-scale").get_attribute("value") == page.find("clip-skip").get_attribute("value") == "1"
+    assert page.find("strength").get_attribute("value") == "0.7"
+    page.drop("start-frame", png_url(np.zeros((16, 8, 3), np.uint8)))
+    assert until(lambda: page.find("mask").is_displayed())
+    assert [page.find(side).get_attribute("value") for side in ("width", "height")] == ["64", "80"]  # the restored size
 
 
 def test_the_gallery_restores_a_picture_with_its_steps(page):
@@ -222,6 +229,10 @@ def test_the_gallery_restores_a_picture_with_its_steps(page):
     assert page.find("words").is_displayed()
     page.set("step", 0)
     assert page.text("now").startswith("1 of 3")
+    for _ in range(12):  # the steps of older pictures are dropped, but not of the one that is shown
+        page.find("keep").click()
+    page.set("step", 1)
+    assert page.text("now").startswith("2 of 3")
 
 
 def test_a_mask_is_painted_and_only_that_changes(page):
@@ -286,6 +297,11 @@ def test_one_thing_is_changed_and_both_are_compared(page):
     assert (page.text("first-value"), page.text("second-value")) == ("a red house", "a blue house")
     page.set("compare-step", 0)
     assert page.source("first-image") != first
+    page.set("compare-what", "n_inference_steps")
+    page.set("compare-number", 100_000)
+    page.find("compare-draw").click()
+    assert until(lambda: "Steps should be" in page.text("compare-error"))
+    assert page.source("second-image") == ""  # not the one before, with the new value
     page.set("compare-what", "cfg_scale")
     page.set("compare-number", "")
     page.find("compare-draw").click()

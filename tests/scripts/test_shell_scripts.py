@@ -42,7 +42,7 @@ def repository(tmp_path):
     [
         ("demo.sh", ["{root}/scripts/demo.py"]),
         ("download.sh", ["{root}/scripts/download.py"]),
-        ("notebooks.sh", ["-m", "jupyterlab", "--notebook-dir"]),
+        ("notebooks.sh", ["-m", "jupyterlab", "--ServerApp.root_dir={root}"]),
         ("playground.sh", ["{root}/scripts/playground.py"]),
     ],
 )

@@ -69,6 +69,7 @@ export class Compare {
     const run = new Run({ ...this.first.work, [what]: value, attention: false, features: false });
     this.second = run;
     this.changed = what;
+    at("second-image").removeAttribute("src"); // or the one before would be shown with the new value
     this.busy(true);
     this.picture = new Picture(run.work, (event, data) => this.hear(run, event, data), "-compare");
   }

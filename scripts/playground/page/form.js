@@ -6,6 +6,7 @@ import { call } from "./server.js";
 const HUES = 5; // of tokens, one after the other
 const PAUSE = 120; // milliseconds without a key before the tokens are asked for
 const HIRES_STRENGTH = 0.6;
+const PLAIN_SCHEDULES = ["Automatic", "Uniform", "Normal"]; // of other programs: noise levels that every sampler has
 
 // Settings in a picture’s file that need no sentence.
 const IGNORED = ["Model", "Model hash", "Lora hashes", "Version"];
@@ -22,7 +23,7 @@ export class Form {
 
   // Shows what the model can do. `models` and `samplers` are the server's answers.
   know(models, samplers) {
-    const first = !this.models;
+    const first = this.models?.file !== models.file; // also if the server was started again with another one
     Object.assign(this, { models, samplers });
     const chosen = at("sampler").value;
     at("sampler").replaceChildren(...samplers.map(({ name, label }) => make("option", { value: name, textContent: label })));
@@ -110,9 +111,12 @@ export class Form {
     for (const [name, id] of Object.entries(fields)) at(id).value = take(name) ?? at(id).value;
     const size = /^(\d{1,5})x(\d{1,5})$/.exec(take("Size") ?? "");
     if (size) [at("width").value, at("height").value] = size.slice(1);
-    const sampler = this.samplerCalled(take("Sampler"), take("Schedule type"));
+    const [label, schedule] = [take("Sampler"), take("Schedule type")];
+    const sampler = this.samplerCalled(label, schedule);
     if (sampler) at("sampler").value = sampler;
     else notes.push("Its sampler does not exist here.");
+    const drawn = sampler?.endsWith("_karras") ? "Karras" : undefined;
+    if (sampler && schedule && schedule !== drawn && !PLAIN_SCHEDULES.includes(schedule)) left["Schedule type"] = schedule;
     if (settings.Model && settings.Model !== this.models.model) {
       notes.push(`It was drawn with the model ${settings.Model}, and this is ${this.models.model}.`);
     }
@@ -122,7 +126,11 @@ export class Form {
     const hires_latents = take("Hires upscaler")?.startsWith("Latent");
     const freeu = take("FreeU")?.split(" ");
     this.writeMore({ clip_skip: take("Clip skip"), hires_scale, hires_strength, hires_latents, freeu });
-    if (take("Denoising strength") !== undefined) {
+    const strength = take("Denoising strength");
+    this.keepsSize = Boolean(size && strength !== undefined);
+    if (strength !== undefined) {
+      at("strength").value = strength;
+      at("strength").dispatchEvent(new Event("input"));
       notes.push("It was drawn from another picture, which is not in its file: put that into “Start from a picture”.");
     }
     for (const name of IGNORED) delete left[name];

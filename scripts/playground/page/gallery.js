@@ -6,15 +6,16 @@ const MOST = 60; // pictures
 const WITH_STEPS = 10; // of the newest, the steps are kept too: they take the most memory
 
 export class Gallery {
-  // `restore(run)` shows a picture and its settings again, `start(url)` takes it for image-to-image.
-  constructor(restore, start) {
-    Object.assign(this, { restore, start, runs: [] });
+  // `restore(run)` shows a picture and its settings again, `start(url)` takes it for image-to-image, `shown()` is the
+  // run that the page shows.
+  constructor(restore, start, shown) {
+    Object.assign(this, { restore, start, shown, runs: [] });
   }
 
   add(run) {
     this.runs.unshift(run);
     at("shelf").prepend(this.card(run));
-    for (const old of this.runs.slice(WITH_STEPS)) old.forget();
+    for (const old of this.runs.slice(WITH_STEPS)) if (old !== this.shown()) old.forget();
     while (this.runs.length > MOST) {
       this.runs.pop();
       at("shelf").lastElementChild.remove();

@@ -68,7 +68,7 @@ export class Live {
 
   // Takes what the server has: the model, and the LoRAs and ControlNets by their names.
   know(models, loras, controls) {
-    const first = !this.models;
+    const first = this.models?.file !== models.file;
     this.models = models;
     this.fewSteps = loras.find(({ name }) => /lcm/i.test(name))?.name;
     this.control = (controls.find(({ name }) => /scribble/i.test(name)) ?? controls[0])?.name;
@@ -77,7 +77,8 @@ export class Live {
     at("slow").hidden = models.fast || Boolean(this.fewSteps);
     if (first) {
       const prompts = PROMPTS[models.tiny ? "tiny" : "other"];
-      at("live-prompt").value ||= prompts[0];
+      const given = at("live-prompt").value;
+      if (!given || Object.values(PROMPTS).flat().includes(given)) at("live-prompt").value = prompts[0];
       at("live-examples").replaceChildren(...prompts.map((text) => this.example(text)));
     }
     if (first || !this.control) this.mode = this.control ? "lines" : "shapes";

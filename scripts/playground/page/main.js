@@ -14,7 +14,7 @@ const form = new Form();
 const start = new Start(fit);
 const adapters = new Adapters(() => live.lines());
 const compare = new Compare();
-const gallery = new Gallery(restore, startFrom);
+const gallery = new Gallery(restore, startFrom, () => studio.run);
 const studio = new Studio(form, start, adapters, (run) => {
   gallery.add(run);
   compare.use(run);
@@ -27,8 +27,13 @@ form.chosen = ({ sampler_name }) => {
   if (row) sampler_name === "lcm" ? row.set(1) : (row.box.checked = false);
 };
 
-// A size with the shape of a picture, and about as many pixels as the model was trained on.
+// A size with the shape of a picture, and about as many pixels as the model was trained on. The restored size of a
+// picture stays, when the picture comes that it was drawn from.
 function fit(width, height) {
+  if (form.keepsSize) {
+    form.keepsSize = false;
+    return;
+  }
   const side = form.models?.image_size ?? 512;
   const multiple = (length) => Math.max(8 * Math.round((length * side) / Math.sqrt(width * height) / 8), 8);
   at("width").value = multiple(width);
@@ -105,7 +110,7 @@ addEventListener("pageshow", () => {
   form.openMore();
 });
 
-function showStatus(status) {
+function showStatus(status, problem) {
   const { worker, waiting, running } = status ?? {};
   const sentences = {
     starting: "The model is being loaded …",
@@ -113,7 +118,7 @@ function showStatus(status) {
     unusable: status?.problem,
     ready: form.models ? `${form.models.model} on ${form.models.device}, ${running ? "drawing" : "ready"}` : "ready",
   };
-  const sentence = status ? sentences[worker] : "The server does not answer. This page tries again every two seconds.";
+  const sentence = status ? sentences[worker] : `${problem} This page tries again every two seconds.`;
   const queue = waiting ? `, ${waiting} waiting` : "";
   if (at("server").textContent !== sentence + queue) at("server").textContent = sentence + queue;
   at("server").className = { ready: "ready", starting: "" }[worker] ?? "trouble";

@@ -76,18 +76,18 @@ function labelled(sentence) {
   return sentence.replace(/^\w+|\b[a-z]+(?:_[a-z]+)+\b/g, label);
 }
 
-// Asks for the state of the server every two seconds. `hear(status)` gets null while it does not answer; `back()` is
-// called when it answers again, or with another worker than before.
+// Asks for the state of the server every two seconds. `hear(status, problem)` gets null and a sentence while there is
+// none; `back()` is called when it answers again, or with another worker than before.
 export async function watchServer(hear, back) {
   let before = null;
   for (;;) {
-    let status = null;
+    let [status, problem] = [null, ""];
     try {
       status = await call("GET", "/api/status");
-    } catch {
-      // said by `hear(null)`
+    } catch (error) {
+      problem = error.message;
     }
-    hear(status);
+    hear(status, problem);
     const worker = status?.worker === "ready" ? status.started : null;
     if (worker !== null && before !== worker) {
       try {

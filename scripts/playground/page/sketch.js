@@ -69,9 +69,12 @@ export class Sketch {
   // Arrow keys move the pen, and the space bar puts it down and lifts it.
   key(event) {
     const { pen, canvas } = this;
+    if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own
+    pen.x = Math.min(pen.x, canvas.width); // another picture may have another shape
+    pen.y = Math.min(pen.y, canvas.height);
     if (event.key === " ") {
-      pen.down = !pen.down;
-      if (pen.down) {
+      if (!event.repeat) pen.down = !pen.down;
+      if (pen.down && !event.repeat) {
         this.remember();
         this.line(pen, { x: pen.x, y: pen.y });
       }

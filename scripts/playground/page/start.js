@@ -60,8 +60,10 @@ export class Start {
 
   remove() {
     this.url = null;
+    const focused = at("start-full").contains(document.activeElement);
     at("start-empty").hidden = false;
     at("start-full").hidden = true;
+    if (focused) at("start-file").focus();
     say("start-error");
   }
 

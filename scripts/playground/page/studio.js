@@ -97,6 +97,7 @@ export class Studio {
 
   idle(sentence) {
     at("state").textContent = sentence;
+    if (document.activeElement === at("cancel")) at("submit").focus(); // what is disabled loses the focus
     at("cancel").disabled = true;
     at("progress").hidden = true;
   }
