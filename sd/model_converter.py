@@ -29,7 +29,7 @@ from sd.checkpoints.key_rules import (
     rename,
     without_wrappers,
 )
-from sd.checkpoints.variants import recognise, standard_layout, warn_of_unknown, with_text_model
+from sd.checkpoints.variants import recognise, standard_key, standard_layout, warn_of_unknown
 from sd.config import ModelConfig
 from sd.models import empty_networks
 
@@ -207,7 +207,7 @@ def _openclip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with the text encoder under OpenCLIP's names, if it is under SD-Turbo's or transformers'."""
     state = {rename(key, [(SGM_PREFIX, OPENCLIP_PREFIX)]): tensor for key, tensor in state.items()}
     text = {key: tensor for key, tensor in state.items() if key.startswith(CLIP_PREFIX) and key != POSITION_IDS}
-    ours = {to_our_name(with_text_model(key)): tensor for key, tensor in text.items()}
+    ours = {to_our_name(standard_key(key)): tensor for key, tensor in text.items()}
     try:
         renamed = {to_their_name(f"open{name}"): tensor for name, tensor in fuse_qkv(ours).items()}
     except KeyError as missing:  # queries without keys or values

@@ -55,6 +55,8 @@ def save_folder(models: Models, path: str | Path) -> None:
     try:
         _write(models, incomplete)
         incomplete.chmod(0o755)  # mkdtemp makes it private
+        if path.exists():
+            path.rmdir()  # it is empty, and Windows replaces no folder
         incomplete.replace(path)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)

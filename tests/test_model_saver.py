@@ -61,6 +61,12 @@ def test_float16_and_added_words(tmp_path):
     assert_equal_weights(models, back)
 
 
+def test_an_empty_folder_may_exist(tmp_path):
+    (tmp_path / "micro").mkdir()
+    save_folder(random_models(MICRO), tmp_path / "micro")
+    assert (tmp_path / "micro" / "model_index.json").is_file()
+
+
 def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
     models = random_models(MICRO)
     (tmp_path / "full").mkdir()

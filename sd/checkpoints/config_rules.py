@@ -28,7 +28,9 @@ def check_config(config: ModelConfig) -> None:
         "unet.out_channels equal to vae.latent_channels": unet.out_channels == vae.latent_channels,
         "a unet.guidance_width from 4 to 4096 that is even": unet.guidance_width is None
         or (4 <= unet.guidance_width <= 4096 and unet.guidance_width % 2 == 0),
-        "no fewer unet.in_channels than unet.out_channels": unet.in_channels >= unet.out_channels,
+        "unet.in_channels equal to unet.out_channels, or for inpainting with those of an image and a mask added": (
+            unet.in_channels in (unet.out_channels, unet.out_channels + vae.latent_channels + 1)
+        ),
         "an image_size of at most 8192": config.image_size <= 8192,
         "at most 100,000 training steps": schedule.num_training_steps <= 100_000,
         "fewer sampling.steps than training steps": config.sampling.steps < schedule.num_training_steps,

@@ -295,6 +295,10 @@ def fields_of(folder: Path, name: str) -> dict[str, object]:
     trailing = values.get("timestep_spacing") == "trailing" and not fields.get("rescale_betas_zero_snr")
     if name == "scheduler" and trailing:
         fields["timestep_spacing"] = "trailing"
+    # diffusers before 0.9 wrote a wrong size, 32, for 512 x 512 pixels; its pipelines say so, too.
+    early = re.match(r"0\.[0-8]\.", str(values.get("_diffusers_version")))
+    if name == "unet" and early and fields.get("side") == 32:
+        del fields["side"]
     if name == "text_encoder":
         fields["zero_padding"] = fields.get("activation") == "gelu"
     if name == "unet" and isinstance(heads := fields.get("heads"), list):

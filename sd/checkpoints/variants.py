@@ -26,7 +26,10 @@ NUMBER = re.compile(r"\d+")
 FIRST_WEIGHT = f"{UNET_PREFIX}input_blocks.0.0.weight"
 GUIDANCE_WEIGHT = f"{UNET_PREFIX}time_embedding.cond_proj.weight"  # of LCMs
 GUIDANCE_WIDTH = 256  # of the published ones
+IMAGE_EMBEDDING = f"{UNET_PREFIX}label_emb.0.0.weight"  # of Stable unCLIP
 TOKEN_TABLE = re.compile(re.escape(CLIP_PREFIX) + r"(text_model\.)?embeddings\.token_embedding\.weight$")
+VAE_ATTENTION = re.compile(re.escape(VAE_PREFIX) + r"((?:en|de)coder\.mid\.attn_1\.)(to_q|to_k|to_v|to_out\.0)(\.\w+)")
+VAE_ATTENTION_NAMES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 AVERAGED_PREFIX = "model_ema.diffusion_model"
 MAX_NAMED = 5  # tensors that the warning about unknown ones names
 
@@ -106,6 +109,8 @@ def recognise(
     channels = None if first is None else tuple(first.shape[1:2])
     if channels in INPUTS:
         raise CheckpointError(f"This file is {INPUTS[channels]}.")
+    if IMAGE_EMBEDDING in state:
+        raise CheckpointError(f"This file is {OTHER_PIPELINES['UnCLIP']}.")
     if (1024,) in widths:
         # Of all models of SD 2.x, only SD-Turbo has these names. A copy with others looks like a base.
         turbo = any(key.startswith(SGM_PREFIX) for key in state) or "turbo" in name.lower()
@@ -146,11 +151,16 @@ def prediction_by_bias(state: dict[str, Tensor]) -> str:
 def is_doubtful(state: dict[str, Tensor]) -> bool:
     """Whether `prediction_by_bias` may be wrong."""
     low, high = DOUBTFUL_SPREADS
-    return V_BIAS not in state or low < _spread(state) < high
+    return _v_bias(state) is None or low < _spread(state) < high
 
 
 def _spread(state: dict[str, Tensor]) -> float:
-    return state[V_BIAS].float().std().item() if V_BIAS in state else 0.0
+    bias = _v_bias(state)
+    return 0.0 if bias is None else bias.float().std().item()
+
+
+def _v_bias(state: dict[str, Tensor]) -> Tensor | None:
+    return state.get(V_BIAS, state.get(averaged_name(V_BIAS)))
 
 
 def is_guess(config: ModelConfig, state: dict[str, Tensor], metadata: dict[str, str], yaml: str) -> bool:
@@ -198,7 +208,7 @@ def standard_layout(
     networks; without it, all keys inside a network are kept. A further block or layer is kept too: it shows that the
     network is another one, which the converter refuses.
     """
-    weights = {with_text_model(key): tensor for key, tensor in state.items() if not EXTRAS.match(key)}
+    weights = {standard_key(key): tensor for key, tensor in state.items() if not EXTRAS.match(key)}
     weights = {key: tensor for key, tensor in weights.items() if key.startswith(NETWORK_PREFIXES)}
     if known is not None:
         kinds = {NUMBER.sub("#", key) for key in known}
@@ -211,7 +221,7 @@ def standard_layout(
 def warn_of_unknown(state: dict[str, Tensor], weights: Collection[str]) -> None:
     """Names the tensors that are neither among the weights taken from the file nor what trainers store beside them."""
     known = {*weights, *MARKS, POSITION_IDS}
-    if unknown := [key for key in map(with_text_model, state) if key not in known and not EXTRAS.match(key)]:
+    if unknown := [key for key in map(standard_key, state) if key not in known and not EXTRAS.match(key)]:
         names = ", ".join(unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
         warn(f"Left out, as Stable Diffusion has no place for it: {names:.300}")
 
@@ -261,8 +271,10 @@ def _other_file(description: str) -> CheckpointError:
     )
 
 
-def with_text_model(key: str) -> str:
-    """Some files leave "text_model." out of the text encoder's keys."""
+def standard_key(key: str) -> str:
+    """Some files leave "text_model." out of the text encoder's keys, or give the VAE's attention diffusers' names."""
+    if match := VAE_ATTENTION.fullmatch(key):
+        return f"{VAE_PREFIX}{match[1]}{VAE_ATTENTION_NAMES[match[2]]}{match[3]}"
     rest = key.removeprefix(CLIP_PREFIX)
     if rest != key and not rest.startswith("text_model."):
         return f"{CLIP_PREFIX}text_model.{rest}"

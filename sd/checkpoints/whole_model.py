@@ -20,6 +20,8 @@ from sd.checkpoints.shards import INDEX, read_shards
 from sd.config import PREDICTION_TYPES, ModelConfig
 from sd.runtime import warn
 
+XL_SCALING_FACTOR = 0.13025  # of the VAE of Stable Diffusion XL, whose tensors have the same names and shapes
+
 
 def read_model(
     path: str | Path, vae: str | Path | None = None, prediction_type: str | None = None
@@ -110,7 +112,10 @@ def _configured(
 def _with_vae(checkpoint: Checkpoint, config: ModelConfig, other: Checkpoint) -> tuple[Checkpoint, ModelConfig]:
     """The checkpoint and its configuration, with the VAE of `other` in place of its own."""
     vae = variants.vae_layout(other.state)
+    settings = ModelConfig.from_dict(other.config or {}).vae
+    if settings.scaling_factor == XL_SCALING_FACTOR:
+        raise CheckpointError("This is the VAE of Stable Diffusion XL, which makes other latents.")
     rest = {key: tensor for key, tensor in checkpoint.state.items() if not key.startswith(VAE_PREFIX)}
     mappings = checkpoint.mappings + other.mappings
-    config = replace(config, vae=ModelConfig.from_dict(other.config or {}).vae)
+    config = replace(config, vae=settings)
     return replace(checkpoint, state=rest | vae, mappings=mappings), config

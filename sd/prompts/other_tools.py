@@ -42,7 +42,7 @@ def adapt(prompt: str) -> tuple[str, dict[str, str]]:
 
     def left_out(match: re.Match) -> str:
         notes.setdefault("file", f"{match[1]} is left out: hypernetwork files are not supported.")
-        return ""
+        return between(match)
 
     def square(match: re.Match) -> str:
         inside = match["inside"]
@@ -84,7 +84,13 @@ def take_loras(prompt: str) -> tuple[str, list[LoraTag]]:
     UI; <lora:name:unet=0.8:te=0.6> says which is which. Raises ValueError for anything else behind the name.
     """
     tags = [_lora_tag(match) for match in LORA.finditer(prompt)]
-    return LORA.sub("", prompt).strip() if tags else prompt, tags
+    return LORA.sub(between, prompt).strip() if tags else prompt, tags
+
+
+def between(tag: re.Match) -> str:
+    """What stays where a tag is taken out with the blanks behind it: one of them, or two words would become one."""
+    before = tag.string[: tag.start()]
+    return tag[0][-1] if tag[0][-1].isspace() and before and not before[-1].isspace() else ""
 
 
 def lora_tag(name: str, unet: float, te: float) -> str:

@@ -92,7 +92,8 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, caus
     if query.device.type not in STORING_DEVICES:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     if causal:  # the text encoder: few queries
-        later = query.new_full((query.shape[2], key.shape[2]), -math.inf).triu(1)  # (N, M)
+        # Made on the CPU: on MPS, triu of infinities is NaN in torch 2.4 (pytorch issue 128429).
+        later = torch.full((query.shape[2], key.shape[2]), -math.inf).triu(1).to(query)  # (N, M)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=later)
     batch, heads = query.shape[:2]
     rows = max(1, MAX_SCORE_BYTES // (4 * batch * heads * key.shape[2]))  # scores are float32

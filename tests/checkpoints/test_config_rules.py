@@ -21,7 +21,7 @@ from sd.config import SD15, SD15_INPAINTING, TINY, ModelConfig
         ({"vae": {"groups": 7}}, "vae.channels divisible by vae.groups"),
         ({"unet": {"context_width": 64}}, "unet.context_width equal to text.width"),
         ({"vae": {"latent_channels": 8}}, "unet.out_channels equal to vae.latent_channels"),
-        ({"unet": {"in_channels": 3}}, "no fewer unet.in_channels than unet.out_channels"),
+        ({"unet": {"in_channels": 3}}, "unet.in_channels equal to unet.out_channels, or for inpainting"),
         ({"unet": {"guidance_width": 2}}, "a unet.guidance_width from 4 to 4096 that is even"),
         ({"unet": {"guidance_width": 10**9}}, "a unet.guidance_width from 4 to 4096 that is even"),
         ({"unet": {"guidance_width": 255}}, "a unet.guidance_width from 4 to 4096 that is even"),

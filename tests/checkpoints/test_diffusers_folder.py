@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.diffusers_folder import read_folder
-from sd.checkpoints.files import read_checkpoint
+from sd.checkpoints.files import read_checkpoint, write_checkpoint
 from sd.model_converter import to_compvis
 from sd.model_loader import load_models
 from sd.model_saver import save_folder
@@ -138,13 +138,24 @@ def test_without_its_scheduler_a_folder_of_sd_2_is_a_guess(tmp_path):
 
 
 def test_a_vae_of_diffusers_for_another_checkpoint(folder, tmp_path):
-    from sd.checkpoints.files import write_checkpoint
-
     state = random_state(MICRO)
     other = random_state(MICRO, seed=1)
     write_checkpoint(tmp_path / "other.safetensors", other, MICRO.to_dict())
     models = load_models(tmp_path / "other.safetensors", "cpu", torch.float32, vae=folder / "vae")
     assert same(models, other | {key: tensor for key, tensor in state.items() if key.startswith(VAE)})
+
+
+@pytest.mark.parametrize("version, image_size", [("0.6.0", 512), ("0.9.0", 256), (None, 256)])
+def test_early_versions_of_diffusers_wrote_a_wrong_size(folder, version, image_size):
+    change(folder / "unet" / "config.json", sample_size=32, _diffusers_version=version)
+    assert load_models(folder, "cpu").config.image_size == image_size // 8 * MICRO.vae.downscale
+
+
+def test_the_vae_of_xl_is_refused(folder, tmp_path):
+    change(folder / "vae" / "config.json", scaling_factor=0.13025)
+    write_checkpoint(tmp_path / "micro.safetensors", random_state(MICRO), MICRO.to_dict())
+    with pytest.raises(CheckpointError, match="This is the VAE of Stable Diffusion XL, which makes other latents"):
+        load_models(tmp_path / "micro.safetensors", "cpu", vae=folder / "vae")
 
 
 def test_a_vae_alone(folder):

@@ -148,6 +148,17 @@ def test_models_with_other_inputs_are_named(channels, kind):
         recognise(full_size(channels=channels))
 
 
+def test_stable_unclip_is_named():
+    with pytest.raises(CheckpointError, match="Stable unCLIP, whose U-Net takes the embedding of an image"):
+        recognise(full_size() | {"model.diffusion_model.label_emb.0.0.weight": torch.empty(1280, 2048)})
+
+
+@pytest.mark.parametrize("spread, config", [(0.5, SD2), (0.05, SD2_BASE)])
+def test_a_file_of_averages_alone_is_recognised(spread, config):
+    state = {averaged_name(key) if key.startswith("model.") else key: t for key, t in full_size(spread).items()}
+    assert recognise(state) == config
+
+
 def as_transformers(state):
     """The text encoder under transformers' names, with queries, keys and values apart."""
     ours = {to_our_name(key).removeprefix("open"): t for key, t in state.items() if key.startswith(OPENCLIP_PREFIX)}

@@ -1,5 +1,6 @@
 """The variants of checkpoints that people share are read, and errors say what other files are."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,19 @@ def test_text_encoder_without_text_model():
     short = {key.replace(CLIP + "text_model.", CLIP): tensor for key, tensor in state.items()}
     assert short.keys() != state.keys()
     assert same(standard_layout(short), state)
+
+
+def test_attention_of_the_vae_under_the_names_of_diffusers():
+    """As EveryDream 2 and an early converter of diffusers wrote them."""
+    state, theirs = random_state(MICRO), {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+    def renamed(key):
+        return re.sub(r"(?<=\.mid\.attn_1\.)(q|k|v|proj_out)(?=\.)", lambda match: theirs[match[0]], key)
+
+    other = {renamed(key): tensor for key, tensor in state.items()}
+    assert len(other.keys() - state.keys()) == 16
+    assert same(standard_layout(other, known=state.keys()), state)
+    assert vae_layout(other).keys() == vae_layout(state).keys()
 
 
 def test_averaged_weights_on_request_only():

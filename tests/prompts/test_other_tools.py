@@ -34,6 +34,7 @@ def test_hypernetworks_are_left_out():
         adapted, notes = adapt(prompt)
         assert adapted == "a red house"
         assert list(notes.values()) == ["<hypernet:x:1> is left out: hypernetwork files are not supported."]
+    assert adapt("a red<hypernet:x:1>\nhouse")[0] == "a red\nhouse"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,13 @@ def test_loras_are_taken_out(tag, name, unet, te):
         assert adapt(prompt) == (prompt, {})
         assert take_loras(prompt) == ("a red house", [LoraTag(tag, name, unet, te)])
     assert take_loras(lora_tag(name, unet, te))[1][0][1:] == (name, unet, te)
+
+
+def test_words_beside_a_tag_stay_apart():
+    assert take_loras("a cat<lora:x:1> sitting")[0] == "a cat sitting"
+    assert take_loras("a cat<lora:x:1>\nsitting")[0] == "a cat\nsitting"
+    assert take_loras("a cat<lora:x:1>, sitting")[0] == "a cat, sitting"
+    assert take_loras("a cat <lora:x:1> <lora:y:1> sitting")[0] == "a cat sitting"
 
 
 def test_several_loras_and_none():
