@@ -302,6 +302,12 @@ def test_one_thing_is_changed_and_both_are_compared(page):
     page.find("compare-draw").click()
     assert until(lambda: "Steps should be" in page.text("compare-error"))
     assert page.source("second-image") == ""  # not the one before, with the new value
+    page.set("compare-what", "freeu")
+    page.set("compare-text", "1.2 1.4 0.9 0.2")
+    page.find("compare-draw").click()
+    assert until(lambda: page.text("compare-draw") == "Draw the other" and page.source("second-image"))
+    assert page.sent()[-1]["freeu"] == [1.2, 1.4, 0.9, 0.2]
+    assert (page.text("first-value"), page.text("second-value")) == ("(no FreeU)", "1.2 1.4 0.9 0.2")
     page.set("compare-what", "cfg_scale")
     page.set("compare-number", "")
     page.find("compare-draw").click()

@@ -1,11 +1,15 @@
 // Two runs from the same noise that differ in one setting, side by side.
 
 import { at, make, numberIn, say, seedIn } from "./dom.js";
+import { factors } from "./form.js";
 import { Run } from "./run.js";
 import { Picture } from "./server.js";
 
-const NUMBERS = { cfg_scale: "scale", n_inference_steps: "steps", strength: "strength", seed: "seed" };
-const TEXTS = { prompt: "prompt", uncond_prompt: "negative prompt" };
+const NUMBERS = {
+  cfg_scale: "scale", n_inference_steps: "steps", strength: "strength", seed: "seed", clip_skip: "clip skip",
+  hires_scale: "enlargement",
+};
+const TEXTS = { prompt: "prompt", uncond_prompt: "negative prompt", freeu: "FreeU" };
 
 export class Compare {
   constructor() {
@@ -43,7 +47,7 @@ export class Compare {
   // Fills the field for the new value with the old one.
   offer() {
     const what = at("compare-what").value;
-    const value = this.first?.work[what] ?? "";
+    const value = written(this.first?.work[what] ?? (what in NUMBERS ? 1 : "")); // what a drawing leaves out is 1
     at("compare-text").hidden = at("compare-text").disabled = !(what in TEXTS);
     at("compare-number").hidden = at("compare-number").disabled = !(what in NUMBERS);
     at("compare-sampler").hidden = at("compare-sampler").disabled = what !== "sampler_name";
@@ -55,15 +59,21 @@ export class Compare {
     return at(what in TEXTS ? "compare-text" : what in NUMBERS ? "compare-number" : "compare-sampler");
   }
 
+  read(what) {
+    if (what === "seed") return seedIn(this.field());
+    if (what === "freeu") return factors(this.field().value);
+    return what in NUMBERS ? numberIn(this.field()) : this.field().value;
+  }
+
   draw() {
     const what = at("compare-what").value;
     let value;
     try {
-      value = what === "seed" ? seedIn(this.field()) : what in NUMBERS ? numberIn(this.field()) : this.field().value;
+      value = this.read(what);
     } catch (error) {
       return say("compare-error", error.message);
     }
-    if (value === null) return say("compare-error", `The new ${NUMBERS[what]} should be a number.`);
+    if (value === null && what in NUMBERS) return say("compare-error", `The new ${NUMBERS[what]} should be a number.`);
     say("compare-error");
     this.cancel();
     const run = new Run({ ...this.first.work, [what]: value, attention: false, features: false });
@@ -111,6 +121,11 @@ export class Compare {
   value({ work }) {
     const value = work[this.changed];
     if (this.changed === "sampler_name") return this.samplers.find(({ name }) => name === value)?.label ?? value;
-    return this.changed in NUMBERS ? `${NUMBERS[this.changed]} ${value}` : value || `(no ${TEXTS[this.changed]})`;
+    return this.changed in NUMBERS ? `${NUMBERS[this.changed]} ${value ?? 1}` : written(value) || `(no ${TEXTS[this.changed]})`;
   }
+}
+
+// A value as its field has it: FreeU is a list of four numbers.
+function written(value) {
+  return Array.isArray(value) ? value.join(" ") : value ?? "";
 }

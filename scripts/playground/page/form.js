@@ -180,7 +180,7 @@ export class Form {
 }
 
 // "1.5 1.6 0.9 0.2" -> four numbers, or null for nothing. Throws an Error with a sentence for anything else.
-function factors(text) {
+export function factors(text) {
   const numbers = text.split(/[\s,;]+/).filter(Boolean).map(Number);
   if (!numbers.length) return null;
   if (numbers.length !== 4 || !numbers.every(Number.isFinite)) {
