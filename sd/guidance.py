@@ -44,6 +44,9 @@ def by_loss(
 
     The factor 1 - a_t makes the push fade with the noise; for x = x_0 + sigma_t e it is sigma_t^2. (Guidance by the
     gradient of a classifier: 2105.05233, algorithm 1; by a loss on the predicted x_0: 2302.07121, section 3.1.)
+
+    The output is held fixed: unlike in that paper, no gradient goes through the U-Net. d x_0 / d x_t is then
+    1 / sqrt(a_t) for a U-Net that predicts noise, and sqrt(a_t) for v, which therefore needs a loss of larger weight.
     """
     decoder.gradient_checkpointing = True
     try:

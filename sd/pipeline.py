@@ -101,7 +101,7 @@ def generate(
     height, width           multiples of 8 (default: the size the model was trained on)
     deep_cache              2 or 3: much faster, and a slightly different image (`sd.runtime.deep_cache`)
     control                 ControlNets and their images: [Control(net, image, strength)] (`sd.adapters.control`)
-    clip_skip               2 leaves out the text encoder's last layer, 3 the last two (`CLIP.encode`)
+    clip_skip               2 leaves out the last layer of SD 1's text encoder, 3 the last two (`CLIP.encode`)
     freeu                   b1, b2, s1, s2: other weights on the U-Net's way up (`sd.adapters.freeu`)
     hires_scale, hires_strength, hires_latents   draw, enlarge the image or its latents, and change that much of it
                             (`enlarge`): for images larger than those that the model was trained on
@@ -233,8 +233,8 @@ def encode_prompt(
     `uncond_prompt` is one text for all prompts, or a list with one for each. Weights, as in "(word:1.3)", and BREAK are
     applied. A long prompt takes several chunks of 77 tokens. k is the least common multiple of the prompts' numbers of
     chunks; a shorter context is repeated, which changes no image (`sd.prompts.weights`). With `plain`, brackets and
-    BREAK are ordinary text, a prompt of more than 75 tokens is truncated with a warning, and k is 1. With `clip_skip` 2
-    the text encoder's last layer does not run (`CLIP.encode`).
+    BREAK are ordinary text, a prompt of more than 75 tokens is truncated with a warning, and k is 1. `clip_skip`
+    leaves out layers of the text encoder (`CLIP.encode`).
 
     Raises ValueError for anything but texts, for unequal numbers of prompts and negative prompts, and as
     `prompts.weights.layout` and `CLIP.encode` do; NotFiniteError if the text encoder's output has NaN or infinity.

@@ -5,10 +5,10 @@ In: a prompt, or a list of B prompts. Out: ids of shape (B, 77), the input of th
     "A  Café"  --clean-->  "a café"  --split-->  ["a", "café"]  --spell-->  ["a</w>"], ["c", "a", "f", "Ã", "©</w>"]
                --merge-->  ["a</w>"], ["cafÃ©</w>"]  --look up-->  [320, 15304]
 
-BPE (1508.07909, algorithm 1) starts from the bytes of a word and joins pairs of neighbours, in the order of a list of
-merges. The list was learned once, by joining the most frequent pair of a large corpus again and again. A common word
-ends as one symbol, a rare one as several; no text is unknown. Starting from bytes is GPT-2's idea (Radford et al. 2019,
-section 2.2); CLIP's list is that of 2103.00020, section 2.4. The ids are those of OpenAI's own tokenizer.
+BPE (1508.07909, section 3.2) starts from the bytes of a word and joins pairs of neighbours, in the order of a list of
+merges. The list was learned once, by joining the most frequent pair of a large corpus again and again (algorithm 1). A
+common word ends as one symbol, a rare one as several; no text is unknown. Starting from bytes is GPT-2's idea (Radford
+et al. 2019, section 2.2); CLIP's list is that of 2103.00020, section 2.4. The ids are those of OpenAI's own tokenizer.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ The ControlNet is a copy of the U-Net's way down, trained further, with new laye
     y = F(x; W) + Z(F(x + Z(c; W_z1); W_c); W_z2)
 
 c are the features of the image, and x + Z(c) the first feature map with them added. Z is a convolution that starts with
-zeros: so training begins with y = F(x), a U-Net without a ControlNet.
+zeros: so training begins with y = F(x), a U-Net without a ControlNet. Here are only the layers, with random weights;
+`sd.training.control.control_of` makes the copy and the zeros.
 """
 
 from __future__ import annotations

@@ -125,8 +125,9 @@ def _tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def dora(p: Parts, weight: Tensor, change: Tensor) -> Tensor:
     """m V / |V| - W with V = W + B A (2402.09353, eq. 5): m has the length of each row, V / |V| its direction.
 
-    A row has the weights of one output. In files with m (1, in), it is each column, with the weights of one input. At
-    strength s the result is W' = W + s (m V / |V| - W), as in ComfyUI. Other programs differ at strengths other than 1.
+    A row has the weights of one output, as in PEFT. In the paper, and in files with m (1, in), it is each column, with
+    the weights of one input. At strength s the result is W' = W + s (m V / |V| - W), as in ComfyUI. Other programs
+    differ at strengths other than 1.
     """
     v = weight + change
     if "magnitude" in p:  # (out,) or (1, out, 1, 1), from PEFT
