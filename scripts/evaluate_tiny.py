@@ -139,7 +139,9 @@ def evaluate(options: argparse.Namespace) -> None:
     encoders = options.checkpoint and evaluation.load_encoders(options.checkpoint.parent / "text.state", models)
     judge = train_judge(options) if options.judge_steps else load_judge()
     calibration = judge_renders(judge)
-    judges = {kind: newcomer_judge(options, kind, models) for kind in NEWCOMERS if kind in options.kinds}
+    judges = {kind: newcomer_judge(options, kind, models, judge) for kind in NEWCOMERS if kind in options.kinds}
+    if len(judges) == 1:  # in other prompts, too, it should know what does not belong there
+        judge = next(iter(judges.values()))
     for kind, newer in judges.items():
         calibration |= judge_renders(newer, kind) | judge_renders(newer, kind, models)
     decibels = reconstruct_renders(options, models)
@@ -163,10 +165,11 @@ def evaluate(options: argparse.Namespace) -> None:
         if encoders and kind == "full":
             second[name] = evaluation.second_opinion(encoders, models.tokenizer, images, texts)
 
-    print(table(calibration, ("right",)), table(rows, (*evaluation.MARKS, "mean", "all")), sep="\n\n")
-    margin = evaluation.interval(0.95, options.prompts)
+    counted = {f"{row} ({shares['right'][1]})": shares for row, shares in calibration.items()}
+    print(table(counted, ("right",)), table(rows, (*evaluation.MARKS, "mean", "all")), sep="\n\n")
+    low, high = evaluation.interval(0.95, options.prompts)
     print(f"\n{options.steps} steps. VAE: {decibels:.2f} dB. {options.prompts} prompts of each kind: the 95 % interval")
-    print(f"of a share of .95 is +-{margin:.3f}, and wider where not every prompt asks for it.")
+    print(f"of a share of .95 is {low:.3f} to {high:.3f}, and wider where not every prompt asks for it.")
     for name, each in colours.items():
         print(f"{name}, its colour is right: " + ", ".join(f"{colour} {n} of {of}" for colour, (n, of) in each.items()))
     for name, share in second.items():
@@ -275,25 +278,36 @@ def train_judge(options: argparse.Namespace) -> Judge:
     return load_judge(path)
 
 
-def newcomer_judge(options: argparse.Namespace, newcomer: str, models: Models) -> Judge:
-    """Load the judge that also names a newcomer from `out`, or train the one of the code further there.
+def newcomer_judge(options: argparse.Namespace, newcomer: str, models: Models, known: Judge) -> Judge:
+    """Load the judge that also names a newcomer from `out`, or train the `known` one further there.
 
-    Half of what it is shown was encoded and decoded: that is how sharp a generated image can be at best.
+    Half of what it is shown was encoded and decoded by the models: that is how sharp a generated image can be at best.
     """
     import numpy as np
 
     from sd.training import judge
 
-    path = options.out / f"judge-{newcomer}.safetensors"
+    path = options.out / f"judge-{newcomer}-{fingerprint(known, models)}.safetensors"
     if not path.exists():
         start, half = judge.JUDGE_SEED, NEWCOMER_PICTURES // 2
         sharp, true = judge_pictures(range(start, start + half), newcomer)
         soft, also_true = judge_pictures(range(start + half, start + 2 * half), newcomer, models)
-        known = load_judge().with_kinds((newcomer,))
-        stage = judge.JudgeStage(np.concatenate([sharp, soft]), true + also_true, known)
+        wider = known.with_kinds((newcomer,))
+        stage = judge.JudgeStage(np.concatenate([sharp, soft]), true + also_true, wider)
         stage.batch_size = 32
         train_judge_stage(stage, path, NEWCOMER_STEPS)
     return judge.load_judge(path, (*judge.KINDS, newcomer))
+
+
+def fingerprint(known: Judge, models: Models) -> str:
+    """Eight digits for a judge and an autoencoder: a judge of newcomers is not used with others."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for network in (known, models.encoder, models.decoder):
+        for tensor in network.state_dict().values():
+            digest.update(tensor.float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:8]
 
 
 def names_with(newcomer: str | None) -> tuple[str, ...]:
@@ -352,13 +366,14 @@ def train_judge_stage(stage: JudgeStage, path: Path, steps: int) -> None:
 
 
 def with_intervals(rows: dict[str, dict[str, tuple[float, int]]]) -> dict[str, dict[str, dict]]:
-    """The same shares for a JSON file, each with half the width of its 95 % interval."""
+    """The same shares for a JSON file, each with its 95 % interval. Means and shares of pixels have none."""
     from sd.training.evaluation import interval
 
-    return {
-        row: {name: {"share": s, "of": n, "interval": interval(s, n)} for name, (s, n) in shares.items()}
-        for row, shares in rows.items()
-    }
+    def entry(name: str, share: float, count: int) -> dict:
+        known = {} if name in ("mean", "given", "found") else {"interval": interval(share, count)}
+        return {"share": share, "of": count} | known
+
+    return {row: {name: entry(name, *pair) for name, pair in shares.items()} for row, shares in rows.items()}
 
 
 def table(rows: dict[str, dict[str, tuple[float, int]]], columns: tuple[str, ...]) -> str:

@@ -42,6 +42,7 @@ from sd.training.world.scenes import (
 
 AROUND = ("time", "terrain", "light", "clouds")  # what a prompt can ask for besides things
 # What `marks` looks at. "number" and "whole" are about all things in the image, the others about what was asked for.
+BESIDE = 44  # units, of 128: things side by side are 60 or more apart, things behind one another 28
 MARKS = ("time", "terrain", "thing", "colour", "position", "light", "clouds", "number", "whole")
 
 
@@ -145,12 +146,16 @@ def marks(prompt: Prompt, seen: Seen) -> dict[str, bool]:
     should be; or of two things, the right one is on the left, or in front. light: there is one sun or moon, or none, as
     asked for; without being asked for, there is at most one. number: there are as many things as asked for, and no
     more. whole: and each is one whole thing of one colour.
+
+    A sun by day is not the moon that was asked for, and a thing beside another is not behind it.
     """
     scene, mention, right = prompt.scene, prompt.mention, {}
     for name in ("time", "terrain", "clouds"):
         if name in mention:
             right[name] = getattr(seen, name) == getattr(scene, name)
-    right["light"] = seen.lights == scene.light if "light" in mention else seen.lights <= 1
+    right["light"] = seen.lights <= 1
+    if "light" in mention:  # "with the moon" also says that it is night
+        right["light"] = seen.lights == scene.light and (seen.time == "night") == (scene.time == "night")
     if "thing" not in mention:
         right["number"] = len(seen.things) <= 1
         return right
@@ -176,8 +181,8 @@ def _colours_fit(scene: Scene, mention: frozenset[str], way: tuple[Found, ...]) 
 
 def _is_placed(scene: Scene, way: tuple[Found, ...]) -> bool:
     """Whether one thing is where it should be in the image, or the first of two is on the left or in front."""
-    if scene.is_behind:
-        return way[0].foot > way[1].foot
+    if scene.is_behind:  # not side by side
+        return abs(way[0].x - way[1].x) < BESIDE and way[0].foot > way[1].foot
     if scene.second:
         return way[0].x < way[1].x
     return scene.position == ("left" if way[0].x < 47.5 else "centre" if way[0].x < 80.5 else "right")
@@ -229,10 +234,12 @@ def through_the_vae(models: Models, images: Tensor) -> tuple[Tensor, float]:
     return copies, psnr(images, copies).mean().item()
 
 
-def interval(share: float, count: int) -> float:
-    """Half the width of the 95 % confidence interval of a share observed in `count` images (Wilson 1927)."""
+def interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval, (low, high), of a share observed in `count` images (Wilson 1927)."""
     z = 1.96
-    return z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    centre = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return (centre - half) / (1 + z**2 / count), (centre + half) / (1 + z**2 / count)
 
 
 def load_encoders(text_state: Path, models: Models) -> nn.ModuleDict | None:
