@@ -24,7 +24,7 @@ def demo_command() -> list[str]:
     """How the demo was started: as a script, or as the command `sd` that `pip install .` makes."""
     if Path(sys.argv[0]).stem == "sd":
         return ["sd"]
-    own = Path(sys.prefix) == Path(__file__).resolve().parents[2] / ".venv"  # as demo.sh made it
+    own = Path(sys.prefix).resolve() == (Path(__file__).resolve().parents[2] / ".venv").resolve()  # as demo.sh made it
     return [VENV_PYTHON if own else "python", "scripts/demo.py"]
 
 
