@@ -286,8 +286,10 @@ def newcomer_judge(options: argparse.Namespace, newcomer: str, models: Models, k
     import numpy as np
 
     from sd.training import judge
+    from sd.training.record import weights_fingerprint
 
-    path = options.out / f"judge-{newcomer}-{fingerprint(known, models)}.safetensors"
+    fingerprint = weights_fingerprint(known, models.encoder, models.decoder)  # with others, it is another judge
+    path = options.out / f"judge-{newcomer}-{fingerprint[:8]}.safetensors"
     if not path.exists():
         start, half = judge.JUDGE_SEED, NEWCOMER_PICTURES // 2
         sharp, true = judge_pictures(range(start, start + half), newcomer)
@@ -297,17 +299,6 @@ def newcomer_judge(options: argparse.Namespace, newcomer: str, models: Models, k
         stage.batch_size = 32
         train_judge_stage(stage, path, NEWCOMER_STEPS)
     return judge.load_judge(path, (*judge.KINDS, newcomer))
-
-
-def fingerprint(known: Judge, models: Models) -> str:
-    """Eight digits for a judge and an autoencoder: a judge of newcomers is not used with others."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for network in (known, models.encoder, models.decoder):
-        for tensor in network.state_dict().values():
-            digest.update(tensor.float().cpu().contiguous().numpy())
-    return digest.hexdigest()[:8]
 
 
 def names_with(newcomer: str | None) -> tuple[str, ...]:

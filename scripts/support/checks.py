@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_IMAGES = 10_000
 # As `sd.checkpoints.hub` has them, whose import takes torch's second.
 WEIGHT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^:@]+)?(:(?P<file>[^:]+))?")
+HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<file>[^:]+))?")
 FEATURES = {".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}  # what Pillow calls the formats that some builds lack
 FAR_ABOVE = 2  # times the pixels that the model was trained on
 

@@ -47,4 +47,5 @@ def explain_out_of_memory(advice: str = ADVICE) -> Iterator[None]:
 
 
 def is_about_memory(error: BaseException) -> bool:
+    """Whether this is one of torch's or Python's errors about too little memory."""
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(sign in str(error) for sign in SIGNS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from torch import nn
+
 from sd.models import Models
 from sd.training.data import fingerprint, read_captions
 from sd.training.loop import TrainingError, has_state, load_state
@@ -40,14 +42,14 @@ def make_record(
     about += f" with seed {seed}"
     if models:
         about += f", from {start}"
-        parts.append(weights_fingerprint(models))
+        parts.append(weights_fingerprint(models.clip, models.encoder, models.decoder, models.diffusion))
     return {"about": about, "pictures": count, "sha256": hashlib.sha256("\n".join(parts).encode()).hexdigest()}
 
 
-def weights_fingerprint(models: Models) -> str:
+def weights_fingerprint(*networks: nn.Module) -> str:
     """The SHA-256 of all weights in float32: the same whatever the file format."""
     digest = hashlib.sha256()
-    for network in (models.clip, models.encoder, models.decoder, models.diffusion):
+    for network in networks:
         for name, tensor in network.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.float().cpu().contiguous().numpy())

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from scripts import demo
+from scripts.support import checks
+from sd.checkpoints import hub
 from tests import ROOT
 from tests.support.demo_results import names, prompt_and_seed
 
@@ -303,3 +305,20 @@ def test_without_any_weights_it_says_where_to_get_them(monkeypatch, tmp_path, ca
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 2
     assert "sh scripts/download.sh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path, may_be",
+    [
+        ("owner/name", True),
+        ("owner/name:file.ckpt", True),
+        ("owner/name:folder/file.ckpt", True),
+        ("owner/name@branch:folder/file.ckpt", True),
+        ("folder/file.ckpt", False),
+        ("a/b/c", False),
+        ("name", False),
+    ],
+)
+def test_names_on_the_hub_are_known_without_torch(path, may_be):
+    assert checks.may_be_on_hub(Path(path)) == may_be
+    assert (checks.HUB_NAME, set(checks.WEIGHT_SUFFIXES)) == (hub.NAME, set(hub.FILE_SUFFIXES))
