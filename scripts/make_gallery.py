@@ -1,6 +1,8 @@
 """Make the pictures in README.md, all with the tiny model in data/. They are written to images/.
 
-    python scripts/make_gallery.py [--out images]
+    python scripts/make_gallery.py [--out images] [--earlier earlier.ckpt]
+
+With --earlier, `two_things.png` compares the tiny model with an earlier one, which was trained without two things.
 
 No picture is picked by hand: seeds count up from 0.
 """
@@ -32,7 +34,10 @@ PROMPTS = [
     "a green cactus in the desert at noon, with the sun, no clouds",
     "a red tree in the snow at dawn, on the left",
     "sand dunes at sunset, with clouds",
+    "a red house and a yellow tree at noon",
+    "two blue tents in the mountains",
 ]
+TWO_THINGS = "a red house and a blue lighthouse"
 WINDMILLS = [
     "a red windmill at night",
     "a blue windmill in the snow, on the right",
@@ -62,7 +67,7 @@ STROKES = [  # of a drawing: points (x, y) in pixels
 
 
 def prompts_sheet(models: Models) -> Image.Image:
-    """Eight prompts with four seeds each."""
+    """Ten prompts with four seeds each."""
     from sd import generate
     from sd.inside.contact_sheet import contact_sheet
 
@@ -175,6 +180,27 @@ def control_sheet(models: Models) -> Image.Image:
     return contact_sheet(rows, labels)
 
 
+def two_things_sheet(models: Models, earlier: Models) -> Image.Image:
+    """A prompt for two things, and where the U-Net looked for each of them: an earlier model, and the tiny model."""
+    import numpy as np
+
+    from sd import generate
+    from sd.inside.contact_sheet import contact_sheet
+    from sd.inside.tracer import Tracer
+
+    words = [word for word in TWO_THINGS.split() if word not in ("a", "and")]
+    rows, labels = [], []
+    for name, model in {"before": earlier, "after": models}.items():
+        for seed in range(2):
+            with Tracer(model, attention=True) as trace:
+                image = generate(TWO_THINGS, models=model, seed=seed)
+            maps = [trace.word_map(word, TWO_THINGS).numpy() for word in words]
+            shares = [(each - each.min()) / (each.max() - each.min()) for each in maps]
+            rows.append([image, *((255 * share[..., None].repeat(3, axis=2)).astype(np.uint8) for share in shares)])
+            labels.append([f"{name}, seed {seed}", *words])
+    return contact_sheet(rows, labels)
+
+
 def outlines_of_scenes() -> list[Image.Image]:
     """The outlines of three renders of the toy world: a house, a sailboat and a balloon."""
     import numpy as np
@@ -217,18 +243,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser("make_gallery.py", __doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).resolve().parent.parent / "images", metavar="DIR")
-    out = parser.parse_args(arguments).out
-    return exit_status("make_gallery.py", lambda: make(out), "interrupted; the pictures printed above are complete.")
+    add("--earlier", type=Path, metavar="FILE", help="also draw two_things.png, with this model for comparison")
+    options = parser.parse_args(arguments)
+    interrupted = "interrupted; the pictures printed above are complete."
+    return exit_status("make_gallery.py", lambda: make(options.out, options.earlier), interrupted)
 
 
-def make(out: Path) -> None:
+def make(out: Path, earlier: Path | None = None) -> None:
+    """Draw all sheets, and with an `earlier` model also the comparison with it."""
     make_folder("--out", out)
     from sd import load_models
     from sd.images import write_png
 
-    models = load_models()
+    models, before = load_models(), load_models(earlier) if earlier else None
     sheets = {"steps": steps_sheet, "changes": changes_sheet, "prompts": prompts_sheet, "samplers": samplers_sheet}
     sheets |= {"few_steps": few_steps_sheet, "windmill": windmill_sheet, "control": control_sheet}
+    if before:
+        sheets["two_things"] = lambda models: two_things_sheet(models, before)
     for name, draw in sheets.items():
         write_png(out / f"{name}.png", draw(models), overwrite=True)
         print(out / f"{name}.png")

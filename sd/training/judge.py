@@ -40,6 +40,7 @@ CLASSES = (len(TIMES), len(TERRAINS), 2)  # of the whole image; the last one is 
 JUDGE_SEED = 10_000_000  # the first seed of the judge's images
 THRESHOLD = 0.4  # from this likelihood on, a thing or a light is there
 LIGHT = "light"
+VISIBLE = 0.008  # the share of an image that has to show each part of a spoiled thing
 ABSENT = -100  # the kind and colour of a cell without a thing; cross_entropy ignores it
 # How far the middle of a thing is above its foot, at scale 1.
 MIDDLES = {"house": 24, "tree": 35, "sailboat": 32, "cactus": 32, "balloon": 42, "lighthouse": 32, "tent": 17}
@@ -240,17 +241,20 @@ def judge_picture(seed: int, size: int = SIDE, names: tuple[str, ...] = THINGS[1
         found = [_found(*pair) for pair in zip(scene.things, drawing.spots)]
         return drawing.image, _truth(scene, drawing.lights, found)
     things = _anything(rng, names)
-    lights = _any_lights(rng, things)
+    lights = _any_lights(rng, scene.terrain, things)
     drawing = draw(scene, seed, size, things, lights)
     image, found = drawing.image, []
     for i, (thing, spot) in enumerate(things):
-        kind, colour = _kind(thing), thing.colour
+        found.append(_found(thing, spot))
         if rng.random() < 0.5:
             other, kind, colour = _spoil(rng, thing, names)
             changed = [*things[:i], *([(other, spot)] if other else []), *things[i + 1 :]]
             even = other is not None and colour != MIXED and rng.random() < 0.25
-            image = _join(image, draw(scene, seed, size, changed, lights).image, thing, spot, even, rng)
-        found.append(replace(_found(thing, spot), kind=kind, colour=colour))
+            spoiled = draw(scene, seed, size, changed, lights).image
+            mask = _half(drawing.image, spoiled, thing, spot, even, rng)
+            if mask is not None:
+                image = Image.composite(spoiled, image, mask)
+                found[-1] = replace(found[-1], kind=kind, colour=colour)
     return image, _truth(replace(scene, clouds=drawing.clouds > 0), lights, found)
 
 
@@ -293,12 +297,13 @@ def _anything(rng: random.Random, names: tuple[str, ...]) -> list[tuple[Thing, S
     return sorted(things, key=lambda each: each[1].y)
 
 
-def _any_lights(rng: random.Random, things: list[tuple[Thing, Spot]]) -> list[tuple[float, float]]:
-    """None to two suns or moons anywhere in the sky, but not behind things."""
+def _any_lights(rng: random.Random, terrain: str, things: list[tuple[Thing, Spot]]) -> list[tuple[float, float]]:
+    """None to two suns or moons anywhere in the sky, but not behind things or mountains."""
+    lowest = 25 if terrain == "mountains" else 52
     lights: list[tuple[float, float]] = []
     for _ in range(rng.choice((0, 1, 1, 2, 2))):
         for _ in range(50):
-            x, y = rng.uniform(12, 116), rng.uniform(14, 52)
+            x, y = rng.uniform(12, 116), rng.uniform(14, lowest)
             hidden = any(abs(x - spot.x) < 24 * spot.scale + 10 and y > spot.y - 82 * spot.scale for _, spot in things)
             if not hidden and all(math.hypot(x - a, y - b) > 27 for a, b in lights):
                 lights.append((x, y))
@@ -316,17 +321,23 @@ def _spoil(rng: random.Random, thing: Thing, names: tuple[str, ...]) -> tuple[Th
     return None, ODD, thing.colour
 
 
-def _join(
+def _half(
     image: Image.Image, other: Image.Image, thing: Thing, spot: Spot, even: bool, rng: random.Random
-) -> Image.Image:
-    """`image`, with `other` on one side of a line through the middle of the thing at `spot`; or evenly mixed there."""
+) -> Image.Image | None:
+    """Where to show `other` instead of `image`: on one side of a line through the middle of the thing at `spot`; or
+    everywhere, half transparent. Only where the two differ, so that nothing else changes.
+
+    None if either would hardly be seen, because another thing is in front of it.
+    """
     scale = image.width / UNITS
     x, y = np.meshgrid(*[(np.arange(image.width) + 0.5) / scale] * 2)
     angle, middle = rng.uniform(0, 2 * math.pi), spot.y - spot.scale * (MIDDLES[thing.kind] + rng.uniform(-4, 4))
     side = (x - spot.x) * math.cos(angle) + (y - middle) * math.sin(angle)
-    inside = (np.abs(x - spot.x) < 38 * spot.scale) & (y < spot.y + 16)
-    mask = (0.5 if even else np.clip(side + 0.5, 0, 1)) * inside  # the edge is as soft as one unit
-    return Image.composite(other, image, Image.fromarray((255 * mask).astype(np.uint8)))
+    differs = (np.asarray(image) != np.asarray(other)).any(axis=2)
+    mask = differs * (np.full_like(x, 0.5) if even else np.clip(side + 0.5, 0, 1))  # the edge is as soft as one unit
+    if min(mask.sum(), (differs - mask).sum()) < VISIBLE * mask.size:
+        return None
+    return Image.fromarray((255 * mask).astype(np.uint8))
 
 
 def load_judge(path: Path, kinds: tuple[str, ...] = KINDS) -> Judge:

@@ -90,6 +90,7 @@ def diffusion_loss(
     alphas_cumprod: Tensor,
     prediction_type: str = "epsilon",
     min_snr: float | None = None,
+    snr_power: float = 1.0,
 ) -> Tensor:
     """E || e - e_theta(sqrt(a_t) x_0 + sqrt(1 - a_t) e, t, c) ||^2 (2006.11239, eq. 14; 2112.10752, eq. 3).
 
@@ -98,6 +99,9 @@ def diffusion_loss(
     `min_snr` is gamma of 2303.09556, section 3.4. The error of each image is then weighted by min(SNR, gamma) / SNR for
     epsilon and min(SNR, gamma) / (SNR + 1) for v, where SNR = a_t / (1 - a_t). Noise is hardest to predict in nearly
     clean images; the weight keeps their errors from dominating the loss.
+
+    With `snr_power` p, the weight is min(SNR, gamma)^p / SNR, or with v / (SNR + 1). A p below 1 makes the noisiest
+    images count more. In these, the first steps of sampling decide what is where.
     """
     alpha_bar = alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
     noisy = add_noise(latents, noise, alpha_bar)  # (B, 4, h, w)
@@ -106,7 +110,8 @@ def diffusion_loss(
     error = (predicted.float() - target).square().mean(dim=(1, 2, 3))  # (B,)
     if min_snr is not None:
         snr = (alpha_bar / (1 - alpha_bar)).flatten()  # (B,)
-        error = error * snr.clamp(max=min_snr) / (snr + 1 if prediction_type == "v_prediction" else snr)
+        weight = snr.clamp(max=min_snr) ** snr_power
+        error = error * weight / (snr + 1 if prediction_type == "v_prediction" else snr)
     return error.mean()
 
 

@@ -171,6 +171,7 @@ def test_ctrl_c_reaches_all_processes_and_is_one_line(tmp_path):
             ["--out", "exists.png"],
             "--out should be a folder, but exists.png is a file, or is inside one.",
         ),
+        (make_gallery, ["--out", ".", "--earlier", "no.ckpt"], "There is no checkpoint no.ckpt: "),
         (train_tiny, ["--scenes", "4"], "The number of training images should be at least 8, not 4."),
         (train_tiny, ["--seed", "-1"], "--seed should be a whole number from 0 to 2**63 - 1, not -1."),
         (synthetic_checkpoint, ["new/a.png"], "The name of new/a.png should end in .safetensors, .ckpt, .pt, .pth."),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sd.checkpoints.files import write_checkpoint
 from sd.images import from_uint8
@@ -21,7 +22,8 @@ from sd.training.judge import (
     Judge,
     JudgeStage,
     Seen,
-    _join,
+    _any_lights,
+    _half,
     category,
     focal_loss,
     judge_picture,
@@ -125,9 +127,27 @@ def test_a_thing_of_two_colours_has_both(kind):
     scene, rng = replace(HOUSE, thing=kind, position="centre", terrain="snow"), random.Random(0)
     for seed in range(20):
         red, blue = (draw(replace(scene, colour=colour), seed) for colour in ("red", "blue"))
-        joined = np.asarray(_join(red.image, blue.image, scene.things[0], red.spots[0], False, rng)).astype(int)
+        mask = _half(red.image, blue.image, scene.things[0], red.spots[0], False, rng)
+        joined = np.asarray(Image.composite(blue.image, red.image, mask)).astype(int)
         reds, blues = (np.abs(joined - np.asarray(one.image).astype(int)).max(axis=2) for one in (blue, red))
         assert min((reds > 60).sum(), (blues > 60).sum()) > 60
+
+
+def test_a_thing_that_another_one_hides_stays_what_it_is():
+    """Two images that hardly differ: a mixture of them would show a whole thing."""
+    scene, rng = replace(HOUSE, position="centre"), random.Random(0)
+    whole = draw(scene, 0)
+    almost = whole.image.copy()
+    almost.paste((0, 0, 0), (60, 80, 70, 90))  # 100 of 16,384 pixels
+    assert _half(whole.image, almost, scene.things[0], whole.spots[0], False, rng) is None
+    assert _half(whole.image, whole.image, scene.things[0], whole.spots[0], True, rng) is None
+
+
+def test_no_sun_is_behind_a_mountain():
+    rng = random.Random(0)
+    lights = [light for _ in range(100) for light in _any_lights(rng, "mountains", [])]
+    assert len(lights) > 50
+    assert all(y <= 25 for _, y in lights)
 
 
 def test_a_judge_of_another_version_is_refused(tmp_path):

@@ -91,7 +91,7 @@ def test_targets():
 ALPHAS = torch.tensor([0.8, 0.36])
 
 
-def loss_of(prediction, prediction_type="epsilon", min_snr=None, timestep=1):
+def loss_of(prediction, prediction_type="epsilon", min_snr=None, timestep=1, snr_power=1.0):
     """The loss for x_0 = 2, noise 5 and this prediction, and the noisy latent."""
     seen = []
 
@@ -101,7 +101,7 @@ def loss_of(prediction, prediction_type="epsilon", min_snr=None, timestep=1):
 
     latents, noise = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 5.0)
     context, timesteps = torch.zeros(1, 77, 4), torch.tensor([timestep])
-    loss = diffusion_loss(unet, latents, context, timesteps, noise, ALPHAS, prediction_type, min_snr)
+    loss = diffusion_loss(unet, latents, context, timesteps, noise, ALPHAS, prediction_type, min_snr, snr_power)
     return loss.item(), seen[0].item()
 
 
@@ -126,6 +126,14 @@ def test_min_snr_weighs_clean_pictures_less(prediction_type, weight):
 
 def test_min_snr_leaves_noisy_pictures_alone():
     assert loss_of(0.0, min_snr=5.0)[0] == pytest.approx(loss_of(0.0)[0])
+
+
+@pytest.mark.parametrize("prediction_type, below", [("epsilon", 0), ("v_prediction", 1)])
+@pytest.mark.parametrize("timestep, snr", [(0, 0.8 / 0.2), (1, 0.36 / 0.64)])
+def test_a_power_below_1_weighs_noisy_pictures_more(prediction_type, below, timestep, snr):
+    plain = loss_of(0.0, prediction_type, timestep=timestep)[0]
+    loss = loss_of(0.0, prediction_type, 2.0, timestep, snr_power=0.5)[0]
+    assert loss == pytest.approx(min(snr, 2.0) ** 0.5 / (snr + below) * plain)
 
 
 def test_offset_noise_moves_each_channel_of_each_picture_as_a_whole():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sd.tokenizer import Tokenizer
+from sd.training.world.canvas import Canvas
 from sd.training.world.render import draw, render
 from sd.training.world.scenes import (
     AND_WORDS,
@@ -106,6 +107,24 @@ def light_in_the_sky(scene, seed):
     return np.abs(with_it - without)[:70].max(axis=2) > 25
 
 
+@pytest.mark.parametrize("terrain", ATTRIBUTES["terrain"])
+def test_another_sky_or_colour_changes_nothing_else(terrain, monkeypatch):
+    """Land, thing and sun keep their places at night, and without clouds."""
+    scene = replace(HOUSE, terrain=terrain, clouds=True)
+
+    def drawing(scene):
+        """Where lights and things are, and the corners of all polygons: of the land and the thing."""
+        corners = []
+        monkeypatch.setattr(Canvas, "polygon", lambda self, points, *rest: corners.append(points))
+        drawn = draw(scene, 3)
+        return drawn.lights, drawn.spots, corners
+
+    everything = drawing(scene)
+    assert drawing(replace(scene, time="night", colour="blue")) == everything
+    assert drawing(replace(scene, clouds=False)) == everything
+    assert drawing(replace(scene, light=False))[1:] == everything[1:]
+
+
 @pytest.mark.parametrize(
     "thing, position, left", [("tent", "left", False), ("tent", "right", True), ("none", "left", True)]
 )
@@ -170,8 +189,8 @@ def test_captions_vary_and_fit_the_context():
 def test_scenes_have_none_one_or_two_things():
     counts = Counter(len(scene_and_captions(seed, 0)[0].things) for seed in range(1000))
     assert 50 < counts[0] < 150
-    assert 350 < counts[1] < 550
-    assert 350 < counts[2] < 550
+    assert 200 < counts[1] < 350
+    assert 550 < counts[2] < 750
 
 
 def test_two_things_are_beside_or_behind_each_other_or_equal():

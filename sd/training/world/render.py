@@ -73,13 +73,17 @@ def draw(
 
     `things`, from back to front, and `lights` replace those of the scene: any number, anywhere.
     """
-    rng = random.Random(f"picture {seed}")
+    # Each layer has random numbers of its own, so that a scene with stars or clouds has the same land as without.
+    layers = ("columns", "stars", "sky", "land", "things")
+    rngs = {layer: random.Random(f"{layer} {seed}") for layer in layers}
     canvas = Canvas(size)
     canvas.gradient(SKIES[scene.time], 0, HORIZON + 8)
-    columns = _columns(scene, rng)
-    lights, clouds = _sky(canvas, scene, columns, lights, rng)
-    _land(canvas, scene, lights, rng)
-    spots = _spots(scene, columns, rng)
+    if scene.time == "night":
+        _stars(canvas, rngs["stars"])
+    columns = _columns(scene, rngs["columns"])
+    lights, clouds = _sky(canvas, scene, columns, lights, rngs["sky"])
+    _land(canvas, scene, lights, rngs["land"])
+    spots = _spots(scene, columns, rngs["things"])
     if things is None:
         things = list(zip(scene.things, spots))
         things = things[::-1] if scene.is_behind else things
@@ -109,23 +113,25 @@ def _spots(scene: Scene, columns: list[float], rng: random.Random) -> list[Spot]
     return spots
 
 
+def _stars(canvas: Canvas, rng: random.Random) -> None:
+    for _ in range(18):
+        r = rng.choice((0.5, 0.7, 0.9))
+        canvas.ellipse(rng.uniform(2, 126), rng.uniform(2, 62), r, r, (236, 238, 255))
+
+
 def _sky(
     canvas: Canvas, scene: Scene, columns: list[float], lights: list[Point] | None, rng: random.Random
 ) -> tuple[list[Point], int]:
-    """Draw stars, sun or moon, and clouds. Returns the middles of suns or moons, and the number of clouds."""
-    night = scene.time == "night"
-    if night:
-        for _ in range(18):
-            r = rng.choice((0.5, 0.7, 0.9))
-            canvas.ellipse(rng.uniform(2, 126), rng.uniform(2, 62), r, r, (236, 238, 255))
+    """Draw sun or moon, and clouds. Returns the middles of suns or moons, and the number of clouds."""
     if len(columns) == 2 and not scene.is_behind:
         where = 64 + rng.uniform(-5, 5)
     else:
         where = (SUN_RIGHT if columns and columns[0] < 45 and not scene.is_behind else SUN_LEFT) + rng.uniform(-8, 8)
     # Mountains, or two things, would hide a low sun.
     high = scene.time in ("noon", "night") or scene.terrain == "mountains" or scene.second is not None
+    height = (21 if high else 49) + rng.uniform(-4, 4)
     if lights is None:
-        lights = [(where, (21 if high else 49) + rng.uniform(-4, 4))] if scene.light else []
+        lights = [(where, height)] if scene.light else []
     for x, y in lights:
         _sun(canvas, scene.time, x, y)
     clouds = 0
