@@ -23,7 +23,7 @@ from sd.runtime.out_of_memory import ADVICE_FOR_TRAINING, explain_out_of_memory
 from sd.training import ranks
 from sd.training.captions import DataError, read_captions
 from sd.training.control import ControlStage, draw_steered, write_controlnet
-from sd.training.data import CaptionedImages, load_folder, load_scenes
+from sd.training.data import load_folder, load_scenes
 from sd.training.loop import Training, TrainingError, load_state, save_atomically
 from sd.training.outlines import agreement, outlines, scribbles
 from sd.training.recompute import recompute_activations
@@ -31,7 +31,6 @@ from sd.training.record import check_result, make_folder, make_record
 from sd.training.stages import MIN_IMAGES, train_with_bar, write_grid
 from sd.training.text import tokenise
 from sd.training.vae import encode_all
-from sd.training.world.scenes import scene_and_captions
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ class ControlRun:
         self._describe(control_images)
         make_folder(out, pictures, self.record)
         check_result(out / "control.safetensors", out / "control.state")
-        self.images = load_folder(pictures, out, size) if pictures else scenes_of_one_thing(out, scenes, size)
+        self.images = load_folder(pictures, out, size) if pictures else load_scenes(out, scenes, size)
 
     def _describe(self, control_images: Path | None) -> None:
         """Add to the record what the ControlNet is steered by, and what it starts from."""
@@ -179,13 +178,6 @@ class ControlRun:
         path = self.out / "control.safetensors"
         write_controlnet(path, network, self.models)
         return path
-
-
-def scenes_of_one_thing(cache: Path, count: int, size: int) -> CaptionedImages:
-    """Those of `load_scenes` with one thing or none: the tiny model in data/ was trained on no others."""
-    images = load_scenes(cache, count, size)
-    chosen = [seed for seed in range(count) if len(scene_and_captions(seed, 0)[0].things) < 2]
-    return CaptionedImages(images.pixels[chosen], [images.captions[seed] for seed in chosen])
 
 
 def read_control_images(folder: Path, pictures: Path, size: int) -> Tensor:

@@ -169,9 +169,10 @@ def look(judge, drawing):
 
 
 def test_the_judge_calls_renders_what_they_are(judged):
-    """`evaluate_tiny.py` measures it on 2,000 images: .99 of those with whole things, and .8 of the others."""
+    """`evaluate_tiny.py` measures it on 2,000 images: .99 of those with whole things, .97 of those with two
+    colours, and .83 of those with things that are not whole."""
     spoiled = ("not whole", "two colours")
-    for names, least in (((*(f"{n} things" for n in range(4)), "two suns"), 0.96), (spoiled, 0.7)):
+    for names, least in (((*(f"{n} things" for n in range(4)), "two suns"), 0.97), (spoiled, 0.8)):
         right = [called_right(truth, seen) for truth, seen in judged if category(truth) in names]
         assert len(right) > 100
         assert sum(right) / len(right) >= least
