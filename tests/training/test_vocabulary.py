@@ -29,16 +29,19 @@ def test_unknown_words(prompt, unknown):
     assert unknown_words(prompt) == unknown
 
 
-def test_words_that_the_model_in_data_was_not_trained_on():
-    """It is older than plurals, and than scenes with two things."""
+def test_words_that_a_model_was_not_trained_on():
+    """Training sets the embeddings of words that never occur to zero."""
     models = load_models(device="cpu", dtype=torch.float32)
-    assert unknown_words("two tents behind a RED cottage at noon", models) == ["two", "tents", "behind"]
-    assert unknown_words("a sailboat at sea, no clouds", models) == []
+    prompt = "two tents behind a RED cottage at noon"
+    assert unknown_words(prompt, models) == []
+    for word in ("tents", "behind"):
+        models.clip.token_embedding.weight.data[models.tokenizer.encode(word)] = 0
+    assert unknown_words(prompt, models) == ["tents", "behind"]
 
 
-def test_the_example_in_the_description_has_only_known_words():
+def test_the_examples_in_the_description_have_only_known_words():
     examples = describe().split('"')[1::2]
-    assert len(examples) == 1
+    assert len(examples) == 3
     assert unknown_words(" ".join(examples)) == []
     assert {"house", "purple", "night", "left", "moon"} <= known_words()
     assert all(word in describe() for word in ("lighthouse", "cactus", "purple", "in the desert", "at dawn"))

@@ -25,6 +25,12 @@ SMALL_WORDS = (
     "meadow"
 )
 
+EXAMPLES = (
+    "a red house on green hills at noon, on the left, with clouds",
+    "a red house and a yellow tree at night",
+    "an empty desert",
+)
+
 
 def known_words() -> frozenset[str]:
     """Every word of the training captions."""
@@ -52,15 +58,19 @@ def _has_meaning(word: str, models: Models) -> bool:
 
 
 def describe() -> str:
-    """What the model in `data/` draws, in a dozen lines: how to ask for it, and an example.
-
-    It was trained when every scene had one thing or none.
-    """
-    lines = ["The tiny model draws landscapes of 128 x 128 pixels with one thing in them. A prompt can mention:", ""]
+    """What the tiny model draws, in a dozen lines: how to ask for it, and examples."""
+    lines = [
+        "The tiny model draws landscapes of 128 x 128 pixels with none, one or two things. A prompt can mention:",
+        "",
+    ]
     lines.append(f"  {'colour':<16} {', '.join(scenes.COLOURS)}")
     for name, group in WORDINGS.items():
         wordings = ", ".join(words[0] for value, words in group.items() if value != "none")
         lines.append(f"  {name:<16} {wordings}")
-    lines += ["", 'For example: "a red house on green hills at noon, on the left, with clouds".']
+    ways = (scenes.AND_WORDS, scenes.BESIDE_WORDS, scenes.BEHIND_WORDS, scenes.NEAR_WORDS)
+    two = [wordings[0].format("a house", "a tree") for wordings in ways]
+    lines.append(f"  {'two things':<16} {', '.join(two)}, two tents")
+    lines += ["", "For example:"]
+    lines += [f'  "{example}"' for example in EXAMPLES]
     lines.append("The seed decides what a prompt does not mention. Unknown words are ignored.")
     return "\n".join(lines)
