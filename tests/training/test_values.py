@@ -135,8 +135,8 @@ def test_the_unets_latents_are_drawn_from_the_posterior(unet_stage, monkeypatch)
 
 
 @pytest.mark.parametrize("timestep", [0, 100, 200, 500, 999])
-def test_the_unets_loss_is_weighted_by_min_snr_5(unet_stage, timestep):
-    """w_t = min(SNR(t), 5) / SNR(t) (2303.09556, eq. 1). An untrained U-Net predicts 0, so that its squared error is
+def test_the_unets_loss_is_weighted_by_the_root_of_min_snr_5(unet_stage, timestep):
+    """w_t = min(SNR(t), 5)^0.5 / SNR(t); in 2303.09556, eq. 1, the power is 1. An untrained U-Net predicts 0, so that its squared error is
     the mean square of the noise."""
     betas = np.linspace(0.00085**0.5, 0.0120**0.5, 1000) ** 2
     a_t = np.prod(1 - betas[: timestep + 1])
@@ -145,7 +145,7 @@ def test_the_unets_loss_is_weighted_by_min_snr_5(unet_stage, timestep):
     tokens, timesteps = torch.full((2, 77), 49407), torch.full((2,), timestep)
     with torch.no_grad():
         loss = unet_stage.loss(torch.randn_like(noise), tokens, timesteps, noise).item()
-    assert loss == pytest.approx(min(snr, 5) / snr * noise.square().mean().item(), rel=1e-3)
+    assert loss == pytest.approx(min(snr, 5) ** 0.5 / snr * noise.square().mean().item(), rel=1e-3)
 
 
 def pictures(count):
