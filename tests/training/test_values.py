@@ -136,8 +136,8 @@ def test_the_unets_latents_are_drawn_from_the_posterior(unet_stage, monkeypatch)
 
 @pytest.mark.parametrize("timestep", [0, 100, 200, 500, 999])
 def test_the_unets_loss_is_weighted_by_the_root_of_min_snr_5(unet_stage, timestep):
-    """w_t = min(SNR(t), 5)^0.5 / SNR(t); in 2303.09556, eq. 1, the power is 1. An untrained U-Net predicts 0, so that its squared error is
-    the mean square of the noise."""
+    """w_t = min(SNR(t), 5)^0.5 / SNR(t); in 2303.09556, eq. 1, the power is 1. An untrained U-Net predicts 0, so
+    that its squared error is the mean square of the noise."""
     betas = np.linspace(0.00085**0.5, 0.0120**0.5, 1000) ** 2
     a_t = np.prod(1 - betas[: timestep + 1])
     snr = a_t / (1 - a_t)
