@@ -67,8 +67,8 @@ class DiffusionStage:
         with torch.no_grad():
             context = self.clip(tokens)  # (B, 77, D)
         unet, predicts = self.networks["diffusion"], self.schedule.prediction_type
-        weights = {"min_snr": 5.0, "snr_power": 0.5}
-        return diffusion_loss(unet, latents, context, timesteps, noise, self.alphas_cumprod, predicts, **weights)
+        weight = {"min_snr": 5.0, "snr_power": 0.5}
+        return diffusion_loss(unet, latents, context, timesteps, noise, self.alphas_cumprod, predicts, **weight)
 
 
 @torch.no_grad()

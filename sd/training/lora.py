@@ -172,9 +172,8 @@ def prior_prompts(models: Models, kind: str | None) -> list[str]:
         return [f"a {kind}"] * KIND_PROMPTS
     of_kind, others = [], []
     for scene, [caption] in (scene_and_captions(seed, 1, held_out=None) for seed in range(4000)):
-        if not scene.second:  # the model in data/ draws one thing
-            shows_it = scene.things and kind in caption.split()  # not "no house, only mountains"
-            (of_kind if shows_it else others).append(caption)
+        shows_it = scene.things and kind in caption.split()  # not "no house, only mountains"
+        (of_kind if shows_it else others).append(caption)
     return of_kind[:OF_KIND] + others[:WORLD_PROMPTS]
 
 

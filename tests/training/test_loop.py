@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sd.training import loop, precision, ranks
-from sd.training.gradients import StoredAttention
+from sd.training.gradients import StoredAttention, plain_attention
 from sd.training.loop import Training, TrainingError
 from sd.training.muon import Muon, orthogonalise
 
@@ -226,6 +226,12 @@ def test_stored_attention_is_attention():
     with StoredAttention():
         stored = F.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(stored, expected)
+
+
+@pytest.mark.parametrize("dtype, stored", [(torch.bfloat16, True), (torch.float32, False)])
+def test_attention_is_stored_for_products_in_bfloat16(monkeypatch, dtype, stored):
+    monkeypatch.setattr("sd.training.gradients.product_dtype", lambda device: dtype)
+    assert isinstance(plain_attention(torch.device("cpu")), StoredAttention) == stored
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32)])

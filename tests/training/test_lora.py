@@ -157,6 +157,7 @@ def test_the_prior_of_the_toy_world():
     prompts = prior_prompts(random_models(replace(CONFIG, text=TINY.text)), "house")
     assert len(prompts) == 160
     assert sum("house" in prompt.split() for prompt in prompts) == 64
+    assert sum(" and " in prompt for prompt in prompts) > 10  # two things, too
     assert prior_prompts(random_models(CONFIG), "cat") == ["a cat"] * 100
 
 
