@@ -19,6 +19,7 @@ from scripts.support.command_line import Parser, exit_status
 from scripts.support.output_files import make_folder
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from sd.models import Models
@@ -63,6 +64,27 @@ STROKES = [  # of a drawing: points (x, y) in pixels
     [(0, 92), (18, 86), (38, 88), (58, 92)],  # the hill
     [(72, 94), (92, 88), (110, 84), (127, 87)],
     [(14, 26), (18, 17), (27, 15), (33, 22), (32, 31), (24, 36), (16, 33), (14, 26)],  # the sun
+]
+
+# Rough paintings: each a prompt and rectangles (left, top, right, bottom) in a colour, on a sky and a ground.
+SKY, SUN, GROUND = (120, 180, 240), (16, 12, 34, 30), (0, 84, 128, 128)
+PAINTINGS = [
+    (
+        "a red house on green hills at noon, on the right, with the sun",
+        [((90, 180, 70), GROUND), ((200, 40, 40), (62, 64, 105, 101)), ((110, 70, 60), (56, 50, 111, 65))],
+    ),
+    (
+        "a white sailboat at sea at noon, in the middle, with the sun",
+        [((50, 110, 190), GROUND), ((240, 240, 240), (60, 36, 84, 84)), ((130, 80, 50), (42, 84, 92, 96))],
+    ),
+    (
+        "a purple tree in the desert at noon, on the right, with the sun",
+        [((225, 185, 110), GROUND), ((120, 80, 50), (86, 72, 94, 104)), ((140, 70, 180), (64, 30, 116, 72))],
+    ),
+    (
+        "a yellow balloon over mountains at noon, in the middle, with the sun",
+        [((110, 140, 110), GROUND), ((235, 200, 50), (46, 18, 90, 62)), ((130, 80, 50), (62, 74, 74, 84))],
+    ),
 ]
 
 
@@ -115,6 +137,31 @@ def changes_sheet(models: Models) -> Image.Image:
     repainted = generate(tree, "", noon, mask, 1.0, models=models, seed=0)
     labels = ["from noon ...", "to night, strength 0.6", "negative: clouds", "right half repainted"]
     return contact_sheet([[noon, night, clear, repainted]], [labels])
+
+
+def painted_sheet(models: Models) -> Image.Image:
+    """Rectangles in a few colours, and below them the pictures that image-to-image makes of them."""
+    from sd import generate
+    from sd.inside.contact_sheet import contact_sheet
+
+    paintings = [paint(rectangles) for _, rectangles in PAINTINGS]
+    finished = [
+        generate(prompt, "", painting, strength=0.7, models=models, seed=0)
+        for (prompt, _), painting in zip(PAINTINGS, paintings)
+    ]
+    labels = [["painted", *[""] * (len(paintings) - 1)], ["image to image, strength 0.7", *[""] * (len(finished) - 1)]]
+    return contact_sheet([paintings, finished], labels)
+
+
+def paint(rectangles: list[tuple]) -> np.ndarray:
+    """A sky with the sun, a square of 18 pixels, and these rectangles: uint8 (128, 128, 3)."""
+    import numpy as np
+    from PIL import Image
+
+    image = Image.new("RGB", (128, 128), SKY)
+    for colour, box in [((250, 230, 120), SUN), *rectangles]:
+        image.paste(colour, box)
+    return np.asarray(image)
 
 
 def samplers_sheet(models: Models, prompt: str = PROMPTS[2]) -> Image.Image:
@@ -256,8 +303,9 @@ def make(out: Path, earlier: Path | None = None) -> None:
     from sd.images import write_png
 
     models, before = load_models(), load_models(earlier) if earlier else None
-    sheets = {"steps": steps_sheet, "changes": changes_sheet, "prompts": prompts_sheet, "samplers": samplers_sheet}
-    sheets |= {"few_steps": few_steps_sheet, "windmill": windmill_sheet, "control": control_sheet}
+    sheets = {"steps": steps_sheet, "changes": changes_sheet, "prompts": prompts_sheet, "painted": painted_sheet}
+    sheets |= {"samplers": samplers_sheet, "few_steps": few_steps_sheet}
+    sheets |= {"windmill": windmill_sheet, "control": control_sheet}
     if before:
         sheets["two_things"] = lambda models: two_things_sheet(models, before)
     for name, draw in sheets.items():

@@ -189,8 +189,8 @@ def test_captions_vary_and_fit_the_context():
 def test_scenes_have_none_one_or_two_things():
     counts = Counter(len(scene_and_captions(seed, 0)[0].things) for seed in range(1000))
     assert 50 < counts[0] < 150
-    assert 200 < counts[1] < 350
-    assert 550 < counts[2] < 750
+    assert 350 < counts[1] < 550
+    assert 350 < counts[2] < 550
 
 
 def test_two_things_are_beside_or_behind_each_other_or_equal():
