@@ -1,7 +1,7 @@
 """Draws captioned pictures of a thing that the tiny model has never seen, to teach it with train.py.
 
 python scripts/draw_pictures.py windmill --out runs/windmills
-python scripts/train.py lora --pictures runs/windmills --word windmill --class house
+python scripts/train.py lora --pictures runs/windmills --word windmill --class lighthouse
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Teaches a model one new word from a few pictures: textual inversion. The result is WORD.safetensors.
 
-    python scripts/train.py inversion --pictures my_windmills --word windmill --class house
+    python scripts/train.py inversion --pictures my_windmills --word windmill --class lighthouse
     python scripts/demo.py "a windmill at night" --embedding runs/inversion/windmill.safetensors
 
 Only the vectors of the word are trained, and the model stays as it is. So it can only draw what it could draw before,

@@ -1,6 +1,6 @@
 """Teaches a model one thing from a few pictures: DreamBooth, trained as a LoRA. The result is WORD.safetensors.
 
-    python scripts/train.py lora --pictures my_windmills --word windmill --class house
+    python scripts/train.py lora --pictures my_windmills --word windmill --class lighthouse
     python scripts/demo.py "a windmill at night" --lora runs/lora/windmill.safetensors
     python scripts/train.py lora --pictures my_cat --word sks --class cat --checkpoint sd15.safetensors
 
