@@ -115,7 +115,8 @@ class Control:
         residuals = self.net(latents, context, timesteps, features)
         last = len(residuals) - 1
         fading = self.guess_mode and not self.net.global_pool
-        factors = [self.strength * (10 ** (i / last - 1) if fading else 1) for i in range(last + 1)]
+        strength = float(self.strength)  # a Fraction cannot multiply a tensor
+        factors = [strength * (10 ** (i / last - 1) if fading else 1) for i in range(last + 1)]
         return [factor * residual for factor, residual in zip(factors, residuals)]
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -45,6 +46,12 @@ def test_it_changes_the_picture_and_its_strength_how_much(models, net):
     changes = [np.abs(draw(models, Control(net, HINT, strength)) - plain).mean() for strength in (0, 0.2, 1)]
     assert changes[0] == 0
     assert 0 < changes[1] < changes[2]
+
+
+@pytest.mark.parametrize("strength", [Fraction(1, 2), np.float16(0.5), np.float64(0.5)])
+def test_its_strength_can_be_any_number(models, net, strength):
+    half, other = (draw(models, Control(net, HINT, each)) for each in (0.5, strength))
+    assert np.array_equal(half, other)
 
 
 def test_before_training_it_changes_nothing(models, net):
