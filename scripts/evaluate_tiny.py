@@ -1,5 +1,7 @@
 """Measure how well the tiny model, or one trained like it, follows its prompts: a table, and evaluation.json.
 
+With --control, it measures instead how well lines are followed: following.json.
+
     python scripts/evaluate_tiny.py
     python scripts/evaluate_tiny.py --checkpoint runs/tiny/tiny.ckpt --out runs/tiny
     python scripts/evaluate_tiny.py --prompts 100 --kinds short two
@@ -59,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, metavar="FILE", help="the model to evaluate (default: the tiny model in data/)")
     add("--lora", type=Path, metavar="FILE", help="a LoRA for it")
     add("--embedding", metavar="FILE[:word]", help="an embedding of textual inversion for it")
-    help = "a ControlNet for it: measure instead how well scenes follow their outlines, and scribbles of them"
+    help = "a ControlNet for it: measure instead how well images follow outlines and scribbles of scenes"
     add("--control", type=Path, metavar="FILE", help=help)
     add("--out", type=Path, default=Path(FOLDER), metavar="DIR", help=f"folder for the results ({FOLDER})")
     add("--prompts", type=int, default=400, metavar="N", help="prompts of each kind, seen and held out (400)")
@@ -236,8 +238,8 @@ def load_judge() -> Judge:
 
 def judge_renders(judge: Judge, newcomer: str | None = None, models: Models | None = None) -> dict[str, dict]:
     """The share of renders that the judge calls what they are, for those with none, one or two things as they should
-    be, with two suns, with things of two colours, and with things that are not whole. With `newcomer`, this is one of
-    the things in half of the renders; with `models`, their autoencoder has encoded and decoded them."""
+    be, with two suns, with things of two colours, and with things that are not whole. With `newcomer`, about half of
+    the things are of this kind; with `models`, their autoencoder has encoded and decoded them."""
     import torch
 
     from sd.images import from_uint8
@@ -302,7 +304,8 @@ def newcomer_judge(options: argparse.Namespace, newcomer: str, models: Models, k
 
 
 def names_with(newcomer: str | None) -> tuple[str, ...]:
-    """The names of all things; a newcomer is half of them."""
+    """The names to choose from: a newcomer is there as often as all other things together. A tower without sails is in
+    for windmills, because the judge should call it not whole."""
     from sd.training.world.scenes import THINGS
 
     if newcomer is None:

@@ -1,4 +1,4 @@
-"""Make the pictures in README.md, all with the tiny model in data/. They are written to images/.
+"""Make the sheets of pictures in images/, which README.md and sd/training/README.md show, with the tiny model in data/.
 
     python scripts/make_gallery.py [--out images] [--earlier earlier.ckpt]
 
@@ -66,7 +66,7 @@ STROKES = [  # of a drawing: points (x, y) in pixels
     [(14, 26), (18, 17), (27, 15), (33, 22), (32, 31), (24, 36), (16, 33), (14, 26)],  # the sun
 ]
 
-# Rough paintings: each a prompt and rectangles (left, top, right, bottom) in a colour, on a sky and a ground.
+# Rough paintings: each a prompt and rectangles, (colour, (left, top, right, bottom)), the ground first.
 SKY, SUN, GROUND = (120, 180, 240), (16, 12, 34, 30), (0, 84, 128, 128)
 PAINTINGS = [
     (
@@ -99,7 +99,7 @@ def prompts_sheet(models: Models) -> Image.Image:
     return contact_sheet(rows, [[prompt, "", "", ""] for prompt in PROMPTS])
 
 
-def steps_sheet(models: Models, prompt: str = PROMPTS[0]) -> Image.Image:
+def steps_sheet(models: Models) -> Image.Image:
     """One picture at every fourth step: the noisy latents, decoded, and the predicted x_0, decoded."""
     from sd import pipeline
     from sd.inside.contact_sheet import contact_sheet
@@ -110,7 +110,7 @@ def steps_sheet(models: Models, prompt: str = PROMPTS[0]) -> Image.Image:
     sampler = SAMPLERS["dpm++2m"](generators, schedule=models.config.schedule)
     sampler.set_inference_timesteps(20)
     latents = pipeline.get_latents(models, seed=generators)
-    steps = list(pipeline.denoise(models, latents, pipeline.encode_prompt(models, prompt), sampler))
+    steps = list(pipeline.denoise(models, latents, pipeline.encode_prompt(models, PROMPTS[0]), sampler))
     shown = [*steps[:-1:4], steps[-1]]
     rows = [
         [pipeline.decode_latents(models, step.latents)[0] for step in shown],
@@ -164,8 +164,9 @@ def paint(rectangles: list[tuple]) -> np.ndarray:
     return np.asarray(image)
 
 
-def samplers_sheet(models: Models, prompt: str = PROMPTS[2]) -> Image.Image:
-    """The same prompt and seed with every sampler and with different numbers of steps."""
+def samplers_sheet(models: Models) -> Image.Image:
+    """The same prompt and seed with every sampler and with different numbers of steps; `lcm` and `tcd` draw with the
+    distilled model, without guidance."""
     from sd import generate
     from sd.inside.contact_sheet import contact_sheet
     from sd.samplers import SAMPLERS
@@ -175,7 +176,7 @@ def samplers_sheet(models: Models, prompt: str = PROMPTS[2]) -> Image.Image:
         options = {"models": models, "seed": 0, "sampler_name": name}
         if name in FEW_STEPS:
             options |= {"models": distilled, "do_cfg": False}
-        rows.append([generate(prompt, n_inference_steps=steps, **options) for steps in SAMPLER_STEPS])
+        rows.append([generate(PROMPTS[2], n_inference_steps=steps, **options) for steps in SAMPLER_STEPS])
         labels.append([f"{name}, {steps} steps" for steps in SAMPLER_STEPS])
     return contact_sheet(rows, labels)
 
@@ -228,7 +229,7 @@ def control_sheet(models: Models) -> Image.Image:
 
 
 def two_things_sheet(models: Models, earlier: Models) -> Image.Image:
-    """A prompt for two things, and where the U-Net looked for each of them: an earlier model, and the tiny model."""
+    """A prompt for two things, and where the U-Net looked for its words: an earlier model, and the tiny model."""
     import numpy as np
 
     from sd import generate

@@ -6,8 +6,8 @@ W are the U-Net's weights, which stay as they are. W_c begin as a copy of them, 
 the start, the image c changes nothing. The loss is that of the U-Net itself (eq. 5). A third of the captions are empty
 in training, so that the ControlNet learns to read the image where the caption does not help (section 3.3: half).
 
-In: a finished model, pictures with captions, and an image for each of them, such as its outline. Out: a file that any
-program reads which knows ControlNets. How such a file is read and used: `sd.adapters`.
+In: a finished model, pictures with captions, and an image for each of them, such as its outline. Out: a file for
+any program that knows ControlNets. How such a file is read and used: `sd.adapters`.
 """
 
 from __future__ import annotations
@@ -75,15 +75,15 @@ class ControlStage:
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         tokens = pick_captions(self.tokens, indices, generator).long()
         tokens = drop_captions(tokens, self.empty, DROPPED, generator)
-        # Evenly spread, as in stage `diffusion`, but most of them early in the run, where the layout is decided
-        # (2302.08453).
+        # Evenly spread, as in stage `diffusion`, but most of them large: these are the first steps of a run, where the
+        # layout is decided (2302.08453).
         spread = (torch.rand(1, generator=generator) + torch.arange(self.batch_size) / self.batch_size) % 1
         timesteps = ((1 - spread**2) * (self.schedule.num_training_steps - 1)).long()  # (B,)
         hints = self.hints(indices, generator)
         return latents, tokens, hints, timesteps, torch.randn(mean.shape, generator=generator)
 
     def loss(self, latents: Tensor, tokens: Tensor, hints: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """2302.05543, eq. 5: the error of the noise that the steered U-Net predicts."""
+        """2302.05543, eq. 5, with min-SNR weights: the error of what the steered U-Net predicts, noise or v."""
         with torch.no_grad():
             context = self.models.clip(tokens)  # (B, 77, D)
         control: ControlNet = self.networks["control"]

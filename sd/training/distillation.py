@@ -1,8 +1,8 @@
 """Latent consistency distillation: a U-Net learns from itself to draw in four steps, or in one (2310.04378).
 
 A U-Net predicts the noise in x_t, and a sampler follows this prediction in small steps to an image. A consistency
-function jumps: from any x_t on the way, f(x_t, t) is the image at its end. So f must give the same for two neighbours
-on one way, and this is what is trained:
+function jumps: from any x_t on this path, f(x_t, t) is the image at its end. So f must give the same for two
+neighbours on one path, and this is what is trained:
 
     f(x_t, t) = f(x_s, s),    x_s: one guided step of DDIM by the teacher, from x_t to an earlier timestep s
 
@@ -89,7 +89,8 @@ class ConsistencyStage:
         return latents, tokens, levels, torch.randn(mean.shape, generator=generator)
 
     def loss(self, latents: Tensor, tokens: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
-        """2310.04378, algorithm 1: the distance between what the student says of x_t and of the teacher's x_s."""
+        """2310.04378, algorithm 1: the distance between the student's f(x_t, t) and f(x_s, s), where x_s is
+        the teacher's."""
         stride = self.sampler.schedule.num_training_steps // DISTILLED_STEPS
         later = stride * levels - 1
         earlier = (later - stride).clamp(min=0)
@@ -113,7 +114,7 @@ class ConsistencyStage:
         return add_noise(x_0, e, self._alpha_bar(earlier))
 
     def _end(self, x_t: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
-        """f(x_t, t) of the student: where the way through latents x_t (B, 4, h, w) ends."""
+        """f(x_t, t) of the student: latents (B, 4, h, w), timesteps (B,) -> the ends of their paths (B, 4, h, w)."""
         output = self.student(x_t, context, timesteps).float()
         x_0, _ = self.sampler.x0_and_noise(self._alpha_bar(timesteps), x_t, output)
         c_skip, c_out = boundary_scalings(timesteps[:, None, None, None])

@@ -28,7 +28,7 @@ CALIBRATION = 20  # steps that are timed, to decide how many fit into the given 
 
 
 class Stage(Protocol):
-    """What a `Training` trains: one of the model's stages (stages.py), or the judge (evaluation.py).
+    """What a `Training` trains: one of the model's stages (stages.py), or the judge (judge.py).
 
     Two attributes are optional. With `gathers`, a loss that is not divisible can be shared by ranks: it gathers what it
     compares (`ranks.gather`), and is the loss of the whole batch on every rank. A method `optimizers()` returns other

@@ -77,8 +77,8 @@ class LoRAStage(InversionStage):
         return *super().draw(generator), torch.arange(self.batch_size) >= self.batch_size - self.kept
 
     def loss(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
-        """2208.12242, eq. 2, with min-SNR weights. `kept` rows get e' in place of the noise, and the x_0 that goes with
-        it: x_t stays the same."""
+        """2208.12242, eq. 2, with min-SNR weights. Rows of the second kind, `kept` (B,), get e' in place of the noise,
+        and the x_0 that goes with it: x_t stays the same."""
         if kept.any():
             noise, latents = noise.clone(), latents.clone()
             rows = latents[kept], tokens[kept], timesteps[kept], noise[kept]
@@ -137,8 +137,8 @@ class LoRARun(InversionRun):
         return networks
 
     def _prior(self, pictures: Latents) -> Latents:
-        """What the model draws for prompts of other things, each with its own prompt and another one; and the pictures,
-        with such prompts."""
+        """The latents of P drawn images of other things, each with two captions: its prompt and another one. Then those
+        of the N pictures, each with `OTHER_PROMPTS` such prompts: (P + N, 4, h, w)."""
         prompts = prior_prompts(self.models, self.settings.kind)
         record = {"run": self.record, "prompts": prompts}
         with rank_0_first():
