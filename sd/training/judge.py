@@ -184,6 +184,8 @@ class JudgeStage:
         return images + noise, *targets(truths, self.networks["judge"].kinds)
 
     def loss(self, images: Tensor, heat: Tensor, kind: Tensor, paint: Tensor, wanted: Tensor) -> Tensor:
+        """The focal loss of the heat, and the cross-entropies of all else. Images (B, 3, 64, 64), the rest as `targets`
+        returns it; kinds and colours count only in the cells of things."""
         judge = self.networks["judge"]
         cells, whole = (logits.float() for logits in judge(images))
         heats, kinds, paints = cells.split(judge.cell, dim=1)
